@@ -72,7 +72,7 @@ def plan_project(
     if not quiet and (names := project.uncompared(prompts, matrices)):
         they, name = ("it is", names[0]) if len(names) == 1 else ("they are", "NAME")
         left = f"{they} rendered only by name: --only {name}"
-        say(f"{called}: no [[matrix]] covers {listed(names)}: {left}", "yellow")
+        say(f"{called}: no [[matrix]] covers {listed(names)}, so {left}", "yellow")
     job = plan_job(project, settings, shots, compared=bool(matrices))
     if not quiet:
         void = *unbegun(job, settings, asked, matrices), *idle(settings, shots)

@@ -201,7 +201,7 @@ def tell(saved: Saved, told: set[str], of: list[int], doubted: Sequence[str], *,
     picture is reported even with --quiet: its line is missing."""
     asked, blocked = saved.record["prompt"], saved.record["blocked"]
     unread = (
-        f'"{asked["name"]}" is too long: its last {asked["unread"]} tokens are not read.' if asked["unread"] else ""
+        f'Prompt "{asked["name"]}" is too long: its last {asked["unread"]} tokens go unread.' if asked["unread"] else ""
     )
     if unread and not quiet and asked["text"] not in told:
         told.add(asked["text"])

@@ -212,4 +212,4 @@ def is_drawn(prompt: str) -> bool:
 
 def nothing_in(prompts: Sequence[str]) -> str:
     those = listed([f'"{short(prompt)}"' for prompt in prompts], 1)
-    return f"mini can draw nothing in {those}; for what it can: k2 models vocabulary"
+    return f"mini can draw nothing in {those}; to list what it can: k2 models vocabulary"

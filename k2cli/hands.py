@@ -224,7 +224,7 @@ def spread(crew: Crew, held: Held, wanted: Collection[int]) -> Iterator[tuple[in
                 over = "rendering the same pictures" if group else "loading the model"
                 raise K2Error(
                     f"{losses[group]} workers {crew.where} were lost {over}: {news.why}.",
-                    hint="Memory may be too short for so many: try fewer, or none.",
+                    hint="There may be too little memory for so many: try fewer, or none.",
                 )
             if (alone and (agreed is None or left)) or (left and not idle and losses[()] < TRIES):
                 loading.add(crew.hire(agreed or held))

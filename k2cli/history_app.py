@@ -190,7 +190,7 @@ def of_mixes(folders: Sequence[Folder], styles: Iterable[str]) -> str:
 
 def gallery(
     folder: Annotated[
-        str | None, typer.Argument(metavar="PROJECT", help="The project, if not that of the current folder.")
+        str | None, typer.Argument(metavar="PROJECT", help="The project; default: that of the current folder.")
     ] = None,
     output: Annotated[
         Path | None,

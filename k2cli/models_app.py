@@ -138,7 +138,7 @@ def export(
     """Export a model for diffusers, or its transformer as one file.
 
     diffusers.Krea2Pipeline opens the folder. The file is k2's own, in bf16 or already rounded: to int8 or fp8 (half
-    the size) or int4 (a third), which ComfyUI reads too. Where memory is short, it loads faster.
+    the size), or to int4 (a third), which ComfyUI reads too. Rounded files load faster where memory is short.
 
     \b
     Examples:

@@ -41,7 +41,7 @@ TurboOption = Annotated[
 ]
 AvoidOption = Annotated[
     list[str] | None,
-    typer.Option("--avoid", metavar="WORDS", help="Negative prompt, replaces [render]'s; repeatable."),
+    typer.Option("--avoid", metavar="WORDS", help="Negative prompt instead of [render]'s; repeatable."),
 ]
 BatchOption = Annotated[int | None, typer.Option("--batch", "-n", metavar="N", help="Pictures per prompt.")]
 SizeOption = Annotated[str | None, typer.Option("--size", metavar="WxH", help="Pixels, multiples of 16 (mini: 32).")]
@@ -59,7 +59,7 @@ StyleGuidanceOption = Annotated[
     typer.Option(
         "--style-guidance",
         metavar="G",
-        help="Adherence to references; 0 is as is, 1 twice as far.",
+        help="Extra guidance by references; 0 adds none, 1 doubles it.",
     ),
 ]
 InitImageOption = Annotated[

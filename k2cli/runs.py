@@ -184,7 +184,7 @@ def in_common(project: Project, run: Run, shots: Sequence[Shot]) -> str:
         f"{Path(record.model.name).stem} {record.model.variant or ''}".strip(),
         *([steps] if alike("steps", "sampler") else []),
         *([guidance] if alike("guidance", "guidance_until") else []),
-        *([f"from {made.init_image.name}"] if made.init_image and alike("init_image") else []),
+        *([f"init image {made.init_image.name}"] if made.init_image and alike("init_image") else []),
         *([f"mask {Path(made.mask).name}"] if made.mask and alike("mask") else []),  # its file, or its region
         *([f"denoise {made.denoise:g}"] if made.denoise and alike("denoise") else []),
         *([f"cohesion {made.cohesion:g}"] if made.cohesion and alike("cohesion") else []),

@@ -21,7 +21,7 @@ SIGNS = {  # pattern: what to use in k2
     r"<(?:lora|lyco|hypernet):[^<>]{1,200}>": "a style can name a LoRA: lora, in styles/NAME.toml",
     r"\bembedding:\w{1,60}": "k2 has no embeddings, but a style can name a LoRA",
     r"(?<![\"“'`])__[\w/*-]{1,60}__": "choices go in braces: {red|green}",
-    r"\$\{\w{1,60}\}?": "k2 has no variables, but choices in braces: {red|green}",
+    r"\$\{\w{1,60}\}?": "k2 has no variables, but has choices in braces: {red|green}",
     r"(?<![\w.])\d{1,3}(?:-\d{1,3})?\$\$": CHOSEN,
     r"(?<![\w.])\d{0,3}\.?\d{1,3}::": CHOSEN,
     r"\b\w{1,60}::(?=\s|$|-?\d)(?:-?\d{0,3}\.?\d{1,3})?": WEIGHED,

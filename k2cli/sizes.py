@@ -40,7 +40,9 @@ def fit_aspect(aspect: str, edge: int, where: str, step: int = STEP) -> tuple[in
     match = re.fullmatch(r"(\d{1,4}(?:\.\d{1,4})?):(\d{1,4}(?:\.\d{1,4})?)", aspect)
     ratio = float(match[1]) / float(match[2]) if match and float(match[2]) else 0.0
     if not 1 / 8 <= ratio <= 8:
-        raise K2Error(f'{where}: "{aspect}" is not an aspect ratio.', hint=f"Write width:height, like {ASPECTS}.")
+        raise K2Error(
+            f'{where}: "{aspect}" is not an aspect ratio from 1:8 to 8:1.', hint=f"Write width:height, like {ASPECTS}."
+        )
     sides = [edge * math.sqrt(r) / step for r in (ratio, 1 / ratio)]
     width, height = (round(side) * step for side in sides)
     if width * height > MOST_PIXELS >= edge**2:

@@ -342,7 +342,7 @@ def analyze(
 
     Writes styles/NAME.toml, to edit as you like, with the pictures that represent each look, and the colours as
     styles/NAME.png. Pictures outside the project or in its outputs/ are copied to refs/NAME-looks. With the open
-    weights, their text encoder also looks at the board and describes what it is drawn to.
+    weights, their text encoder also looks at the board and describes its taste.
 
     \b
     Examples:

@@ -166,7 +166,7 @@ def notes(origins: Mapping[Path, Origin], skipped: Mapping[Path, K2Error]) -> li
     told = [f"Not imported from {listed([path.name for path in paths], 1)}: {thing}." for thing, paths in lost.items()]
     long = [path.name for path, error in skipped.items() if isinstance(error, TooLong)]
     if long:
-        told.append(f"Passed over: {listed(long, 1)}, whose prompts are longer than {MOST_WORDS:,} characters.")
+        told.append(f"Passed over for a prompt of more than {MOST_WORDS:,} characters: {listed(long, 1)}.")
     silent = [path.name for path, error in skipped.items() if not isinstance(error, TooLong)]
     if silent:
         told.append(f"Passed over: {listed(silent, 1)}, which {'state' if len(silent) > 1 else 'states'} no prompt.")

@@ -12,7 +12,7 @@ seed = 7              # picture i uses seed + i; "random" is a new one every run
 # size = "256x192"    # or aspect = "4:3"; default: the model's own
 # cohesion = 0.5      # 0 independent pictures … 1 one look; scope = "run" ties prompts together too
 # creativity = "low"  # raw, low, medium, high: how freely to extend prompts
-# steps, guidance, mu: default: the model's own recommendation
+# steps, guidance and mu default to what the model recommends
 
 [[prompt]]
 name = "fox"          # file-name stem; default: made from the text

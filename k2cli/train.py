@@ -58,13 +58,13 @@ def train(
         ),
     ],
     steps: Annotated[
-        int | None, typer.Option("--steps", metavar="N", min=1, help="Number of steps, overrides the recipe's.")
+        int | None, typer.Option("--steps", metavar="N", min=1, help="Number of steps; overrides the recipe's.")
     ] = None,
     device: Annotated[
         str | None, typer.Option("--device", metavar="DEVICE", help="cpu, cuda or cuda:1; default: the best available.")
     ] = None,
     trigger: Annotated[
-        str | None, typer.Option("--trigger", metavar="WORDS", help="Trigger words to train a LoRA with.")
+        str | None, typer.Option("--trigger", metavar="WORDS", help="LoRA trigger words, added to every caption.")
     ] = None,
     model: Annotated[
         str | None, typer.Option("--model", metavar="MODEL", help="The model to train a LoRA on; default: mini.")

@@ -839,8 +839,8 @@ def test_a_sheet_says_what_its_pictures_have_in_common(moody, k2, monkeypatch):
         ("moody", ["run 10004", "mini raw", "28 steps of ab2", "guidance 2.5 until 0.5"]),
         ("moody", ["run 10005", "mini raw", "seed 7"]),
         ("moody", ["run 10006", "mini raw", "4 steps", "guidance 2.5", "cohesion 0.5"]),
-        ("moody", ["run 10007", *usual, "from dot.png", "mask 32x16+8+16"]),
-        ("moody", ["run 10008", *usual, "from dot.png", "mask dot.png"]),
+        ("moody", ["run 10007", *usual, "init image dot.png", "mask 32x16+8+16"]),
+        ("moody", ["run 10008", *usual, "init image dot.png", "mask dot.png"]),
         ("moody", ["run 10009", *usual]),
     ]
 

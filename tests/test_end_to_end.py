@@ -279,11 +279,11 @@ def test_what_a_prompt_has_too_many_of_is_said_once_and_recorded(den, k2):
     long = "fox " * (PROMPT_TOKENS + 3)
     made = k2("render", "-p", long, "--batch", "2", "--steps", "1")
 
-    assert made.stderr.count(" is too long: ") == 1 and "its last 3 tokens are not read." in made.stderr
+    assert made.stderr.count(" is too long: ") == 1 and "its last 3 tokens go unread." in made.stderr
     assert [record(line)["prompt"]["unread"] for line in made.stdout.split()] == [3, 3]
     assert k2("render", "-p", long, "--batch", "1", "--steps", "1", "--quiet").stderr == ""
     (answer,) = k2("render", "-p", long, "--batch", "1", "--steps", "1", "--quiet", "--json").stdout.splitlines()
-    assert json.loads(answer)["warnings"][0].startswith('"fox')
+    assert json.loads(answer)["warnings"][0].startswith('Prompt "fox')
     assert "unread" not in made_of("a red fox", k2)["prompt"]
 
 

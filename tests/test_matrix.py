@@ -199,9 +199,9 @@ def test_what_no_matrix_is_about_is_told_and_rendered_where_it_alone_is_asked_fo
         return " ".join(k2("render", "--dry-run").stderr.split())
 
     alone = "it is rendered only by name: --only an-owl-at-night"
-    assert f"moody: no [[matrix]] covers an-owl-at-night: {alone}" in told()
+    assert f"moody: no [[matrix]] covers an-owl-at-night, so {alone}" in told()
     (dusky / "k2.toml").write_text(f'{MATRIX}[[prompt]]\nname = "hen"\ntext = "a hen"\n')
-    assert "an-owl-at-night, hen: they are rendered only by name: --only NAME" in told()
+    assert "an-owl-at-night, hen, so they are rendered only by name: --only NAME" in told()
     (dusky / "k2.toml").write_text(MATRIX)
     assert "about" not in k2("render", "--dry-run", "--only", "fox").stderr
     (dusky / "k2.toml").write_text(f'{MATRIX}[[matrix]]\nprompt = ["an-owl-at-night"]\nsteps = [4, 8]\n')

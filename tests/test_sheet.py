@@ -111,7 +111,7 @@ def test_a_narrow_sheet_tells_all_facts(tmp_path, monkeypatch):
     """In as many lines as they take, and none of them broken."""
     said = []
     monkeypatch.setattr(sheet.ImageDraw.ImageDraw, "text", lambda draw, at, text, ink, face: said.append((at[1], text)))
-    facts = ["run 0001", "mini turbo", "8 steps", "from leaf.png", "mask 112x96+64+80", "cohesion 0.8", "seed 7"]
+    facts = ["run 0001", "mini turbo", "8 steps", "init image leaf.png", "mask 112x96+64+80", "cohesion 0.8", "seed 7"]
 
     narrow = contact_sheet(entries(tmp_path, 1, 1), "moody", " · ".join(facts))
     lines = [(top, text) for top, text in said[1:-2] if text]  # between the title, and the label and caption

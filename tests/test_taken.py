@@ -69,7 +69,7 @@ def test_a_prompt_too_long_for_a_project_is_passed_over_in_a_folder(k2, tmp_path
     png(tmp_path / "some" / "short.png", parameters="an owl\nSteps: 4, Seed: 1")
     said = k2("new", tmp_path / "new", "--from", tmp_path / "some").stderr
 
-    assert "Passed over: long.png, whose prompts are longer than 20,000 characters." in " ".join(said.split())
+    assert "Passed over for a prompt of more than 20,000 characters: long.png." in " ".join(said.split())
     assert [prompt.text for prompt in Project.open(tmp_path / "new").prompts] == ["an owl"]
 
 

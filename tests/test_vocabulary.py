@@ -102,9 +102,9 @@ def test_a_render_says_when_there_is_nothing_to_draw(fake, k2, tmp_path, monkeyp
     monkeypatch.chdir(tmp_path / "moody")
 
     said = k2("render", *dry, "-p", "a zebu", "-p", "zilch", "-p", "a fox", "--batch", "2").stderr
-    assert 'mini can draw nothing in "a zebu" and 1 more; for what it can: k2 models vocabulary' in said
+    assert 'mini can draw nothing in "a zebu" and 1 more; to list what it can: k2 models vocabulary' in said
     assert said.count("nothing") == 1
-    assert f'"{"zilch " * 6}zilc…"; for what' in k2("render", *dry, "-p", "zilch " * 99).stderr
+    assert f'"{"zilch " * 6}zilc…"; to list what' in k2("render", *dry, "-p", "zilch " * 99).stderr
     assert "nothing" not in k2("render", *dry, "-p", "a fox").stderr
     assert "nothing" not in k2("render", *dry, "-p", "a zebu", "--quiet").stderr
 
