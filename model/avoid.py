@@ -37,7 +37,7 @@ def avoided(spec: RenderSpec) -> Avoided:
     for phrase, strength in of_styles(spec):
         strengths[phrase].append(strength)
     weights = defaultdict(float, {phrase: min(math.fsum(each), MOST) for phrase, each in strengths.items()})
-    joined = dict.fromkeys(text for style in spec.styles for text in unsaid(style))  # two styles' avoids join once
+    joined = dict.fromkeys(text for style in spec.styles for text in unsaid(style))  # what two styles add is added once
     for phrase in Counter(phrases(spec.negative)) - Counter(phrase for text in joined for phrase in phrases(text)):
         weights[phrase] = max(weights[phrase], 1.0)
     return tuple(sorted((phrase, weight) for phrase, weight in weights.items() if weight))

@@ -80,7 +80,7 @@ class Checkpoint:
 
         Anything that `refuse_unreadable` lets pass is read correctly.
 
-        few: matrices wanted in few bits, and their formats; each is followed by its scales, under the names of
+        few: matrices wanted in few bits, and their formats; each is followed by what is needed to read it, named as in
         `few_bits.ENDS`. They are rounded a few rows at a time while the next are read, or kept as stored if the file
         holds the very same format.
         """

@@ -307,7 +307,7 @@ class Krea2(nn.Module):
         )
         self.blocks = nn.ModuleList(SingleStreamBlock(c) for _ in range(c.blocks))
         self.last = LastLayer(c)
-        self.side: int | None = None  # tokens along the square that other grids are centred on; None: they are not
+        self.side: int | None = None  # side, in tokens, of the square that other grids are centred on; None: not so
 
     def encode_text(self, prompt_embeds: Tensor, prompt_mask: Tensor | None = None) -> Tensor:
         """The prompt as the stream sees it; the same at every step.

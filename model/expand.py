@@ -37,8 +37,8 @@ def expand(
     """The prompt plus words for what it leaves open, the same for the same arguments; "raw" is the prompt itself.
 
     level   one of LEVELS: low adds a setting, medium a manner of drawing or a medium, high both
-    seed    of the picture; choices depend only on prompt and seed, so a higher level keeps a lower one's, except for
-            the setting if its medium brings its own background
+    seed    of the picture; choices depend only on prompt and seed, so a higher level keeps a lower one's, except that
+            it drops the setting if the medium it adds has its own background
     styles  words that join the prompt anyway: what they name is decided
     avoids  words that are never added, nor others with the same meaning
     look    whether a style's pictures or LoRA decide drawing and medium

@@ -87,7 +87,7 @@ def to_codes(matrix: Tensor) -> Codes:
     nearest = torch.bucketize(steps, (levels[1:] + levels[:-1]) / 2)
 
     def look_up(table: Tensor, size: Tensor) -> Tensor:
-        """Look up each number, divided by its group's size, in a table over -1 … 1."""
+        """Look up each number, divided by its group's entry of `size`, in a table over -1 … 1."""
         places = (wide * (FINE / size.clamp(min=FINE * TINY))[..., None]).add_(FINE + 0.5).int()
         return table.index_select(0, places.clamp_(0, 2 * FINE).flatten()).view(wide.shape)
 

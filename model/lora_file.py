@@ -112,7 +112,10 @@ def sort_out(path: Path, state: Mapping[str, Tensor]) -> tuple[dict[str, dict[st
         elif match := PART.fullmatch(name):
             what = {"A": "down", "B": "up"}.get(match["half"], match["half"]) or match["factor"] or "magnitude"
             if what in parts.setdefault(match["module"], {}):
-                raise K2Error(f"{path} holds more than one adapter: {name} appears twice.", hint="Use one file each.")
+                raise K2Error(
+                    f"{path} holds more than one adapter: {name} appears twice.",
+                    hint="Save each adapter in its own file.",
+                )
             parts[match["module"]][what] = tensor
         else:
             strange.append(name)
@@ -126,8 +129,7 @@ def sort_out(path: Path, state: Mapping[str, Tensor]) -> tuple[dict[str, dict[st
         )
     if both := [module for module, kind in kinds.items() if kind > {"diff"}]:
         raise K2Error(f"{path} changes {listed(both, 3)} both by a full matrix and by factors.", hint=PLAIN)
-    # ai-toolkit's norm omits alpha, which equals the rank in all transformers that it trains: then it is the same as
-    # PEFT's
+    # ai-toolkit's norm omits alpha, which equals the rank in all transformers that it trains: then it is PEFT's norm
     if any(f"{m}.magnitude" in state and alpha != len(parts[m].get("down", ())) for m, alpha in alphas.items()):
         raise K2Error(f"{path} is a DoRA whose norm omits alpha (ai-toolkit), which k2 does not read.", hint=PLAIN)
     if not all(tensor.float().isfinite().all() for tensor in state.values()):

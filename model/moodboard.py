@@ -238,4 +238,4 @@ def manner(look: Look) -> str:
             said.append(told.get(name) or table["ground"][name][1])
         elif name in table[kind]:
             said.append(table[kind][name][0])
-    return ", ".join(said) or "in a manner without a word"
+    return ", ".join(said) or "in a look without a name"

@@ -21,10 +21,10 @@ from model.headers import open_file
 
 SUFFIXES = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".jfif": "JPEG", ".webp": "WEBP"}  # .jfif on Windows
 FORMATS = tuple(dict.fromkeys(SUFFIXES.values()))
-OTHERS = (".avif", ".bmp", ".gif", ".heic", ".heif", ".jxl", ".psd", ".svg", ".tif", ".tiff")  # pictures, but unread
+OTHERS = (".avif", ".bmp", ".gif", ".heic", ".heif", ".jxl", ".psd", ".svg", ".tif", ".tiff")  # pictures k2 cannot read
 LEAST_SIDE, MOST_DECODED = 8, 1 << 26  # smallest side and most pixels of a picture to decode
 ALIKE = 0.02  # relative difference up to which proportions count as equal
-WILL_DO = f"Sides start at {LEAST_SIDE} pixels, and {MOST_DECODED >> 20} megapixels are the most."
+WILL_DO = f"Use sides of at least {LEAST_SIDE} pixels, and at most {MOST_DECODED >> 20} megapixels."
 MOST_BYTES = 256 << 20  # of a file
 MOST_PARTS = 50_000  # chunks, segments: 256 MiB in PNG's usual pieces of 8 KiB are 32,768
 MOST_ASIDE = 32 << 20  # bytes of metadata

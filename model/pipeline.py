@@ -324,7 +324,7 @@ class Pipeline:
         if not tokens.isfinite().all():
             hint = "Render in float32, or with lower guidance."
             if self.dtype == torch.float32 and not (first.guidance or first.style_guidance):
-                hint = "The weights or a LoRA hold NaN or infinite numbers: fetch the file again."
+                hint = "The weights, or a LoRA's, hold NaN or infinite numbers: fetch the file again."
             raise K2Error("The network's answer holds NaN or infinite numbers.", hint=hint)
         return unpatchify(tokens, config.patch, rows, columns).to(self.dtype)
 

@@ -173,7 +173,7 @@ def default_dtype(device: torch.device | str, width: int) -> str:
     """The default compute format of a model of this width: bf16 where that is fast, else fp32.
 
     Narrow models stay in fp32 on a CPU: they are quick either way (bf16 makes mini 1.5 times as fast), and in fp32
-    their 8-bit pictures are identical on every CPU and to diffusers'; bf16's are 46 dB away.
+    their pictures, of 8 bits per channel, are identical on every CPU and to diffusers'; bf16's are 46 dB away.
     """
     import torch
 

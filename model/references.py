@@ -25,8 +25,8 @@ STRIP = 512  # rows
 def to_pixels(path: Path, width: int, height: int, ground: str = "white") -> Tensor:
     """A picture, centre-cropped to fill width x height -> [1, 3, height, width] in −1 … 1. Raises K2Error.
 
-    EXIF rotation is applied, transparency laid on `ground`, an animation gives its first frame, and colour profiles and
-    16-bit greys are converted.
+    EXIF rotation is applied, transparency laid on `ground`, and an animation gives its first frame. Colour profiles,
+    CMYK and 16-bit greys are converted.
     """
     opaque = laid_on(ground, to_rgba(decoded(path))).convert("RGB")
     return from_bytes(np.array(ImageOps.fit(opaque, (width, height)))[None])

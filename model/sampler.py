@@ -55,11 +55,11 @@ def adams_bashforth(
     anew: Collection[int] = (),
     first: int = 0,
 ) -> Tensor:
-    """Second-order `euler`: each step extrapolates from the last velocity, at no extra evaluation.
+    """Second-order `euler`: each step extrapolates from the last two velocities, at no extra evaluation.
 
     v_n + h_n / (2 h_{n−1}) · (v_n − v_{n−1}) replaces v_n, with h the steps' lengths: two-step Adams–Bashforth
     (Hairer, Nørsett and Wanner, Solving Ordinary Differential Equations I, III.5). `anew`: steps whose velocity field
-    differs from the step before, where extrapolation would mislead; they are Euler steps, like the first.
+    differs from that of the step before, where extrapolation would mislead; they are Euler steps, like the first.
     """
     before: tuple[Tensor, float] | None = None
     for step, (sigma, next_sigma) in islice(enumerate(pairwise(sigmas)), first, None):

@@ -222,8 +222,8 @@ def wordings(spec: RenderSpec) -> list[Wording]:
     weighted.
 
     Words have no strength themselves: those of a keywords-only style get the style's, applied to the velocity, or the
-    sum over several styles, up to 1 or the largest of them. With their strengths t_1 < t_2 < …, `eased`, v_k the
-    velocity of the prompt with the words of strength t_k and more, and v_0 with none,
+    sum over several styles, at most 1 or, if larger, the largest of them. With their strengths t_1 < t_2 < …, `eased`,
+    v_k the velocity of the prompt with the words of strength t_k and more, and v_0 with none,
     v = v_0 + Σ (t_k − t_{k−1}) (v_k − v_0). If pictures or a LoRA carry a style's strength, its words join in full,
     even if a keywords-only style has them too.
     """

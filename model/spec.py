@@ -102,7 +102,7 @@ class Lora:
 class Style:
     """A named look; strength −2 … 2 is its influence on the picture, 0 is exactly the picture without it.
 
-    Its keywords are weighted if it has nothing but words, and where they stand in the prompt between commas.
+    Keywords follow the strength only in a style without references and LoRA, where the prompt has them between commas.
     """
 
     name: str

@@ -114,7 +114,7 @@ class StyleEncoder(nn.Module):
 
 
 def response(strength: float) -> float:
-    """How far rows go from the null rows towards a style at a given strength: equal at 0, 1 and beyond, less between.
+    """How far rows go from the null rows towards a style at a strength: just as far at 0, 1 and beyond, less between.
 
     Along the straight path, a picture takes on a look within a short stretch, at its own point between a fifth and a
     half. `TURNED` holds the positions for `STRENGTHS`: there, by the judge, mean likeness reaches three, six and nine

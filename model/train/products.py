@@ -105,7 +105,7 @@ NAMES = (WIDE, *(f"{end}-{scales}" for end in BACK_ENDS for scales in ("tensorwi
 def parse(name: str, device: torch.device | str = "cpu") -> Products | None:
     """What a recipe's `products` means on a device; None is wide. Raises K2Error if unknown or unsupported here."""
     if name not in NAMES:
-        raise K2Error(f'There are no products "{name}".', hint=f"Choose from {', '.join(NAMES)}.")
+        raise K2Error(f'There are no products "{name}".', hint=f"Choose one of {', '.join(NAMES)}.")
     if name == WIDE:
         return None
     end, _, scales = name.rpartition("-")

@@ -156,9 +156,9 @@ def draw(
 def widened(vae: QwenImageVAE, widths: Sequence[int]) -> QwenImageVAE:
     """The same function with these numbers of channels per scale (Net2WiderNet, arXiv 1511.05641). Raises K2Error.
 
-    Every channel is copied 2, 4, … times, and whatever reads it takes a share of each copy: equal shares in the
-    encoder, which stays unchanged and which even bf16 holds exactly; different ones from weight to weight in the
-    decoder, so that copies diverge. The innermost scale keeps its width: its attention is scaled by the width's root.
+    Every channel is copied 2, 4, … times, and whatever reads it takes a share of each copy: in the encoder, which
+    stays unchanged, equal shares, which even bf16 holds exactly; in the decoder, shares that differ from weight to
+    weight, so that copies diverge. The innermost scale keeps its width: its attention is scaled by the width's root.
     """
     old = vae.config
     narrow = [old.base_dim * times for times in old.dim_mult]

@@ -1,7 +1,7 @@
 """Strange words: what people put around a subject, but no picture of the data set shows.
 
 Captions follow a few rules. A network that has read nothing else takes every other word as meaningful, so some captions
-are wrapped in words to ignore: qualities, activities, places, any words that the tokenizer has complete, others that it
+are wrapped in words to ignore: qualities, activities, places, any words that are one token, others that the tokenizer
 splits, and second things. A picture shows one thing, the one that all others are placed by: "a phone on a nightstand"
 is a phone.
 """
@@ -64,7 +64,7 @@ class Wilderness:
         self.things = [name for each in subjects.values() for name in (*each.words, *thesaurus.taught(each.name))]
 
     def strange(self, rng: np.random.Generator) -> str:
-        """A meaningless word: one that the tokenizer has complete or, one in five, one made of pieces."""
+        """A meaningless word: one that is a single token or, one in five, one made of pieces."""
         while rng.random() < 0.2:
             made = "".join(one(self.pieces, rng) for _ in range(int(rng.integers(2, 4))))
             if made not in self.vocabulary:

@@ -89,7 +89,7 @@ class Recipe(recipes.Recipe):
         """The network's configuration. Raises K2Error if there is no such network."""
         where, known = f'Recipe "{self.name}"', [each.name for each in fields(DiTConfig)]
         if self.preset not in PRESETS:
-            raise K2Error(f'{where}: there is no preset "{self.preset}".', hint=f"Choose from {', '.join(PRESETS)}.")
+            raise K2Error(f'{where}: there is no preset "{self.preset}".', hint=f"Choose one of {', '.join(PRESETS)}.")
         if unknown := [key for key in self.network if key not in known]:
             raise K2Error(f'{where}: a network has no "{unknown[0]}".', hint=f"It has {', '.join(known)}.")
         try:

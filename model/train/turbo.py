@@ -62,7 +62,9 @@ class Recipe(pretrain.Recipe):
         more_than_none(self, "fake_rate")
         share(self, "untouched")
         if self.method not in METHODS:
-            raise K2Error(f'Recipe "{self.name}": there is no method "{self.method}".', hint=f"{' or '.join(METHODS)}.")
+            raise K2Error(
+                f'Recipe "{self.name}": there is no method "{self.method}".', hint=f"Choose {' or '.join(METHODS)}."
+            )
         if self.method == "guidance":
             refuse(self, "fakes", "fake_rate")
 
