@@ -11,7 +11,7 @@ MOST_LOOKS = 8
 APART = 0.25  # silhouette below which a split is not structure (Kaufman & Rousseeuw 1990)
 ONE_LOOK = 0.5  # cosine of two centres from which they are one look: a silhouette has no scale and splits any tight
 EVEN = 0.35  # group. An even split is less likely to be due to a few odd pictures, so the smallest look's share times
-# this is added: up to 0.675 for two halves
+# this is added to ONE_LOOK: up to 0.675 for two halves
 LEAST_LOOK, LEAST_PICTURES = 0.05, 3  # smallest share of a board, and number of pictures, for a look
 ROUNDS = 50  # of k-means, at most
 

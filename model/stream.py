@@ -82,7 +82,7 @@ class BlockStream:
             block.register_forward_hook(partial(self._empty, index), always_call=True)  # even after an error
 
     def _fill(self, index: int, block: nn.Module, inputs: Any) -> None:
-        coming, self.coming = self.coming, None  # taken: a failed read is repeated, not asked again
+        coming, self.coming = self.coming, None  # taken, so that a failed read is started again
         self._put(block, *(coming[1].result() if coming and coming[0] == index else self._fetch(index)))
         after = (index + 1) % len(self.blocks)  # the last block is followed by the next step's first
         self.coming = after, self.reader.submit(self._fetch, after)

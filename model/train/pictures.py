@@ -53,7 +53,7 @@ def read_folder(folder: Path, trigger: str = "") -> list[Captioned]:
         raise K2Error(f"There is no folder {folder}.", hint="Give a folder of pictures.")
     paths = [path for path in files_below(folder) if is_named_so(path) and path.is_file() and not is_sheet(path)]
     if not paths:
-        raise K2Error(f"{folder} holds no pictures.", hint=not_learned(folder) or f"Known are {', '.join(SUFFIXES)}.")
+        raise K2Error(f"{folder} holds no pictures.", hint=not_learned(folder) or f"k2 reads {', '.join(SUFFIXES)}.")
     return [Captioned(path, join(caption_of(path), trigger)) for path in paths]
 
 

