@@ -335,7 +335,7 @@ def to_diffusers(state: Mapping[str, Tensor], config: VAEConfig) -> dict[str, Te
 
 
 def _time_convs(state: Mapping[str, Tensor], config: VAEConfig) -> dict[str, Tensor]:
-    """Zero weights for the temporal resampling: half as many frames on the way down, twice as many on the way up."""
+    """Zero weights for the temporal resampling: half as many frames in the encoder, twice as many in the decoder."""
     per_scale = config.num_res_blocks + 1
     zeros = {}
     for scale, temporal in enumerate(config.temporal_downsample):

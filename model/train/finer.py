@@ -144,7 +144,7 @@ def grown(teacher: QwenImageVAE) -> QwenImageVAE:
     vae = QwenImageVAE(
         replace(old, dim_mult=(TOP, *old.dim_mult), temporal_downsample=(False, *old.temporal_downsample))
     )
-    layers = old.num_res_blocks + 1  # of a scale on the way down
+    layers = old.num_res_blocks + 1  # of an encoder scale
     moved = {}
     for name, tensor in teacher.state_dict().items():
         if not name.startswith((FIRST, *LAST)):  # now a scale further out
