@@ -95,8 +95,9 @@ class Run:
         if self.made and not self.has_any:
             with suppress(OSError, K2Error):
                 self.lock()
+                made, self.made = self.made, []  # once: later its name may be another process's
                 (self.folder / RUN).unlink(missing_ok=True)
-                for folder in reversed(self.made):
+                for folder in reversed(made):
                     folder.rmdir()
 
     def lock(self) -> None:

@@ -79,6 +79,17 @@ def test_a_run_that_came_to_nothing_leaves_nothing(tmp_path):
     assert tree(tmp_path) == {}
 
 
+def test_a_discarded_run_lays_no_hand_on_another_of_its_name(tmp_path):
+    """Its number is free again: whoever claims it next keeps it when the first run ends."""
+    with pytest.raises(ZeroDivisionError), Run.claim(tmp_path / "outputs", "fox") as run:
+        run.discard()
+        other = Run.claim(tmp_path / "outputs", "fox", {"run.toml": b"planned"})
+        raise ZeroDivisionError
+
+    assert other.folder == run.folder
+    assert tree(tmp_path / "outputs") == {"0001-fox": None, "0001-fox/run.toml": b"planned"}
+
+
 def test_an_interrupted_run_keeps_its_plan(tmp_path):
     with pytest.raises(KeyboardInterrupt), Run.claim(tmp_path / "outputs", "fox", {"run.toml": b"planned"}) as run:
         raise KeyboardInterrupt
