@@ -200,9 +200,9 @@ def tell(saved: Saved, told: set[str], of: list[int], doubted: Sequence[str], *,
     """Print a picture's line of results, and its warnings; those of its prompt once, tracked in `told`. A blocked
     picture is reported even with --quiet: its line is missing."""
     asked, blocked = saved.record["prompt"], saved.record["blocked"]
-    unread = (
-        f'Prompt "{asked["name"]}" is too long: its last {asked["unread"]} tokens go unread.' if asked["unread"] else ""
-    )
+    unread = ""
+    if asked["unread"]:
+        unread = f'Prompt "{asked["name"]}" is too long: its last {asked["unread"]} tokens go unread.'
     if unread and not quiet and asked["text"] not in told:
         told.add(asked["text"])
         say(unread, "yellow")

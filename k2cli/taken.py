@@ -49,10 +49,8 @@ def gather(paths: Iterable[Path]) -> tuple[dict[Path, Origin], dict[Path, K2Erro
             except K2Error as error:
                 skipped[picture] = error
     if not found:
-        for why in skipped.values():
-            if isinstance(why, TooLong):
-                raise why
-        raise K2Error(f"No picture in {next(iter(paths))} states its prompt.", hint=TELLING)
+        silent = K2Error(f"No picture in {next(iter(paths))} states its prompt.", hint=TELLING)
+        raise next((error for error in skipped.values() if isinstance(error, TooLong)), silent)
     return found, skipped
 
 
