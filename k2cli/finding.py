@@ -80,7 +80,7 @@ def open_projects(
     gone = [name for name in folders if not os.path.exists(name)]  # what most people type first
     said = ((name, name if len(name) < 80 else f"{name[:80]}…") for name in gone)
     wrong = [
-        K2Error(f"There is no project {short}.", hint=prompt_meant_by(name, folders, prompts)) for name, short in said
+        K2Error(f'There is no project "{short}".', hint=prompt_meant_by(name, folders, prompts)) for name, short in said
     ]
     if gone and len(gone) == len(folders):
         raise wrong[0]

@@ -345,7 +345,8 @@ def rerun(
     lone: list[Path] = []
     named = pictures_in(asked, None if check else lone)
     if lone and not quiet:
-        say(f"{len(lone)} left out, picture gone. {brought_back(lone)}", "yellow")
+        gone = "its picture is" if len(lone) == 1 else "their pictures are"
+        say(f"{count_of(len(lone), 'record')} left out, since {gone} gone. {brought_back(lone)}", "yellow")
     if output is not None and len(named) > 1:
         raise typer.BadParameter(f"one file cannot hold {len(named)} pictures", param_hint="--output")
     several, identical = len(named) > 1, 0

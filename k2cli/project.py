@@ -201,7 +201,7 @@ class Project(Folder):
             raise K2Error(f"{where}: nothing in {said} is white.", hint="White is repainted, dark stays as is.")
         if not same_shape(sides, begun):
             raise K2Error(
-                f"{where}: {said} does not have the shape of its init_image.", hint="Draw it on a copy of that."
+                f"{where}: {said} does not have the proportions of its init_image.", hint="Draw it on a copy of that."
             )
         return path
 

@@ -22,7 +22,7 @@ from k2cli.outputs import row_alone
 from k2cli.project import Shot
 from k2cli.settings import as_asked
 from k2cli.tables import LIMIT, PATH, WEIGHT, Place, Toml, between, one_of, read_table
-from k2cli.texts import check_name, relative
+from k2cli.texts import check_name, quote, relative
 from model import picture_file
 from model.errors import K2Error
 from model.hashes import identity, sha256
@@ -288,9 +288,10 @@ def parse(toml: Toml, inside: Inside | None) -> Record:
             hint="Name a picture of the run, or its record; k2 render --resume resumes a run.",
         )
     if "schema" not in table:
-        raise K2Error(
-            f"{toml.label} is not the record of a picture.", hint="Name a picture that k2 made, or its record."
-        )
+        hint = "Name a picture that k2 made, or its record."
+        if table.keys() & {"keywords", "reference", "mix", "lora"}:
+            hint = f"For a style: k2 style show {quote(Path(toml.label).stem)}"
+        raise K2Error(f"{toml.label} is not the record of a picture.", hint=hint)
     if table.get("schema") != SCHEMA or not isinstance(table.get("versions", {}), dict):
         raise K2Error(f"{toml.label} is not a record that this version of k2 reads.", hint=f"It reads schema {SCHEMA}.")
     shot, references = shot_of(table, place, inside)

@@ -66,7 +66,7 @@ class Beginnings:
             return
         if not picture_file.same_shape(sides_of(spec.mask), sides_of(spec.init_image)):
             raise K2Error(
-                f"{spec.mask} does not have the shape of {spec.init_image}.", hint="Draw it on a copy of that."
+                f"{spec.mask} does not have the proportions of {spec.init_image}.", hint="Draw it on a copy of that."
             )
 
     def way(self, specs: Sequence[Settled], noise: Tensor, sigma: float) -> Way:

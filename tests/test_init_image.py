@@ -239,7 +239,7 @@ def test_a_mask_of_another_shape_is_refused_before_anything_is_painted(pipeline,
     side = pipeline.native
     wide = masked(tmp_path / "wide.png", (0, 0, side, side // 2), (2 * side, side))
     specs = [FOX, replace(FOX, init_image=noisy, mask=wide)]
-    with pytest.raises(K2Error, match=r"wide.png does not have the shape of .*noisy"):
+    with pytest.raises(K2Error, match=r"wide.png does not have the proportions of .*noisy"):
         next(pipeline.stream(specs))
     larger = masked(tmp_path / "larger.png", (0, 0, side, side), (2 * side, 2 * side))
     assert pipeline.render([replace(FOX, init_image=noisy, mask=larger)])
@@ -532,7 +532,7 @@ def test_a_record_whose_mask_is_none_or_two_is_refused(begun, k2, said):
         (("--only", "fox", "--mask", "none", "--init-image", ""), "--init-image is empty"),
         (("--only", "fox", "--mask", "refs/dark.png"), "nothing in refs/dark.png is white"),
         (("--only", "fox", "--mask", "refs/green.png"), "nothing in refs/green.png is white"),
-        (("--only", "fox", "--mask", "refs/square.png"), "does not have the shape of its init_image"),
+        (("--only", "fox", "--mask", "refs/square.png"), "does not have the proportions of its init_image"),
     ],
 )
 def test_a_mask_lies_on_its_picture(begun, k2, options, message):

@@ -298,6 +298,15 @@ def test_a_picture_may_be_named_as_its_project_has_it(moody, k2, tmp_path, monke
     assert "cup" in k2(command, file, "--project", "moody").stdout
 
 
+def test_show_of_a_style_file_names_the_command_for_styles(moody, k2):
+    (moody / "styles").mkdir()
+    (moody / "styles/late dusk.toml").write_text('keywords = ["film grain"]\n')
+
+    told = k2("show", "styles/late dusk.toml", code=1).stderr
+
+    assert "is not the record of a picture.\nHint:  For a style: k2 style show 'late dusk'\n" in told
+
+
 @pytest.mark.parametrize("file", ["k2.toml", "outputs/0001-tea/run.toml"])
 def test_what_is_no_record_is_not_shown(moody, k2, file):
     k2("render", "-p", "tea")
@@ -558,7 +567,7 @@ class TestRerun:
         assert "outputs/0001-fox/fox-7.png is gone" in said and "1 of 2 are identical" in said
         again = "To reproduce one, name its record: k2 rerun outputs/0001-fox/fox-7.toml"
         said = k2("rerun", "outputs/0001-fox").stderr
-        assert said == f"1 left out, picture gone. {again}\nIdentical, pixel for pixel.\n"
+        assert said == f"1 record left out, since its picture is gone. {again}\nIdentical, pixel for pixel.\n"
         assert k2("rerun", "outputs/0001-fox", "--quiet").stderr == ""
         shutil.copytree("outputs/0001-fox", "empty")
         Path("empty/fox-8.png").unlink()

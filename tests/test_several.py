@@ -386,7 +386,7 @@ def test_all_that_is_wrong_is_told_before_anything_is_made(three, k2):
 
     said = k2("render", "gone", *NAMES, code=1).stderr
 
-    assert said.count("Error: ") == 3 and "There is no project gone." in said
+    assert said.count("Error: ") == 3 and 'There is no project "gone".' in said
     assert "one/k2.toml" in said and "three/k2.toml" in said and tree(three) == before
     (three / "one" / "k2.toml").write_text("")
     (three / "three" / "k2.toml").write_text("")
@@ -396,7 +396,7 @@ def test_all_that_is_wrong_is_told_before_anything_is_made(three, k2):
     assert k2("render", "a", "red", "fox", code=1).stderr.count("Error: ") == 1
     (three / "bare").mkdir()
     said = k2("render", "gone", "bare", code=1).stderr
-    assert "There is no project gone." in said and "bare is not a project: it has no k2.toml." in said
+    assert 'There is no project "gone".' in said and "bare is not a project: it has no k2.toml." in said
     assert [k2(each, "bare", code=1).stderr.count("Error: ") for each in ("render", "log", "gallery")] == [1, 1, 1]
 
 
