@@ -40,9 +40,9 @@ class Doubts:
             say(f"{among_others(self.job.project.root)}: {doubt}" if named else doubt, "yellow")
 
     def all(self) -> Iterator[str]:
-        """Some prompts will get a picture of something else or hold another tool's syntax; nothing says which variant
-        the weights are; sizes are too far from what the model knows; guidance is to end that never began; beside
-        references and moodboard lie pictures that nothing reads, or that are broken."""
+        """Some prompts will get a picture of something else, name several subjects, or hold another tool's syntax;
+        nothing says which variant the weights are; sizes are too far from what the model knows; guidance is to end
+        that never began; beside references and moodboard lie pictures that nothing reads, or that are broken."""
         job, left = self.job, self.job.left
         used = {each.image.parent for shot in job.shots for style in shot.spec.styles for each in style.references}
         if over := passed_over(job.project.others - used):
@@ -60,12 +60,15 @@ class Doubts:
             yield signs
         if strange := list(dict.fromkeys(shot.given for shot in left if shows_else(shot, job))):
             yield nothing_in(strange)
+        if crowded := {shot.given: None for shot in left if not shows_else(shot, job) and names_several(shot, job)}:
+            yield one_subject(list(crowded))
 
     def of(self, shot: Shot) -> list[str]:
         """Those that concern one picture."""
         signs = read_as_words([shot.given, shot.spec.negative])
         strange = nothing_in([shot.given]) if shows_else(shot, self.job) else ""
-        return [*filter(None, (self._untold, self._far_off(shot), self._never_guided(shot), signs, strange))]
+        crowded = one_subject([shot.given]) if names_several(shot, self.job) else ""
+        return [*filter(None, (self._untold, self._far_off(shot), self._never_guided(shot), signs, strange, crowded))]
 
     @cached_property
     def _untold(self) -> str:
@@ -208,6 +211,22 @@ def shows_else(shot: Shot, job: Job) -> bool:
 @lru_cache(maxsize=1000)  # many pictures share a prompt
 def is_drawn(prompt: str) -> bool:
     return not prompt.strip() or vocabulary().draws(prompt)
+
+
+def names_several(shot: Shot, job: Job) -> bool:
+    """Whether a prompt asks the bundled weights, which learned from single drawings, for several things at once."""
+    return job.model.name == "mini" and not shot.spec.adapters and len(subjects(shot.given)) > 1
+
+
+@lru_cache(maxsize=1000)
+def subjects(prompt: str) -> list[str]:
+    return vocabulary().subjects(prompt)
+
+
+def one_subject(prompts: Sequence[str]) -> str:
+    """That only one of several subjects will be painted, or a mixture of them."""
+    named = f'"{short(prompts[0])}" ({listed(subjects(prompts[0]), 3)})'
+    return f"mini paints one subject per picture; several are named in {listed([named, *prompts[1:]], 1)}"
 
 
 def nothing_in(prompts: Sequence[str]) -> str:

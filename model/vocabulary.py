@@ -16,6 +16,10 @@ from typing import NamedTuple
 
 FOLDER = Path(__file__).parent / "train"
 PLURAL = "(?:s|es)?"  # allowed after a subject's name
+JOINED = re.compile(r"[\s-]+(?:of\s+)?")  # between the words of one thing: "toy car", "bowl of ramen"
+OWN_PHRASE = re.compile(  # the beginning of a noun phrase, up to its noun
+    r"(?i)\b(?:an?|the|his|her|its|their|my|your|some|many|two|three|four|five|and|with)\s+(?:[\w-]+\s+){0,2}\Z"
+)
 HELD_OUT = 40  # one alternative name in this many is held out, to tell understanding from memorising
 
 DRAWINGS: dict[str, tuple[str, ...]] = {  # vector set -> words that captions use for its manner of drawing
@@ -73,13 +77,34 @@ class Vocabulary:
 
     @cached_property
     def _subjects(self) -> re.Pattern[str]:
-        names = {words.lower() for entry in self.entries if entry.kind == "subject" for words in entry.words}
-        found = "|".join(re.escape(name) for name in sorted(names, key=len, reverse=True))
-        return re.compile(rf"(?<!\w)(?:{found}){PLURAL}(?!\w)", re.IGNORECASE)
+        return re.compile(rf"(?<!\w)(?:{self._any('subject')}){PLURAL}(?!\w)", re.IGNORECASE)
+
+    @cached_property
+    def _manners(self) -> re.Pattern[str]:
+        manners = self._any("look", "ground").replace("COLOUR", f"(?:{self._any('colour')})")
+        return re.compile(rf"(?<!\w)(?:{manners})(?!\w)", re.IGNORECASE)
+
+    def _any(self, *kinds: str) -> str:
+        """A pattern for the names of these kinds, the longest first."""
+        names = {words for entry in self.entries if entry.kind in kinds for words in entry.words}
+        return "|".join(re.escape(name) for name in sorted(names, key=len, reverse=True))
 
     def draws(self, prompt: str) -> bool:
         """Whether a prompt names anything that can be drawn."""
         return bool(self._subjects.search(prompt))
+
+    def subjects(self, prompt: str) -> list[str]:
+        """The different things that a prompt asks to be drawn, in its words: the first, and whatever has a noun phrase
+        of its own. Words of looks ("pencil drawing") and in front of another noun ("toy car") do not count."""
+        text = self._manners.sub(lambda manner: "," * len(manner.group()), prompt)
+        found: dict[str, str] = {}
+        for match in self._subjects.finditer(text):
+            after = JOINED.match(text, match.end())
+            if text[match.end() :].startswith("-") or (after and self._subjects.match(text, after.end())):
+                continue
+            if not found or OWN_PHRASE.search(text, 0, match.start()):
+                found.setdefault(self.meaning(match.group())[0].name, match.group())
+        return list(found.values())
 
     def meaning(self, words: str) -> list[Entry]:
         """What some words mean: the entries of that name, else the subjects whose plural they are."""

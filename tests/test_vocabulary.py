@@ -109,6 +109,51 @@ def test_a_render_says_when_there_is_nothing_to_draw(fake, k2, tmp_path, monkeyp
     assert "nothing" not in k2("render", *dry, "-p", "a zebu", "--quiet").stderr
 
 
+@pytest.mark.parametrize(
+    "prompt, named",
+    [
+        ("a cat sitting on a red sofa", ["cat", "sofa"]),
+        ("A Castle at night under the moon", ["Castle", "moon"]),
+        ("a dog and two very small cats", ["dog", "cats"]),
+        ("a cat and a kitten", ["cat"]),  # two names of one subject
+        ("two cats and a cat", ["cats"]),
+        ("a cup of coffee with a cup of coffee", ["cup of coffee"]),
+        ("an orange fox", ["fox"]),  # a colour here, not the fruit
+        ("a toy car", ["car"]),
+        ("a basket of apples", ["apples"]),
+        ("a heart-shaped balloon", ["balloon"]),
+        ("a fox on a brown table, pencil drawing", ["fox"]),  # words of a ground and of a look
+        ("a zebu", []),
+    ],
+)
+def test_subjects_have_noun_phrases_of_their_own(prompt, named):
+    assert vocabulary().subjects(prompt) == named
+
+
+def test_no_single_subject_counts_twice_in_any_look_or_ground():
+    kinds = {
+        kind: [words for entry in vocabulary().entries if entry.kind == kind for words in entry.words]
+        for kind in ("subject", "look", "ground")
+    }
+    for number, name in enumerate(kinds["subject"]):
+        ground = kinds["ground"][number % len(kinds["ground"])].replace("COLOUR", "sky blue")
+        look = kinds["look"][number % len(kinds["look"])]
+        assert len(vocabulary().subjects(f"a picture of a {name} {ground}, made as {look}")) <= 1, (name, ground, look)
+
+
+@pytest.mark.parametrize("dry", [[], ["--dry-run"]])
+def test_several_subjects_are_warned_of(fake, k2, tmp_path, monkeypatch, dry):
+    monkeypatch.chdir(tmp_path)
+    k2("new", "moody")
+    monkeypatch.chdir(tmp_path / "moody")
+    warning = 'mini paints one subject per picture; several are named in "a dog and a cat" (dog, cat)'
+
+    assert f"{warning} and 1 more\n" in k2("render", *dry, "-p", "a dog and a cat", "-p", "a fox in a car").stderr
+    assert "several" not in k2("render", *dry, "-p", "a fox", "-p", "a zebu").stderr
+    lines = k2("render", *dry, "-p", "a dog and a cat", "-p", "a fox", "--batch", "1", "--json").stdout.splitlines()
+    assert [json.loads(line)["warnings"] for line in lines] == [[warning], []]
+
+
 def test_what_an_adapter_or_another_model_may_draw_is_not_doubted(moody):
     spec = RenderSpec("a zebu")
 
