@@ -183,8 +183,9 @@ def carry(
             if on_saved:
                 on_saved(saved)
             if done == 1 and not quiet:
-                for lora in saved.record.get("lora") or ():
-                    say(matched(lora), "yellow" if is_doubtful(lora) else "dim")
+                loras = {matched(lora): is_doubtful(lora) for lora in saved.record.get("lora") or ()}
+                for line, doubtful in loras.items():  # once, though several styles share it
+                    say(line, "yellow" if doubtful else "dim")
             doubted = doubts.of(shots[saved.stem]) if as_json else []
             tell(saved, told, of[done - 1], doubted, as_json=as_json, quiet=quiet)
             kept_back += bool(saved.record["blocked"])
@@ -209,7 +210,7 @@ def tell(saved: Saved, told: set[str], of: list[int], doubted: Sequence[str], *,
     if blocked:
         say(f'Blocked by the output filter "{blocked["filter"]}": {short_path(saved.path)}', "yellow")
     if as_json:
-        loras = [f"{matched(lora)}." for lora in saved.record.get("lora") or () if is_doubtful(lora)]
+        loras = {f"{matched(lora)}.": None for lora in saved.record.get("lora") or () if is_doubtful(lora)}
         beside = {"of": of, "warnings": [*doubted, *loras, *filter(None, [unread])]}
         result(to_json({"file": None if blocked else short_path(saved.path), **saved.record, **beside}))
     elif not blocked:

@@ -202,6 +202,9 @@ def test_a_lora_is_said_recorded_and_made_again(den, k2):
     save_file({f"{module}.{part}": tensor + 0 for module in modules for part, tensor in pair.items()}, inks)
     mostly_foreign = k2("render", "--only", "fox", "--batch", "1", "--style", "ink=1", "--json")
     assert json.loads(mostly_foreign.stdout)["warnings"] == ["ink.safetensors: 1 of 3 modules matched."]
+    (den / "styles" / "wash.toml").write_text('lora = "ink.safetensors"\n')
+    shared = k2("render", "--only", "fox", "--batch", "1", "--style", "ink=1", "--style", "wash=0.5")
+    assert shared.stderr.count("1 of 3 modules matched") == 1
     before = tree(den)
     assert "foreign.safetensors" in k2("render", "--style", "foreign=1", code=1).stderr
     assert tree(den) == before
