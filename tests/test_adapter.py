@@ -1,4 +1,4 @@
-"""LoRA training: it learns what it is shown, on a base in any precision, and what it writes is read everywhere."""
+"""LoRA training learns the pictures it is given, on a base in any precision, and its files are read everywhere."""
 
 from __future__ import annotations
 
@@ -73,11 +73,11 @@ def pictures(tmp_path) -> Path:
         ("3f2504e0-4f89-11d3-9a0c-0305e82c3301", ""),
     ],
 )
-def test_a_files_name_as_words(stem, words):
+def test_captions_from_file_names(stem, words):
     assert words_of(stem) == words
 
 
-def test_captions_come_from_beside_or_from_the_name(pictures):
+def test_captions_come_from_text_files_or_file_names(pictures):
     found = read_folder(pictures, trigger="dusk style")
 
     assert len(found) == 10 and found == sorted(found, key=lambda picture: picture.path)
@@ -85,40 +85,40 @@ def test_captions_come_from_beside_or_from_the_name(pictures):
     assert captions["red-fox_0.png"] == captions["red-fox_9.png"] == "red fox, dusk style"
     assert captions["red-fox_3.png"] == "an owl, at night, dusk style"
     (pictures / "red-fox_3.txt").write_text("Dusk style of an owl")
-    assert read_folder(pictures, trigger="dusk style")[4].caption == "Dusk style of an owl"  # said already
+    assert read_folder(pictures, trigger="dusk style")[4].caption == "Dusk style of an owl"  # it is there already
     assert about_captions(pictures, found) == "1 caption from text files, 9 captions from file names"
-    (pictures / "red-fox_3.txt").rename(pictures / "red-fox_3.TXT")  # as an old camera's card has it
+    (pictures / "red-fox_3.txt").rename(pictures / "red-fox_3.TXT")  # as on an old camera's memory card
     assert read_folder(pictures)[4].caption == "Dusk style of an owl"
     assert about_captions(pictures, found) == "1 caption from text files, 9 captions from file names"
     (pictures / "red-fox_3.TXT").unlink()
     (pictures / "red-fox_3.txt").write_text("")
     assert read_folder(pictures)[4].caption == ""
-    (pictures / "red-fox_3.txt").write_text("an owl", "utf-8-sig")  # as Windows' editor writes it
+    (pictures / "red-fox_3.txt").write_text("an owl", "utf-8-sig")  # as Windows' own editor writes it
     assert read_folder(pictures)[4].caption == "an owl"
 
 
 @pytest.mark.parametrize(
     ("caption", "joined"),
     [
-        ("pink flower", "pink flower, ink"),  # which says no "ink"
+        ("pink flower", "pink flower, ink"),  # does not contain the word "ink"
         ("Ink, on paper", "Ink, on paper"),
         ("a flower,", "a flower, ink"),
         (", ", "ink"),
         ("", "ink"),
     ],
 )
-def test_a_trigger_joins_a_caption_that_does_not_say_it(caption, joined):
+def test_trigger_is_added_to_captions_that_lack_it(caption, joined):
     assert join(caption, "ink") == joined
     assert join(caption, "") == caption
 
 
 @pytest.mark.parametrize(("there", "asked"), [("NFD", "NFC"), ("NFC", "NFD")])
-def test_a_trigger_is_said_however_its_accents_are_composed(there, asked):
-    """A Mac takes names of files apart, which are captions."""
+def test_trigger_is_recognised_in_any_unicode_form(there, asked):
+    """macOS decomposes accents in file names, which become captions."""
     caption = unicodedata.normalize(there, "fox, café look")
 
     assert join(caption, unicodedata.normalize(asked, "café look")) == caption
-    assert join(caption, "cafe") == f"{caption}, cafe"  # another word
+    assert join(caption, "cafe") == f"{caption}, cafe"  # a different word
 
 
 @pytest.mark.parametrize(
@@ -130,17 +130,17 @@ def test_a_trigger_is_said_however_its_accents_are_composed(there, asked):
         ("over the far away sea in a night look", "over the far away, night look"),
     ],
 )
-def test_a_caption_that_is_too_long_is_cut_before_its_trigger(caption, read):
+def test_long_captions_are_cut_but_keep_their_trigger(caption, read):
     assert shortened(caption, "night look", lambda text: max(0, len(text.split()) - 6)) == read
 
 
-def test_a_jpeg_teaches_however_it_is_called(pictures):
+def test_jfif_files_are_training_pictures(pictures):
     Image.new("RGB", (64, 64), "teal").save(pictures / "a teal square.JFIF", "JPEG")
 
     assert len(read_folder(pictures)) == 11
 
 
-def test_captions_that_are_not_read_are_told(pictures):
+def test_unused_caption_files_are_reported(pictures):
     for name in ("metadata.jsonl", "red-fox_1.caption", "red-fox_33.txt"):
         (pictures / name).write_text("a fox")
     (pictures / "red-fox_1.png").rename(pictures / "IMG_0001.png")
@@ -152,7 +152,7 @@ def test_captions_that_are_not_read_are_told(pictures):
     assert told == f"{counts}; not read as captions: {others}"
 
 
-def test_contact_sheets_teach_nothing(pictures):
+def test_contact_sheets_are_not_training_pictures(pictures):
     before = read_folder(pictures)
     (pictures / "run.toml").write_text("")
     for name in ("sheet.png", "sheet.2.png"):
@@ -161,8 +161,8 @@ def test_contact_sheets_teach_nothing(pictures):
     assert read_folder(pictures.parent) == before
 
 
-def test_what_is_hidden_teaches_nothing(pictures):
-    """A Mac lays ._a.png, which is no picture, beside each that it copies to a stick or a share."""
+def test_hidden_files_and_folders_are_skipped(pictures):
+    """macOS puts ._a.png, which is not a picture, beside each one that it copies to a USB stick or a network share."""
     before = read_folder(pictures)
     (pictures / ".thumbnails").mkdir()
     for name in ("._red-fox_0.png", ".thumbnails/a.png"):
@@ -171,7 +171,7 @@ def test_what_is_hidden_teaches_nothing(pictures):
     assert read_folder(pictures) == before
 
 
-def test_what_a_project_made_teaches_nothing(pictures):
+def test_a_projects_own_output_is_skipped(pictures):
     before = read_folder(pictures)
     for name in ("outputs/0001-fox", "gallery/pictures", ".runs/pictures"):
         (pictures / name).mkdir(parents=True)
@@ -180,14 +180,14 @@ def test_what_a_project_made_teaches_nothing(pictures):
 
     (pictures / "k2.toml").write_text("")
     assert read_folder(pictures) == before
-    assert len(read_folder(pictures / "outputs")) == 1  # which is asked for
+    assert len(read_folder(pictures / "outputs")) == 1  # asked for explicitly
 
 
-def test_folders_that_teach_nothing(tmp_path, pictures):
+def test_unusable_training_folders_are_refused(tmp_path, pictures):
     (tmp_path / "empty").mkdir()
     with pytest.raises(K2Error, match="holds no pictures"):
         read_folder(tmp_path / "empty")
-    (tmp_path / "empty" / "linked").symlink_to(tmp_path)  # whose pictures lie further down
+    (tmp_path / "empty" / "linked").symlink_to(tmp_path)  # its pictures lie further down
     with pytest.raises(K2Error, match="holds no pictures") as error:
         read_folder(tmp_path / "empty")
     assert error.value.hint == "Passed over: links to folders, which are not followed (linked)."
@@ -238,7 +238,7 @@ def stage(network: Krea2, **changes: object) -> Adapting:
 
 
 def test_ten_pictures_are_learned(tmp_path):
-    """On a network of random weights, by layers inside its blocks alone: the loss falls to less than half."""
+    """On a network of random weights, training only layers inside its blocks: the loss falls to less than half."""
     made = stage(random_model(TINY), steps=150, rank=16, batch=8, repeats=2, lr=1e-2)
     probe = [made.batch(step) for step in range(1000, 1016)]
 
@@ -254,7 +254,7 @@ def test_ten_pictures_are_learned(tmp_path):
     assert loss() < 0.5 * before
 
 
-def test_the_first_step_sees_the_base_as_it_is(tmp_path):
+def test_lora_changes_nothing_before_its_first_step(tmp_path):
     model = random_model(TINY)
     given = inputs(TINY)
     with torch.no_grad():
@@ -266,13 +266,13 @@ def test_the_first_step_sees_the_base_as_it_is(tmp_path):
         assert not torch.equal(model(*given), before)
 
 
-def test_shapes_come_as_often_as_they_have_pictures():
+def test_shapes_are_drawn_in_proportion_to_their_pictures():
     made = stage(random_model(TINY))
     wide = sum(made.batch(step)["latents"].shape[2:] == (4, 8) for step in range(300))
-    assert 0.14 < wide / 300 < 0.26  # two of ten
+    assert 0.14 < wide / 300 < 0.26  # two pictures of ten
 
 
-def test_a_picture_does_not_see_how_long_the_others_captions_are(monkeypatch):
+def test_loss_does_not_depend_on_other_captions_lengths(monkeypatch):
     made, rows = stage(random_model(TINY), mu=0.0, drop=0.0), iter([slice(0, 2), slice(0, 1), slice(1, 2)])
     model = made.network.config
     tokens, noise = torch.randn(2, 2, 16, model.token_dim)
@@ -286,13 +286,13 @@ def test_a_picture_does_not_see_how_long_the_others_captions_are(monkeypatch):
     torch.testing.assert_close(both, sum(alone) / 2)
 
 
-def test_few_pictures_are_shown_without_their_caption():
+def test_about_a_tenth_of_captions_is_dropped():
     made = stage(random_model(TINY), batch=8)
     rows = [row for step in range(50) for row in made.batch(step)["embeds"]]
     assert 0.05 < sum(row is made.material.nothing for row in rows) / len(rows) < 0.15
 
 
-def test_noise_levels_are_raws_own_for_the_number_of_image_tokens():
+def test_mu_defaults_to_raws_for_the_image_token_count():
     model, tokens = random_model(TINY), 8 * 8 // TINY.patch**2
     losses = []
     for mu in (None, raw_mu(tokens), 0.0):
@@ -313,7 +313,7 @@ def gradients(made: Adapting, batch: int = 0) -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize("precision", ["int8", "fp8"])
-def test_a_base_in_8_bits_gives_the_dequantised_bases_gradients(tmp_path, precision):
+def test_8_bit_base_gives_the_dequantised_bases_gradients(tmp_path, precision):
     save(tmp_path / "wide.safetensors", random_model(TINY).state_dict(), {})
     small, _ = load_dit(tmp_path / "wide.safetensors", precision=precision)
     plain = Krea2(TINY)
@@ -328,14 +328,14 @@ def test_a_base_in_8_bits_gives_the_dequantised_bases_gradients(tmp_path, precis
         assert relative_error(gradient, theirs[name]) < 1e-5, name
 
 
-def test_blocks_worked_out_again_give_the_same_gradients():
+def test_recomputing_gives_the_same_gradients():
     kept, again = stage(random_model(TINY)), stage(random_model(TINY), recompute=True)
     first, second = gradients(kept), gradients(again)
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
-def test_recomputing_keeps_less():
-    """Bytes that autograd keeps between the way there and the way back, for a network of eight blocks."""
+def test_recomputing_saves_memory():
+    """Bytes that autograd keeps between forward and backward pass, for a network of eight blocks."""
 
     def kept(network: Krea2) -> int:
         total = 0
@@ -356,8 +356,8 @@ def test_recomputing_keeps_less():
     assert kept(lean) < kept(whole) / 4
 
 
-def test_an_8_bit_base_keeps_no_wide_copies(tmp_path):
-    """What autograd keeps of a frozen layer in 8 bits is that layer."""
+def test_8_bit_base_keeps_no_wide_copies(tmp_path):
+    """Autograd keeps a frozen 8-bit layer's weights in 8 bits."""
     save(tmp_path / "wide.safetensors", random_model(TINY).state_dict(), {})
     small, _ = load_dit(tmp_path / "wide.safetensors", precision="int8")
     kept: list[Tensor] = []
@@ -368,7 +368,7 @@ def test_an_8_bit_base_keeps_no_wide_copies(tmp_path):
     assert {t.dtype for t in kept if tuple(t.shape) in matrices} == {torch.int8}
 
 
-def test_recipes_that_cannot_be_followed():
+def test_invalid_recipes_name_the_wrong_key():
     for wrong in (
         {"layers": "head"},
         {"rank": 0},
@@ -384,7 +384,7 @@ def test_recipes_that_cannot_be_followed():
             replace(RECIPE, **wrong)
 
 
-# ---- what is written --------------------------------------------------------------------------------------------
+# ---- the written file -------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -407,7 +407,7 @@ def written(tmp_path, halves) -> Path:
     return tmp_path / "dusk.safetensors"
 
 
-def test_read_back_it_is_the_same(written, halves, model):
+def test_lora_reads_back_unchanged(written, halves, model):
     adapter = read_lora(written, model)
     assert not adapter.unmatched and set(adapter.layers) == set(halves.names)
     for name, pair in halves.pairs().items():
@@ -416,8 +416,8 @@ def test_read_back_it_is_the_same(written, halves, model):
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_it_survives_every_layout(tmp_path, written, halves, model, layout):
-    """Read from ours, written in a trainer's, read from there, written in ours: still the very same numbers."""
+def test_lora_survives_every_layout(tmp_path, written, halves, model, layout):
+    """Our file, read, written in a trainer's layout, read again and written in ours: exactly the same numbers."""
     first = read_lora(written, model)
     pairs = {name: (pair.down, pair.up) for name, pair in first.layers.items()}
     between = read_lora(write_state(tmp_path, LAYOUTS[layout](pairs), "between.safetensors"), model)
@@ -428,7 +428,7 @@ def test_it_survives_every_layout(tmp_path, written, halves, model, layout):
     assert ours.keys() == again.keys() and all(torch.equal(ours[name], again[name]) for name in ours)
 
 
-def test_scales_go_into_the_file(tmp_path, halves, model):
+def test_scales_are_folded_into_the_weights(tmp_path, halves, model):
     doubled = {name: LowRank(pair.down, pair.up, scale=2.0) for name, pair in halves.pairs().items()}
     write(tmp_path / "doubled.safetensors", doubled, TINY.blocks, {})
     read = read_lora(tmp_path / "doubled.safetensors", model)
@@ -436,7 +436,7 @@ def test_scales_go_into_the_file(tmp_path, halves, model):
 
 
 @torch.no_grad()
-def test_diffusers_answers_the_same(tmp_path, written, model):
+def test_diffusers_gives_the_same_output(tmp_path, written, model):
     pytest.importorskip("peft", reason="diffusers loads LoRA through peft")
     diffusers = pytest.importorskip("diffusers")
     other = reference(model)
@@ -457,7 +457,7 @@ def test_diffusers_answers_the_same(tmp_path, written, model):
 # ---- from a folder to pictures ----------------------------------------------------------------------------------
 
 
-def test_from_a_folder_to_raw_and_turbo(tmp_path, pictures, tiny, monkeypatch):  # noqa: F811
+def test_lora_from_a_folder_works_on_raw_and_turbo(tmp_path, pictures, tiny, monkeypatch):  # noqa: F811
     monkeypatch.setattr(states, "RUNS", tmp_path / "runs")
     lines: list[str] = []
     recipe = replace(RECIPE, pictures=str(pictures), trigger="dusk style", size=64, mirror=True)
@@ -474,7 +474,7 @@ def test_from_a_folder_to_raw_and_turbo(tmp_path, pictures, tiny, monkeypatch): 
     assert sum(len(of) for _, of in done.stage.material.latents.values()) == 20  # mirrored
     assert "dusk: 2 captions from text files, 8 captions from file names" in lines
     told = [line for line in lines if "Passed over" in line]
-    assert told == ["Passed over: links to folders, which are not followed (linked)."]  # "more" is learned
+    assert told == ["Passed over: links to folders, which are not followed (linked)."]  # "more" is read
     assert "dusk: 1 caption too long, cut to 507 tokens" in lines
     assert path == tmp_path / "runs" / "dusk" / "dusk.safetensors" and any("10 pictures" in line for line in lines)
     about = open_checkpoint(path).metadata
@@ -498,8 +498,8 @@ def test_from_a_folder_to_raw_and_turbo(tmp_path, pictures, tiny, monkeypatch): 
         )
 
 
-def test_it_goes_on_where_it_was_stopped(tmp_path, pictures, tiny, monkeypatch):  # noqa: F811
-    """A finished run is not trained again; one that was cut short ends as one that was not."""
+def test_training_resumes_where_it_was_interrupted(tmp_path, pictures, tiny, monkeypatch):  # noqa: F811
+    """An interrupted run, once resumed, ends with the same weights as an uninterrupted one."""
     recipe = replace(RECIPE, pictures=str(pictures), size=64)
     monkeypatch.setattr(states, "RUNS", tmp_path / "straight")
     straight = load_file(main(recipe, "cpu", lambda line: None).result)
@@ -521,8 +521,8 @@ def test_it_goes_on_where_it_was_stopped(tmp_path, pictures, tiny, monkeypatch):
     assert all(torch.equal(straight[name], again[name]) for name in straight)
 
 
-def test_a_finished_one_is_left_as_it_is(tmp_path, pictures, tiny, monkeypatch):  # noqa: F811
-    """Pictures remember it by its hash. What is missing is written, from the state."""
+def test_a_finished_run_is_left_alone(tmp_path, pictures, tiny, monkeypatch):  # noqa: F811
+    """Records know its file by its hash. A missing file is written again, from the saved state."""
     monkeypatch.setattr(states, "RUNS", tmp_path / "runs")
     recipe = replace(RECIPE, pictures=str(pictures), size=64)
     path = main(recipe, "cpu", lambda line: None).result
@@ -538,8 +538,8 @@ def test_a_finished_one_is_left_as_it_is(tmp_path, pictures, tiny, monkeypatch):
     assert path.read_bytes()[-1000:] == before[path.name][0][-1000:]
 
 
-def test_it_goes_on_with_a_base_as_it_was_held(tmp_path, pictures, tiny, monkeypatch):  # noqa: F811
-    """However much memory is free by then; a recipe that says otherwise is followed."""
+def test_resume_uses_the_same_precision_as_before(tmp_path, pictures, tiny, monkeypatch):  # noqa: F811
+    """However much memory is free by then, unless the recipe names another precision."""
     monkeypatch.setattr(states, "RUNS", tmp_path / "runs")
     recipe, plan, said = replace(RECIPE, pictures=str(pictures), size=64, steps=1), adapter.plan_on, []
 
@@ -557,7 +557,7 @@ def test_it_goes_on_with_a_base_as_it_was_held(tmp_path, pictures, tiny, monkeyp
     assert changes == ["steps 1 → 2", "steps 2 → 3, precision int8 → native"]
 
 
-def test_what_may_not_change_is_said_before_anything_is_worked_out(tmp_path, pictures, tiny, monkeypatch):  # noqa: F811
+def test_forbidden_recipe_changes_fail_before_encoding(tmp_path, pictures, tiny, monkeypatch):  # noqa: F811
     monkeypatch.setattr(states, "RUNS", tmp_path / "runs")
     recipe = replace(RECIPE, pictures=str(pictures), size=64, steps=1)
     main(recipe, "cpu", lambda line: None)
@@ -568,8 +568,8 @@ def test_what_may_not_change_is_said_before_anything_is_worked_out(tmp_path, pic
             main(replace(recipe, **change), "cpu", lambda line: None)
 
 
-def test_on_the_command_line(tmp_path, pictures, tiny, k2, monkeypatch):  # noqa: F811
-    """A folder is a recipe; what it gives becomes a style by the command that it names."""
+def test_k2_train_on_the_command_line(tmp_path, pictures, tiny, k2, monkeypatch):  # noqa: F811
+    """A folder can stand in for a recipe; the LoRA becomes a style by the command that is printed."""
     monkeypatch.chdir(tmp_path)
     done = k2("train", "pictures", "--model", "tiny", "--trigger", "dusk style", "--steps", "2")
 
@@ -610,19 +610,19 @@ def test_on_the_command_line(tmp_path, pictures, tiny, k2, monkeypatch):  # noqa
     assert "holds no pictures" in k2("train", "none", code=1).stderr
 
 
-def test_a_model_that_is_not_here(tmp_path, pictures, tiny):  # noqa: F811
+def test_missing_model_names_the_pull_command(tmp_path, pictures, tiny):  # noqa: F811
     with pytest.raises(K2Error, match="no raw checkpoint") as error:
         main(replace(RECIPE, pictures=str(pictures), model="krea-2"), "cpu", lambda line: None)
     assert "k2 models pull krea-2-raw" in error.value.hint
 
 
-def test_a_rank_that_could_not_be_read_back_is_refused(pictures, tiny):  # noqa: F811
+def test_a_rank_too_large_to_read_back_is_refused(pictures, tiny):  # noqa: F811
     width = Pipeline.load("tiny", device="cpu").dit.config.width
     with pytest.raises(K2Error, match="too large to be read back") as error:
         main(replace(RECIPE, pictures=str(pictures), rank=width + 1), "cpu", lambda line: None)
     assert f"At most {width}" in error.value.hint
 
 
-def test_pictures_are_named_in_the_manifest(pictures):
+def test_manifest_lists_caption_and_hash(pictures):
     (entry, *_) = adapter.manifest([Captioned(pictures / "red-fox_0.png", "a fox")])
     assert entry["caption"] == "a fox" and entry["sha256"] == sha256(pictures / "red-fox_0.png")

@@ -1,4 +1,4 @@
-"""What the autoencoder's training asks for: edges in their places, grain in its strength."""
+"""What the autoencoder's training loss asks for: edges in the right place, grain of the right strength."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from torch.distributions import Normal, kl_divergence
 from model.train.autoencoder import NARROW, WIDE, Recipe, loss, measure, spectra
 from model.vae import VAEConfig
 
-GRAIN = 0.2  # its standard deviation, pictures being -1 ... 1
+GRAIN = 0.2  # its standard deviation, where pictures are -1 ... 1
 GREY = torch.zeros(4, 3, 64, 64)
 
 
 class Decoded:
-    """An autoencoder whose decoder says what it is told to."""
+    """An autoencoder whose decoder returns given pictures."""
 
     mean, std = torch.zeros(1, 16, 1, 1), torch.ones(1, 16, 1, 1)
 
@@ -55,12 +55,12 @@ def repeated(cell):
     return (GRAIN * cell / cell.std()).repeat(4, 3, 8, 8)
 
 
-def test_grain_elsewhere_is_better_than_none_and_than_what_only_looks_as_strong():
+def test_other_grain_costs_less_than_none_or_imitations():
     real, other = noise(1), noise(2)
     dot = torch.zeros(8, 8)
     dot[3, 5] = 1
     tile = torch.randn(8, 8, generator=torch.Generator().manual_seed(3))
-    net = (noise(2).abs() - noise(2).abs().mean()) * GRAIN / noise(2).abs().std()  # as white, but no noise
+    net = (noise(2).abs() - noise(2).abs().mean()) * GRAIN / noise(2).abs().std()  # just as white, but not noise
 
     costs = {
         name: cost(decoded, real, grainy=True, texture=0.05)
@@ -77,7 +77,7 @@ def test_grain_elsewhere_is_better_than_none_and_than_what_only_looks_as_strong(
     assert costs["real"] < costs["other"] < min(costs[name] for name in ("none", "dots", "tiles", "net")), costs
 
 
-def test_what_is_not_grain_belongs_in_its_place():
+def test_everything_but_grain_must_be_in_its_place():
     real, other = noise(1), noise(2)
     edge = torch.cat((GREY[..., :32], GREY[..., 32:] + 0.5), -1)
 
@@ -95,8 +95,8 @@ def test_latents_cost_their_divergence_from_a_unit_gaussian(mean, logvar):
     assert found.item() == pytest.approx(0.5 * kl_divergence(latents, Normal(0.0, 1.0)).item(), rel=1e-5)
 
 
-def test_channels_are_scaled_half_way_to_one_another():
-    """Of deviations 1 and 9, their mean 5: what is left is the root of their ratio, not the ratio and not 1."""
+def test_channel_scales_are_equalised_halfway():
+    """For deviations 1 and 9, with mean 5, the remaining ratio is the root of the original one, neither that nor 1."""
     vae = Decoded(GREY)
     vae.config = VAEConfig()
     vae.moments = lambda images: (images[:, :2] * torch.tensor([1.0, 9.0])[:, None, None] + 3, None)

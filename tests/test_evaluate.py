@@ -1,4 +1,4 @@
-"""The figures that the weights are judged by, where the answer is known."""
+"""The figures that weights are judged by, on cases with a known answer."""
 
 import numpy as np
 import pytest
@@ -24,8 +24,8 @@ def test_frechet_distance_of_gaussians_in_closed_form():
     assert frechet(a, b) == pytest.approx(frechet(b, a))
 
 
-def test_frechet_distance_sees_what_hangs_together():
-    """The same spread along every axis, once independent and once not: only the covariance tells."""
+def test_frechet_distance_sees_correlations():
+    """The same spread along every axis, once independent and once not: only the covariance differs."""
     a = RNG.standard_normal((20_000, 2))
     b = a[:, [0, 0]]
 
@@ -33,7 +33,7 @@ def test_frechet_distance_sees_what_hangs_together():
 
 
 def test_the_kernel_distance_of_small_sets_is_unbiased():
-    """Of one kind it is 0 in the mean, where the Fréchet distance is as large as the sets are small."""
+    """For sets of one kind its mean is 0, while the Fréchet distance is the larger the smaller the sets are."""
     sets = RNG.standard_normal((40, 2, 60, 24))
     same = np.array([kernel_distance(a, b) for a, b in sets])
     moved = np.array([kernel_distance(a, b + 0.3) for a, b in sets])
@@ -42,8 +42,8 @@ def test_the_kernel_distance_of_small_sets_is_unbiased():
     assert np.mean([frechet(a, b) for a, b in sets]) > 5
 
 
-def test_pictures_of_the_same_captions_are_no_nearer_than_others():
-    """A picture is like the real one of its caption; that alone is no difference below none."""
+def test_shared_captions_do_not_lower_the_kernel_distance():
+    """A picture is like the real one with its caption; that alone must not make the distance less than none."""
     captions = RNG.standard_normal((40, 1, 60, 24))
     same = np.array([kernel_distance(a, b) for a, b in captions + 0.5 * RNG.standard_normal((40, 2, 60, 24))])
 
@@ -56,7 +56,7 @@ def test_spread_is_the_mean_distance_within_a_group():
     assert spread(found, 2).tolist() == [5, 0]
 
 
-def test_a_picture_is_read_by_its_nearest_name():
+def test_pictures_are_read_by_their_nearest_name():
     torch.manual_seed(0)
     judge = Judge(JudgeConfig(("ant", "bee", "cat"))).eval()
     with torch.inference_mode():
@@ -68,8 +68,8 @@ def test_a_picture_is_read_by_its_nearest_name():
     assert len(retrieval(judge, pictures, ["ant", "bee"], ["ant", "bee"])) == 2
 
 
-def test_the_judge_in_the_box_is_the_one_that_the_card_names():
-    """And it only evaluates; its words are those that it was trained with: a cat is nearest to a cat."""
+def test_bundled_judge_is_the_one_in_the_model_card():
+    """It only evaluates, and its words are those that it was trained with: a cat is nearest to a cat."""
     file = BOX / f"judge-{EVALUATION}.safetensors"
     assert f"`{sha256(file)[:16]}…`" in (BOX / "README.md").read_text("utf-8")
     assert open_checkpoint(file).metadata["training"]["seed"] == EVALUATION

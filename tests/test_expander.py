@@ -1,4 +1,4 @@
-"""Looks that cost the subject are found, and only those."""
+"""The expander finds the looks that cost the subject, and only those."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from model.train.looks import DRAWINGS, MEDIA
 
 @pytest.fixture()
 def drawn(monkeypatch):
-    """Pictures are their specs; a judge reads every subject but in neon and in stencils."""
+    """Pictures are their specs; the judge reads every subject except in neon and in stencils."""
     specs = []
 
     def read(judge, pictures, subjects, among):
@@ -26,7 +26,7 @@ def drawn(monkeypatch):
     return specs
 
 
-def test_what_costs_the_subject_is_only_for_those_who_ask(drawn):
+def test_looks_that_cost_the_subject_are_only_used_on_request(drawn):
     catalog = SimpleNamespace(subjects={name: None for name in ("fox", "owl", "apple", "car")})
     table = expander.measure(None, None, catalog, 3)
 

@@ -1,4 +1,4 @@
-"""GRPO: its sampler, its ratios and its rewards' arithmetic, and a flow whose mean is known and must move."""
+"""GRPO: its sampler, ratios and reward arithmetic, and a flow whose mean is known and must move."""
 
 import math
 from types import SimpleNamespace
@@ -41,12 +41,12 @@ def noise(count, seed=0):
     ("keys", "message"),
     [({"group": 1}, "group must be at least 2"), ({"gates": {"stlye": "subject"}}, '"stlye" is gated')],
 )
-def test_a_recipe_from_which_nothing_would_be_learned_is_refused(keys, message):
+def test_recipes_that_would_learn_nothing_are_refused(keys, message):
     with pytest.raises(K2Error, match=message):
         Recipe(**{**PLAIN, "weights": {"subject": 1.0, "style": 1.0}, **keys})
 
 
-def test_without_noise_it_is_euler_bit_for_bit():
+def test_rollout_without_noise_is_euler_bit_for_bit():
     field, levels = Gaussian((0.7, -0.2)), torch.tensor(SIGMAS)
     start = noise(64)
     by_euler = euler(lambda tokens, step: field(tokens, levels[step].expand(64)), start, SIGMAS)
@@ -59,7 +59,7 @@ def test_without_noise_it_is_euler_bit_for_bit():
 
 
 def test_stochastic_steps_keep_the_distribution():
-    """The stochastic equation has the flow's marginals: mean and deviation end as the data's, many steps through."""
+    """The stochastic equation has the flow's marginals: after many steps, mean and deviation are those of the data."""
     field, start, sigmas = Gaussian((1.0, -1.0)), noise(20_000), shifted_sigmas(80, 0.0)
     end, made = rollout(field, start, sigmas, range(1, 79), 0.7, torch.Generator().manual_seed(1))
 
@@ -68,7 +68,7 @@ def test_stochastic_steps_keep_the_distribution():
     assert end.std(0).mean().item() == pytest.approx(0.3, abs=0.03)
 
 
-def test_the_step_is_the_papers():
+def test_sde_step_is_the_papers():
     x, v = torch.tensor([[[0.4]]]), torch.tensor([[[-0.3]]])
     mean, std = sde_step(x, v, 0.6, 0.5, 0.7)
 
@@ -82,13 +82,13 @@ def test_the_first_step_is_finite():
     assert mean.isfinite().all() and 0 < std < 2
 
 
-def test_log_probabilities_are_gaussian_means_over_numbers():
+def test_log_probabilities_are_gaussian_and_averaged():
     after, mean = noise(5), noise(5, 1)
     expected = torch.distributions.Normal(mean, 0.4).log_prob(after).mean((1, 2))
     torch.testing.assert_close(log_prob(after, mean, 0.4), expected)
 
 
-def test_on_policy_the_ratio_is_exactly_one():
+def test_the_ratio_is_exactly_one_on_policy():
     field = Gaussian((0.3, 0.1))
     _, made = rollout(field, noise(16), SIGMAS, {2, 5}, 0.7, torch.Generator().manual_seed(1))
     loss, figures = policy_loss(field, made, torch.ones(16), 0.7, SIGMAS[1], 1e-4)
@@ -99,8 +99,8 @@ def test_on_policy_the_ratio_is_exactly_one():
     assert policy_loss(field, made, torch.ones(16), 0.7, SIGMAS[1], 1e-4)[1]["ratio"].item() > 0
 
 
-def test_beyond_trust_there_is_nothing_more_to_gain():
-    """Once a ratio has moved the way its advantage asks for, further than trusted, its gradient is zero."""
+def test_ratios_beyond_trust_have_no_gradient():
+    """Once a ratio has moved in its advantage's direction, further than trusted, its gradient is zero."""
     field = Gaussian((0.3, 0.1))
     _, made = rollout(field, noise(16), SIGMAS, {2}, 0.7, torch.Generator().manual_seed(1))
     with torch.no_grad():
@@ -114,7 +114,7 @@ def test_beyond_trust_there_is_nothing_more_to_gain():
     assert field.mean.grad.abs().max() > 0
 
 
-def test_rewards_of_any_scale_weigh_what_their_weights_say():
+def test_a_rewards_scale_does_not_change_its_weight():
     generator = torch.Generator().manual_seed(0)
     one, other = torch.rand(6, 8, generator=generator), torch.rand(6, 8, generator=generator)
     weights = {"one": 1.0, "other": 0.5}
@@ -140,7 +140,7 @@ def test_groups_without_variance_are_dropped():
     assert (none == 0).all() and not counts.any()
 
 
-def test_a_gate_makes_a_reward_worth_nothing():
+def test_a_closed_gate_makes_a_reward_worthless():
     style, subject = torch.tensor([[0.9, 0.8, 0.1, 0.2]]), torch.tensor([[0.0, 1.0, 1.0, 1.0]])
     free, _ = advantages({"style": style, "subject": subject}, {"style": 1.0})
     gated, _ = advantages({"style": style, "subject": subject}, {"style": 1.0}, {"style": "subject"})
@@ -148,8 +148,8 @@ def test_a_gate_makes_a_reward_worth_nothing():
     assert free[0].argmax() == 0 and gated[0].argmin() == 0 and gated[0].argmax() == 1
 
 
-def test_one_lucky_picture_does_not_rule():
-    """By a reward that tells in one group of 200, beside one that hardly counts and tells in all."""
+def test_one_lucky_picture_does_not_dominate():
+    """One reward differs only within one group of 200; another, which hardly counts, differs within all."""
     seldom, always = torch.zeros(200, 8), torch.rand(200, 8, generator=torch.Generator().manual_seed(0))
     seldom[0, 0] = 1.0
     found, _ = advantages({"seldom": seldom, "always": always}, {"seldom": 1.0, "always": 0.05})
@@ -159,7 +159,7 @@ def test_one_lucky_picture_does_not_rule():
 
 @pytest.fixture(scope="module")
 def policy(tmp_path_factory):
-    """The stage, whose only reward counts as far as another is won."""
+    """The stage; its only reward is gated by another."""
     folder = tmp_path_factory.mktemp("data")
     (folder / "manifest.toml").touch()
     keys = {"weights": {"style": 1.0}, "gates": {"style": "subject"}, "batch": 2, "group": 4}
@@ -193,12 +193,12 @@ def test_a_policy_learns_from_gated_rewards(policy, monkeypatch):
 
 
 def test_the_last_step_is_never_stochastic(policy):
-    """It ends in the picture, which would stay noisy."""
+    """It yields the picture, which would stay noisy."""
     assert all(policy.batch(step)["stochastic"] == [0, 1] for step in range(0, 20, 2))
 
 
-def test_prompts_tell_whose_rewards_differ_and_are_neither_won_nor_hopeless(monkeypatch):
-    """As they are learned from: of 3 they differ most, but it is won; of 4, but where the subject never is."""
+def test_telling_prompts_are_neither_won_nor_hopeless(monkeypatch):
+    """By rewards as they are learned from: 3's differ most, but it is won; 4's differ, but its subject never shows."""
     spread = torch.tensor([0.01, 0.03, 0.02, 0.09, 0.08, 0.05, 0.00, 0.04, 0.07, 0.06])
     mean = torch.tensor([0.5, 0.5, 0.5, 0.99, 0.5, 0.5, 0.5, 0.5, 0.5, 0.5])
     known = {
@@ -230,8 +230,8 @@ def test_prompts_tell_whose_rewards_differ_and_are_neither_won_nor_hopeless(monk
     assert chosen(10) == [8, 9, 5, 7, 1, 2, 0, 6, 3, 4]
 
 
-def test_what_is_rewarded_comes_more_often():
-    """Rewarded for the nearness of a point, the flow's mean, and nothing else, walks there."""
+def test_rewarded_outcomes_become_more_frequent():
+    """Rewarded for being near a point, and for nothing else, the flow's mean moves there."""
     field, goal = Gaussian(), torch.tensor([0.8, -0.6])
     optimiser = torch.optim.Adam(field.parameters(), 0.03)
     rewards = []

@@ -1,4 +1,4 @@
-"""Rewards: what they must tell apart, on pictures where it is known."""
+"""Rewards: what they must tell apart, on pictures where the answer is known."""
 
 import json
 from dataclasses import replace
@@ -28,7 +28,7 @@ class Decoder(torch.nn.Module):
 
 
 def pictures(count, grain, seed=0):
-    """Smooth pictures with so much grain."""
+    """Smooth pictures with a given amount of grain."""
     generator = torch.Generator().manual_seed(seed)
     smooth = F.interpolate(torch.randn(count, 3, 6, 6, generator=generator), 64, mode="bicubic").clamp(-1, 1) * 0.6
     return (smooth + grain * torch.randn(count, 3, 64, 64, generator=generator)).clamp(-1, 1)
@@ -47,7 +47,7 @@ def rewards():
     return Rewards(judge, Critic().eval(), Decoder(), data)
 
 
-def test_the_top_octave_is_where_fine_grain_lies():
+def test_the_top_octave_measures_fine_grain():
     board = torch.arange(64)
     finest = ((board[:, None] + board) % 2 * 2.0 - 1).expand(1, 3, 64, 64)
     coarse = torch.sin(board * 2 * torch.pi * 8 / 64).expand(1, 3, 64, 64)
@@ -58,7 +58,7 @@ def test_the_top_octave_is_where_fine_grain_lies():
     torch.testing.assert_close(top_octave(turned), top_octave(turned.transpose(2, 3)))
 
 
-def test_grain_must_neither_be_polished_away_nor_put_where_none_is(rewards):
+def test_grain_must_neither_be_polished_away_nor_added(rewards):
     def grain(amount, look):
         return rewards.chosen(pictures(6, amount, 5), [Asked("", "fox", look)] * 6, ["grain"])["grain"].mean().item()
 
@@ -68,7 +68,7 @@ def test_grain_must_neither_be_polished_away_nor_put_where_none_is(rewards):
     assert grain(0.0, SMOOTH) > 2 * grain(0.1, SMOOTH)
 
 
-def test_every_reward_lies_between_nothing_and_one_and_speaks_of_what_was_asked(rewards):
+def test_rewards_are_between_0_and_1_and_depend_on_the_prompt(rewards):
     asked = [Asked("", "fox", GRAINY), Asked("", "car", GRAINY)]
     found = rewards.chosen(pictures(1, 0.1).expand(2, -1, -1, -1), asked, ["subject", "style", "artefact", "grain"])
 
@@ -82,8 +82,8 @@ def test_every_reward_lies_between_nothing_and_one_and_speaks_of_what_was_asked(
     torch.testing.assert_close(gated, (3 * found["subject"] + found["grain"] * found["style"]) / 4)
 
 
-def test_what_shows_what_was_asked_is_worth_more(rewards, monkeypatch):
-    """A subject that is named as it is seen, a style as the look's real pictures have it, and what the critic says."""
+def test_pictures_that_show_what_was_asked_earn_more(rewards, monkeypatch):
+    """The subject as named, the style as in the look's real pictures, and artefacts as the critic sees them."""
     both = torch.cat((pictures(8, 0.2), pictures(8, 0.0, 1)))
     monkeypatch.setattr(rewards, "names", rewards.see(both[[0, 8]])[0])
 
@@ -97,12 +97,12 @@ def test_what_shows_what_was_asked_is_worth_more(rewards, monkeypatch):
     torch.testing.assert_close(as_grainy["artefact"], rewards.critic(both).sigmoid())
 
 
-def test_a_reward_of_no_such_name_is_refused(rewards):
+def test_unknown_rewards_are_refused(rewards):
     with pytest.raises(K2Error, match="beauty"):
         rewards.chosen(pictures(1, 0.1), [Asked("", "fox", GRAINY)], ["beauty"])
 
 
-def test_only_the_rewards_that_are_asked_for_are_worked_out(rewards, monkeypatch):
+def test_only_requested_rewards_are_computed(rewards, monkeypatch):
     def not_asked(*_):
         raise AssertionError
 
@@ -112,8 +112,8 @@ def test_only_the_rewards_that_are_asked_for_are_worked_out(rewards, monkeypatch
 
 
 @pytest.mark.parametrize("stage", [stpo, grpo])
-def test_a_choice_is_kept_beside_all_that_it_depends_on(rewards, stage, tmp_path):
-    """Runs and judges may be trained anew under their names."""
+def test_a_choice_names_all_that_it_depends_on(rewards, stage, tmp_path):
+    """Runs and judges may be retrained under their old names."""
     torch.manual_seed(0)
     plain = {"name": "x", "size": 64, "steps": 2, "batch": 1, "lr": 1e-3, "muon_lr": 1e-3, "mu": 0.0, "every": 2}
     recipe = stage.Recipe(**plain, weights={"subject": 1.0})
@@ -152,22 +152,22 @@ def test_every_picture_is_broken_and_keeps_its_grain():
 
 @pytest.fixture
 def judging(tmp_path):
-    """The judge's stage, of a seed, on the drawings of the workshop."""
+    """The judge's stage for a seed, on the workshop's drawings."""
     catalog = make_data(tmp_path / "data")
     return lambda seed: Judging(Recipe(name="judge", steps=1, lr=1e-3, muon_lr=1e-3, seed=seed), catalog)
 
 
-def test_no_range_of_values_tells_whole_from_broken(judging):
-    """White stays white where it is doubled, melted, patched or torn, whatever it was tinted by."""
+def test_value_ranges_do_not_tell_whole_from_broken(judging):
+    """White stays white when it is doubled, melted, patched or torn, whatever it was tinted with."""
     stage = judging(3)
     stage.seen = dict.fromkeys(range(len(stage.items)), np.full((SIZE, SIZE, 3), 255, np.uint8))
     for step in range(4):
         batch = stage.batch(step)
         alike = (batch["x"] - batch["broken"]).abs().amax((1, 2, 3)) < 1e-5
-        assert alike.float().mean() > 0.6, step  # all but those that are speckled
+        assert alike.float().mean() > 0.6, step  # all but the speckled ones
 
 
-def test_each_judge_leaves_a_tenth_of_its_own_out_and_all_that_is_held_out(judging):
+def test_judges_skip_a_tenth_of_their_own_and_all_held_out(judging):
     catalog = judging(3).catalog
     train, seen = set(catalog.items("train")), [set(judging(seed).items) for seed in (3, 4)]
     left = [train - each for each in seen]

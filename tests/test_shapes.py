@@ -1,4 +1,4 @@
-"""Other sizes than the square: pictures keep their subject whole, and a step of training has one shape."""
+"""Sizes other than the square: pictures keep their subject whole, and a training step has one shape."""
 
 from collections import Counter
 from dataclasses import replace
@@ -32,7 +32,7 @@ def render():
 
 @pytest.mark.parametrize("shape", [(128, 192), (192, 128), (96, 224), (224, 224)])
 @pytest.mark.parametrize("ground", ["white", "flat", "gradient", "scene", "floor"])
-def test_a_subject_stands_whole_in_the_middle_of_any_shape(render, shape, ground):
+def test_subjects_are_whole_and_centred_in_any_shape(render, shape, ground):
     picture = place(render, Look("noto", ground=ground, palette="sky blue"), np.random.default_rng(3), shape)
 
     assert picture.shape == (*shape, 3)
@@ -45,7 +45,7 @@ def test_a_subject_stands_whole_in_the_middle_of_any_shape(render, shape, ground
 
 
 @pytest.mark.parametrize("medium", MEDIA)
-def test_every_medium_comes_in_every_shape_and_is_itself_in_the_square(render, medium):
+def test_media_work_in_every_shape_and_match_in_the_square(render, medium):
     look = Look("noto", medium, "flat", "cream")
     square = compose(render, look, np.random.default_rng(0))
 
@@ -64,7 +64,7 @@ def test_a_gradient_goes_from_edge_to_edge(render):
         np.testing.assert_allclose(deep, np.array([232, 208, 168]) / 255, atol=0.01)
 
 
-def test_one_picture_in_twelve_comes_in_a_shape_and_other_ones_in_another(tmp_path):
+def test_each_shape_has_a_twelfth_of_the_pictures_mostly_its_own(tmp_path):
     items = make_data(tmp_path / "data", subjects=40).items("train")
 
     found = [set(of_shape(items, Shape.of(text))) for text in SHAPES]
@@ -75,12 +75,12 @@ def test_one_picture_in_twelve_comes_in_a_shape_and_other_ones_in_another(tmp_pa
 
 
 @pytest.mark.parametrize("text", ["320", "320x", "wide", "320 x 192", "-320x192"])
-def test_what_is_no_size_is_refused(text):
+def test_invalid_sizes_are_refused(text):
     with pytest.raises(K2Error, match="is not a size"):
         Shape.of(text)
 
 
-def test_latents_are_cut_and_put_together_whatever_their_shape():
+def test_latents_of_any_shape_survive_patchify_and_unpatchify():
     import torch
 
     latents = torch.randn(2, 16, 4, 6)
@@ -110,7 +110,7 @@ RECIPE = Recipe(
 
 
 def test_a_step_has_one_shape_and_the_shapes_their_share(data, monkeypatch):
-    monkeypatch.setattr(data, "embed", lambda captions, more: (None, None))  # what takes the time, and has no shape
+    monkeypatch.setattr(data, "embed", lambda captions, more: (None, None))  # slow, and independent of the shape
     seen = Counter()
     for step in range(60):
         parts = [data.batch(RECIPE, step, part) for part in range(2)]
@@ -130,7 +130,7 @@ def test_a_step_has_one_shape_and_the_shapes_their_share(data, monkeypatch):
     assert np.array_equal(square["latents"], plain["latents"]) and square["captions"] == plain["captions"]
 
 
-def test_a_shaped_batch_is_of_pictures_that_come_in_its_shape(data):
+def test_shaped_batches_draw_pictures_of_their_shape(data):
     step = next(n for n in range(60) if data.batch(RECIPE, n)["latents"].shape[-1] == 6)
     batch = data.batch(RECIPE, step)
     indices, latents = data.shaped[0]
@@ -140,7 +140,7 @@ def test_a_shaped_batch_is_of_pictures_that_come_in_its_shape(data):
         assert data.items[indices[place]].pair.subject == subject
 
 
-def test_all_shapes_are_learned_and_what_is_frozen_stays(data, tmp_path):
+def test_shapes_are_learned_and_frozen_parts_stay(data, tmp_path):
     run = loop.Run(pretrain.Pretraining(RECIPE, len(data.looks), data), tmp_path)
     style = {name: value.clone() for name, value in run.model.style.state_dict().items()}
     before = run.model.dit.first.weight.clone()
@@ -161,17 +161,17 @@ def test_a_teacher_sees_other_shapes_too(data):
     loss, figures = stage.loss(stage.batch(step) | {"first": True})
 
     assert np.isfinite(float(loss.detach())) and 0 < float(figures["align"]) < 2
-    assert stage.teacher.dit.side == stage.model.dit.side == 2  # 64 px, of 32 a token
+    assert stage.teacher.dit.side == stage.model.dit.side == 2  # 64 px, at 32 per token
 
 
-def test_shapes_are_learned_where_a_render_will_lay_them(data):
-    """Around the middle of the square: all that draws in a stage, or is asked for its view, must agree on it."""
+def test_shapes_are_learned_at_the_positions_of_a_render(data):
+    """Around the middle of the square: whatever draws in a stage, or is asked for its view, must agree on it."""
     import torch
 
     shaped = data.batch(RECIPE, next(n for n in range(60) if data.batch(RECIPE, n)["latents"].shape[-1] == 6))
     square = data.batch(RECIPE, next(n for n in range(60) if data.batch(RECIPE, n)["latents"].shape[-2:] == (4, 4)))
     stage = pretrain.Pretraining(RECIPE, len(data.looks), data)
-    for param in stage.model.dit.parameters():  # as it begins, every gate is shut
+    for param in stage.model.dit.parameters():  # at the start, every gate is shut
         torch.nn.init.normal_(param, std=0.1)
 
     def loss(batch, side):

@@ -1,4 +1,4 @@
-"""Every stage from its recipe, at smoke size: it runs, its parts fit together, and it resumes to the last bit."""
+"""Every stage from its recipe, at smoke size: it runs, its parts fit together, and it resumes bit for bit."""
 
 import json
 import shutil
@@ -102,19 +102,19 @@ def test_every_stage_runs_from_its_recipe(workshop):  # noqa: F811
         before = {key: parent.get(key.replace("model.", "ema."), made[key]) for key in made if key.startswith("model.")}
         moved = {key for key, value in before.items() if not torch.equal(made[key], value)}
         assert any(key.startswith("model.dit.blocks.0") for key in moved), name
-        if name in ("stpo", "grpo"):  # styles are none of their business
+        if name in ("stpo", "grpo"):  # they leave styles alone
             assert all(key.startswith("model.dit.") for key in moved), name
         assert record(name)["data"] and record(name)["steps"] == 2
 
     stpo, grpo = record("stpo")["figures"], record("grpo")["figures"]
     assert {"aside_winner", "aside_loser", "held", "reward_win_rate", "top_octave_after", "apart_after"} <= stpo.keys()
     assert 50 <= stpo["beta"] <= 5000 and stpo["beta"] != 500
-    assert record("stpo")["pictures"] == 2 * 2 * 2  # steps, pairs of each, both of a pair
+    assert record("stpo")["pictures"] == 2 * 2 * 2  # steps, pairs per step, pictures per pair
     assert {"subject", "style", "artefact", "grain", "ratio", "groups", "held"} <= grpo.keys()
 
 
-def test_midtraining_begins_anew_what_it_is_told_to(workshop, monkeypatch):  # noqa: F811
-    """And finds its clusters by the parent's view all the same."""
+def test_midtraining_reinitialises_what_it_is_told_to(workshop, monkeypatch):  # noqa: F811
+    """And still finds its clusters by the parent's view."""
     base()
     begun = {}
 
@@ -130,7 +130,7 @@ def test_midtraining_begins_anew_what_it_is_told_to(workshop, monkeypatch):  # n
     assert set(begun) - old == {"look_head.weight", "look_head.bias"}
 
 
-def test_what_is_looked_at_in_the_end_are_the_averages_and_the_last_weights_are_saved(workshop, monkeypatch):  # noqa: F811
+def test_averages_are_evaluated_and_the_last_weights_saved(workshop, monkeypatch):  # noqa: F811
     from model.train import validation
 
     seen = {}
@@ -152,8 +152,8 @@ def test_what_is_looked_at_in_the_end_are_the_averages_and_the_last_weights_are_
         seen.clear()
 
 
-def test_runs_merge_whatever_they_held_for_their_own_training(workshop):  # noqa: F811
-    """A head that foretells a teacher's view, as pretraining may have one, or a preference's β is no part of them."""
+def test_merges_leave_out_what_only_training_needed(workshop):  # noqa: F811
+    """A head that predicts a teacher's view, as pretraining may have one, or a preference's β is not merged."""
     base("align = 0.1\n")
     run("middle", "midtrain", "repeats = 1\nclusters = 2")
     Path("both.toml").write_text(
@@ -165,8 +165,8 @@ def test_runs_merge_whatever_they_held_for_their_own_training(workshop):  # noqa
     assert state("both").keys() == {name for name in state("middle") if name.startswith("ema.")}
 
 
-def test_a_turbo_of_an_earlier_raw_becomes_one_of_a_later(workshop):  # noqa: F811
-    """The run itself, not the box's copy: its fake score, and what tells a Raw's looks apart, are no part of it."""
+def test_a_turbo_can_be_moved_to_a_later_raw(workshop):  # noqa: F811
+    """The run itself, not the bundled copy: its fake score, and what tells a Raw's looks apart, are left out."""
     base()
     run("later", "midtrain", "repeats = 1\nclusters = 2")
     run("fast", "turbo", 'method = "trajectory"\nteacher = "base"\nwalk_steps = 2\nreferences = 0.0')
@@ -186,13 +186,13 @@ def test_a_turbo_of_an_earlier_raw_becomes_one_of_a_later(workshop):  # noqa: F8
 
     raw = merged("raw", ["later", "box"], [0.5, 0.5])
     assert {name.partition(".")[0] for name in raw} == {"dit", "style"}
-    with pytest.raises(K2Error, match=r"if one lacks style\.") as error:  # a Raw without would begin another's anew
+    with pytest.raises(K2Error, match=r"if one lacks style\.") as error:  # a run from a Raw without it would reset it
         merged("lost", ["later", "fast", "base"], [1.0, 1.0, -1.0])
     assert "name it first" in error.value.hint
 
 
 def test_the_autoencoder_runs_from_its_recipe(workshop, monkeypatch):  # noqa: F811
-    """Both halves, and a scale more; then the package's decoder alone, so that latents stay what they are."""
+    """Both halves, and one more scale; then the bundled decoder alone, so that latents stay what they are."""
     sizes = "pictures = 16\nheld_out = 12\nbatch = 2\ncrop = 32\n"
     run("both", "autoencoder", sizes, network=False)
     run("half", "autoencoder", sizes + "decoder = true\ntexture = 0.05\ngrainy = 0.5\n", network=False)
@@ -228,7 +228,7 @@ def test_the_autoencoder_runs_from_its_recipe(workshop, monkeypatch):  # noqa: F
         assert (stored[name] - tensor).abs().max() <= tensor.abs().max() / 100, name
 
 
-def test_a_policy_is_on_policy_in_its_first_step_and_not_in_its_second(workshop, monkeypatch):  # noqa: F811
+def test_a_policy_is_on_policy_in_every_other_step(workshop, monkeypatch):  # noqa: F811
     base()
     ratios = []
     inner = Policy.loss
@@ -252,7 +252,7 @@ def test_a_policy_is_on_policy_in_its_first_step_and_not_in_its_second(workshop,
         ("grpo", POST + "group = 3\npool = 4\nstochastic = 1"),
     ],
 )
-def test_a_killed_run_ends_as_one_that_was_not(workshop, monkeypatch, stage, keys):  # noqa: F811
+def test_an_interrupted_run_ends_like_an_uninterrupted_one(workshop, monkeypatch, stage, keys):  # noqa: F811
     base()
     monkeypatch.setattr(loop, "SAVE_EVERY", -1.0)
     run("whole", stage, keys, steps=4)
@@ -277,8 +277,8 @@ def test_a_killed_run_ends_as_one_that_was_not(workshop, monkeypatch, stage, key
     assert first.keys() == second.keys() and all(torch.equal(first[key], second[key]) for key in first)
 
 
-def test_preferences_begin_with_their_own_beta_after_other_preferences_too(workshop):  # noqa: F811
-    """β belongs to pairs and a reference; that of the run that another starts from is for its own."""
+def test_preferences_start_with_their_own_beta_after_others(workshop):  # noqa: F811
+    """β belongs to pairs and a reference; that of the run that another starts from is for its own pairs."""
     base()
     keys = POST + "group = 2\nmargin = 0.0\nlook = 0\n"
     run("first", "stpo", keys + "aside = 2\ncalibrate_at = 1", steps=1, every=1)
@@ -287,7 +287,7 @@ def test_preferences_begin_with_their_own_beta_after_other_preferences_too(works
 
     recipe.module("stpo", "second").main(again, "cpu", quiet)
 
-    assert state("second")["model.beta"] == 300  # of one pair held aside nothing is known to vary
+    assert state("second")["model.beta"] == 300  # a single pair held aside shows no variance
     assert record("second")["figures"]["loss"] > 0
 
 
@@ -298,8 +298,8 @@ def test_preferences_begin_with_their_own_beta_after_other_preferences_too(works
         ("grpo", "pool.json", "group = 3\npool = 4\nstochastic = 1"),
     ],
 )
-def test_what_another_recipe_chose_is_chosen_anew(workshop, stage, file, keys):  # noqa: F811
-    """A run may be stopped when it has chosen what to learn from, and its rewards be weighed otherwise."""
+def test_choices_of_another_recipe_are_made_again(workshop, stage, file, keys):  # noqa: F811
+    """A run may be stopped once it has chosen what to learn from, and its reward weights changed."""
     base()
     run("first", stage, POST + keys)
     chosen = Path(".runs/first") / file
@@ -309,13 +309,13 @@ def test_what_another_recipe_chose_is_chosen_anew(workshop, stage, file, keys): 
     assert chosen.read_bytes() == before
     otherwise = POST.replace("subject = 1.0", "subject = 0.0") + keys
     run("first", stage, otherwise, steps=4)
-    assert chosen.read_bytes() == before  # it is over, and that is what it learned from
+    assert chosen.read_bytes() == before  # the run is finished, and this is what it learned from
     run("first", stage, otherwise, steps=6)
     assert chosen.read_bytes() != before
 
 
-def test_a_judge_is_stored_small_and_judges_alike(workshop):  # noqa: F811
-    """So that figures can be taken anew by whoever asks."""
+def test_a_released_judge_is_small_and_judges_alike(workshop):  # noqa: F811
+    """So that anyone can measure the figures again."""
     base()
     Path("out").mkdir()
     release.main("judge-3", Path("out"))
@@ -332,7 +332,7 @@ def test_a_judge_is_stored_small_and_judges_alike(workshop):  # noqa: F811
                 torch.testing.assert_close(b, a, rtol=0, atol=0.02)
 
 
-def test_what_evaluates_never_rewards(workshop):  # noqa: F811
+def test_the_evaluation_judge_never_rewards(workshop):  # noqa: F811
     run("judge-77", "judge", "batch = 8\nseed = 77\nsize = 128\n", steps=1, every=1, network=False)
     keys = POST.replace("judge-3", "judge-77") + "group = 2"
     with pytest.raises(K2Error, match="evaluation"):
@@ -351,7 +351,7 @@ def test_what_evaluates_never_rewards(workshop):  # noqa: F811
         ("lora", ("rank", "repeats")),
     ],
 )
-def test_counts_of_none_are_refused_before_anything_is_loaded(stage, keys):
+def test_zero_counts_are_refused_before_loading(stage, keys):
     table = least(stage)
     recipe.saved(table)
     for key in keys:
@@ -374,7 +374,7 @@ def test_keys_that_do_nothing_are_refused(stage, keys, to):
 
 
 def least(stage):
-    """A recipe that says no more than it has to."""
+    """A recipe with no more keys than it needs."""
     table = {"name": "x", "stage": stage, "steps": 1, "lr": 0.1, "muon_lr": 0.0, "every": 2}
     table |= {"pictures": "."} if stage == "lora" else {}
     table |= {"size": 64, "batch": 1, "repeats": 1, "mu": 0.0} if stage in ON_THE_DATA else {}
@@ -410,7 +410,7 @@ def least(stage):
         ("sharpen", "critic", -1, "at least 0"),
     ],
 )
-def test_numbers_that_mean_nothing_are_refused_before_anything_is_loaded(stage, key, wrong, message):
+def test_invalid_values_are_refused_before_loading(stage, key, wrong, message):
     table = least(stage) | ({"init": "box"} if stage == "midtrain" else {})
     recipe.saved(table)
     with pytest.raises(K2Error, match=message) as error:
@@ -438,7 +438,7 @@ def test_keys_that_mean_nothing_to_a_stage_are_refused():
 @pytest.mark.parametrize(
     ("settings", "message"), [({"init": ""}, "init names none"), ({"clusters": 0}, "clusters must be at least 1")]
 )
-def test_midtraining_goes_on_from_a_run_by_clusters(settings, message):
+def test_midtraining_needs_a_run_and_clusters(settings, message):
     whole = asdict(recipe.load("midtrain-256"))
     with pytest.raises(K2Error, match=message):
         recipe.saved(whole | settings)
