@@ -1,4 +1,4 @@
-"""Files on disk: every layout gives the same network, and everything else gives one clear error."""
+"""Checkpoints on disk: every layout gives the same network, and everything else one clear error message."""
 
 from __future__ import annotations
 
@@ -56,16 +56,16 @@ def assert_same(loaded: torch.nn.Module, state) -> None:
         assert torch.equal(tensor, state[name]), name
 
 
-def test_what_is_saved_is_read_back(file, state):
+def test_saved_weights_are_read_back(file, state):
     loaded, metadata = read(file)
 
     assert metadata["config"] == asdict(TINY)
     assert all(torch.equal(loaded[name], state[name]) for name in state)
-    assert [path.name for path in file.parent.iterdir()] == ["tiny.safetensors"]  # no draft is left
+    assert [path.name for path in file.parent.iterdir()] == ["tiny.safetensors"]  # no draft is left behind
 
 
-def test_the_same_content_is_the_same_bytes(tmp_path):
-    """safetensors' own order of metadata is another in every file."""
+def test_same_content_gives_same_bytes(tmp_path):
+    """The safetensors library orders metadata differently in every file."""
     more = {name: f'{name} "ü"\u2028\n\x01\x7f' for name in "qwertzuiop"}
     for index in range(3):
         save(tmp_path / f"{index}.safetensors", {"a": torch.ones(3)}, {"kind": "lora"}, **more)
@@ -87,7 +87,7 @@ def test_a_failed_save_leaves_the_old_file(file, state):
 
 @pytest.mark.parametrize("prefix", ["", "model.diffusion_model.", "diffusion_model."])
 def test_native_names_under_any_prefix(tmp_path, state, prefix):
-    """Without our metadata the shape follows from the tensors'."""
+    """Without our metadata the configuration follows from the tensors' shapes."""
     path = tmp_path / "comfy.safetensors"
     passengers = {"vae.decoder.conv_in.weight": torch.zeros(2)} if prefix else {}
     save_file({prefix + name: tensor for name, tensor in state.items()} | passengers, path)
@@ -100,7 +100,7 @@ def test_native_names_under_any_prefix(tmp_path, state, prefix):
 
 @pytest.mark.parametrize("variant", [None, "bf16"])
 def test_diffusers_folder_in_shards(tmp_path, model, state, variant):
-    """Written by diffusers itself, in several files with an index, which it puts the variant's name into."""
+    """Written by diffusers itself, in several files with an index whose name includes the variant's."""
     reference(model).save_pretrained(tmp_path / "transformer", max_shard_size="100KB", variant=variant)
     index = "diffusion_pytorch_model.safetensors.index" + (f".{variant}" if variant else "")
     assert (tmp_path / "transformer" / f"{index}.json").exists()
@@ -115,11 +115,11 @@ def test_diffusers_folder_in_shards(tmp_path, model, state, variant):
     "changes",
     [
         {"time_dim": 128, "multiplier": 2, "width": 128, "kv_heads": 1},
-        {"width": 32, "heads": 2, "text_width": 64},  # whose feed-forward is as wide by a multiplier of 1
+        {"width": 32, "heads": 2, "text_width": 64},  # its feed-forward would be as wide with a multiplier of 1
     ],
     ids=str,
 )
-def test_a_shape_is_told_by_tensors_and_a_folders_settings(tmp_path, changes):
+def test_config_follows_from_tensors_and_config_json(tmp_path, changes):
     config = replace(TINY, rope_base=500.0, eps=1e-6, **changes)
     save(tmp_path / "model.safetensors", random_model(config).state_dict(), {})
     (tmp_path / "config.json").write_text('{"rope_theta": 500, "norm_eps": 1e-6}')
@@ -127,7 +127,7 @@ def test_a_shape_is_told_by_tensors_and_a_folders_settings(tmp_path, changes):
 
 
 @pytest.mark.parametrize("lost", ["first.weight", "blocks.0.attn.qknorm.qnorm.scale", "tmlp.0.weight"])
-def test_a_shape_that_cannot_be_told_is_one_sentence(tmp_path, state, lost):
+def test_missing_tensors_that_define_the_config_are_named(tmp_path, state, lost):
     save(tmp_path / "part.safetensors", {name: tensor for name, tensor in state.items() if name != lost}, {})
     with pytest.raises(K2Error, match=f"lacks {lost}"):
         load_dit(tmp_path / "part.safetensors")
@@ -177,7 +177,7 @@ def test_half_precision_keeps_norms_in_fp32(file):
     assert loaded.last.norm.scale.dtype == torch.float32
 
 
-# ---- what must be refused -----------------------------------------------------------------------
+# ---- refused files ------------------------------------------------------------------------------
 
 
 def refused(path) -> str:
@@ -192,7 +192,7 @@ def refused(path) -> str:
     ("keep", "what"),
     [(0, "not a safetensors file"), (8, "not a safetensors file"), (40, "header"), (0.5, "damaged"), (-1, "damaged")],
 )
-def test_cut_short(file, keep, what):
+def test_truncated_files_are_refused(file, keep, what):
     whole = file.read_bytes()
     file.write_bytes(whole[: int(keep * len(whole)) if 0 < keep < 1 else keep])
     assert what in refused(file)
@@ -213,7 +213,7 @@ def test_cut_short(file, keep, what):
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
-def test_other_files(tmp_path, content, what):
+def test_other_file_types_are_refused(tmp_path, content, what):
     path = tmp_path / "model.safetensors"
     path.write_bytes(content)
     assert what in refused(path)
@@ -231,7 +231,7 @@ def test_other_files(tmp_path, content, what):
     ],
     ids=str,
 )
-def test_headers_that_lie(tmp_path, entry):
+def test_invalid_headers_are_refused(tmp_path, entry):
     header = json.dumps({"first.weight": entry}).encode()
     path = tmp_path / "model.safetensors"
     path.write_bytes(struct.pack("<Q", len(header)) + header + bytes(8))
@@ -249,7 +249,7 @@ def test_headers_that_lie(tmp_path, entry):
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
-def test_another_network_in_its_place(tmp_path, names, what):
+def test_other_networks_are_recognised(tmp_path, names, what):
     path = tmp_path / "model.safetensors"
     save_file({name: torch.zeros(2) for name in names}, path)
     assert what in refused(path)
@@ -259,21 +259,21 @@ def test_another_network_in_its_place(tmp_path, names, what):
     ("kind", "what"),
     [("text", "a text encoder"), ("words", "a table of words"), ("lora", "a LoRA, which goes on top of a model")],
 )
-def test_our_own_files_say_what_they_are(tmp_path, kind, what):
+def test_our_own_other_files_are_recognised(tmp_path, kind, what):
     path = tmp_path / "mini.safetensors"
     save(path, {"embed_tokens.weight": torch.zeros(2)}, {"kind": kind})
     assert f"is {what}, not a Krea 2 transformer" in refused(path)
 
 
 @pytest.mark.parametrize("about", [{}, {"kind": "lora"}])
-def test_a_lora_in_a_models_place_is_told_where_it_goes(tmp_path, about):
+def test_a_lora_used_as_a_model_gets_a_hint(tmp_path, about):
     save(tmp_path / "ink.safetensors", {"blocks.0.attn.wq.lora_A.weight": torch.zeros(2)}, about)
     with pytest.raises(K2Error) as error:
         load_dit(tmp_path / "ink.safetensors")
     assert "k2 style add NAME FILE" in error.value.hint
 
 
-def test_every_misfit_is_named(tmp_path, state):
+def test_every_mismatched_tensor_is_named(tmp_path, state):
     path = tmp_path / "model.safetensors"
     wrong = dict(state)
     del wrong["blocks.1.attn.wq.weight"]
@@ -289,7 +289,7 @@ def test_every_misfit_is_named(tmp_path, state):
 
 
 @pytest.mark.parametrize("case", ["missing", "unknown", "of another shape"])
-def test_only_what_lacks_tensors_may_have_been_cut_short(tmp_path, state, case):
+def test_only_missing_tensors_suggest_an_incomplete_file(tmp_path, state, case):
     wrong = {
         "missing": {name: tensor for name, tensor in state.items() if name != "blocks.1.attn.wq.weight"},
         "unknown": state | {"vae.decoder.conv_in.weight": torch.zeros(2)},
@@ -301,7 +301,7 @@ def test_only_what_lacks_tensors_may_have_been_cut_short(tmp_path, state, case):
     assert ("incomplete" in error.value.hint) == (case == "missing")
 
 
-def test_many_misfits_are_counted(tmp_path, state):
+def test_many_missing_tensors_are_counted(tmp_path, state):
     path = tmp_path / "model.safetensors"
     save(
         path, {name: t for name, t in state.items() if "qknorm" not in name or name.startswith(("txt", "blocks.0"))}, {}
@@ -318,7 +318,7 @@ def test_many_misfits_are_counted(tmp_path, state):
         ({"width": 64}, "missing"),
         (5, "shape"),
     ],
-    ids=["unknown", "impossible", "endless", "lacking", "nothing"],
+    ids=["unknown", "impossible", "too-many-blocks", "incomplete", "not-a-table"],
 )
 def test_metadata_is_not_trusted(tmp_path, state, config, what):
     path = tmp_path / "model.safetensors"
@@ -326,7 +326,7 @@ def test_metadata_is_not_trusted(tmp_path, state, config, what):
     assert what in refused(path)
 
 
-def test_beside_its_variants_a_file_is_the_one_that_is_meant(tmp_path):
+def test_plain_file_is_preferred_to_its_variants(tmp_path):
     for name in ("model", "model.fp16"):
         save(tmp_path / f"{name}.safetensors", {name: torch.ones(2)}, {})
     assert list(open_checkpoint(tmp_path).tensors) == ["model"]
@@ -335,7 +335,7 @@ def test_beside_its_variants_a_file_is_the_one_that_is_meant(tmp_path):
         open_checkpoint(tmp_path)
 
 
-def test_folders_without_their_weights(tmp_path):
+def test_folders_without_their_weights_are_refused(tmp_path):
     with pytest.raises(K2Error, match=r"no \.safetensors or \.gguf file"):
         open_checkpoint(tmp_path)
     index = tmp_path / "diffusion_pytorch_model.safetensors.index.json"
@@ -358,8 +358,8 @@ def test_a_tensor_in_two_shards_is_refused(tmp_path):
         open_checkpoint(tmp_path)
 
 
-def test_windows_of_a_file_hold_what_the_whole_of_it_does(tmp_path, monkeypatch):
-    """Every number format, across the edges of small windows; and what is written to a tensor stays out of the file."""
+def test_windows_of_a_file_hold_the_same_numbers(tmp_path, monkeypatch):
+    """In every number format, across the edges of small windows; and writing to a tensor does not change the file."""
     monkeypatch.setattr(safetensors_file, "MOST_MAPPED", 4096)
     kinds = (torch.float32, torch.bfloat16, torch.float16, torch.int8, torch.uint8, torch.float8_e4m3fn, torch.int64)
     state = {f"{i}.{kind}": torch.randn(3, 700).to(kind) for i in range(3) for kind in kinds}
@@ -376,8 +376,8 @@ def test_windows_of_a_file_hold_what_the_whole_of_it_does(tmp_path, monkeypatch)
     assert (tmp_path / "kinds.safetensors").read_bytes() == before
 
 
-def test_small_tensors_keep_no_window_of_a_file(tmp_path):
-    """All that was read of it would stay with them. A large one is the window's own pages, and costs no copy."""
+def test_small_tensors_do_not_keep_a_window_mapped(tmp_path):
+    """Or they would hold on to all that was read of it. A large tensor is the window's own pages, and costs no copy."""
     state = {"small": torch.ones(3), "large": torch.ones(SMALL)}
     save_file(state, tmp_path / "two.safetensors")
     for name, kept in (("small", False), ("large", True)):
@@ -387,8 +387,8 @@ def test_small_tensors_keep_no_window_of_a_file(tmp_path):
         assert torch.equal(found, state[name]) and (window() is not None) is kept
 
 
-def test_weights_go_to_the_card_in_hand_whichever_thread_reads_them(file, monkeypatch):
-    """Which one "cuda" is differs from thread to thread, and is the first in a new one."""
+def test_weights_go_to_the_current_gpu_whichever_thread_reads(file, monkeypatch):
+    """Which GPU "cuda" means differs from thread to thread; in a new thread it is the first."""
     opened: list[str] = []
 
     class Elsewhere(checkpoint.Opened):
@@ -406,8 +406,8 @@ def test_weights_go_to_the_card_in_hand_whichever_thread_reads_them(file, monkey
 
 
 @pytest.mark.parametrize("length", [0x0280, 0x0380, 0x0480, 0x0580])
-def test_a_header_of_any_length_is_one(tmp_path, length):
-    """A file begins with it: of these many bytes it begins as pickles do."""
+def test_header_lengths_that_look_like_pickle_are_fine(tmp_path, length):
+    """A file begins with the length of its header; with these lengths it begins as pickles do."""
     header = {"a": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}}
     raw = json.dumps(header).encode().ljust(length)
     (tmp_path / "a.safetensors").write_bytes(len(raw).to_bytes(8, "little") + raw + struct.pack("<f", 0.5))
@@ -415,8 +415,8 @@ def test_a_header_of_any_length_is_one(tmp_path, length):
     assert dict(open_checkpoint(tmp_path / "a.safetensors").read())["a"].item() == 0.5
 
 
-def test_a_file_larger_than_memory_is_read_from(tmp_path):
-    """One tensor of a terabyte, which the disk need not hold, and one that is wanted."""
+def test_reading_from_a_file_larger_than_memory(tmp_path):
+    """It has one tensor of a terabyte, which takes no space on the disk, and one that is wanted."""
     size, wanted = 1 << 40, torch.arange(6.0)
     header = {
         "huge": {"dtype": "U8", "shape": [size], "data_offsets": [0, size]},
@@ -433,7 +433,7 @@ def test_a_file_larger_than_memory_is_read_from(tmp_path):
     assert torch.equal(found, wanted.view(2, 3))
 
 
-def test_a_file_that_becomes_shorter_while_it_is_read_is_no_endless_wait(file):
+def test_a_file_truncated_while_being_read_does_not_hang(file):
     with SafeTensors(file, "cpu") as opened:
         os.truncate(file, opened.size - 1)
 
@@ -446,8 +446,8 @@ def is_uncached(file) -> bool:
 
 
 @linux
-def test_a_file_that_memory_cannot_hold_beside_what_is_made_of_it_is_not_cached(file, monkeypatch):
-    """Or it would take the place of itself. What is read a second time, as a streamed network is, stays mapped."""
+def test_files_too_large_for_memory_bypass_the_cache(file, monkeypatch):
+    """Unless it fits beside the result, it would evict itself. What is read again, as in streaming, stays mapped."""
     opened, few = list[bool](), dict.fromkeys(("a",), FORMATS["int8"])
     before = SafeTensors.__exit__
     monkeypatch.setattr(SafeTensors, "__exit__", lambda self, *p: (opened.append(is_uncached(self.file)), before(self)))
@@ -459,7 +459,7 @@ def test_a_file_that_memory_cannot_hold_beside_what_is_made_of_it_is_not_cached(
 
 
 @pytest.mark.parametrize("cached", [True, False])
-def test_any_bytes_of_a_file_are_read(tmp_path, cached):
+def test_any_byte_range_can_be_read(tmp_path, cached):
     save_file({"a": torch.randint(256, (20_001,), dtype=torch.uint8)}, tmp_path / "a.safetensors")
     raw = (tmp_path / "a.safetensors").read_bytes()
     with SafeTensors(tmp_path / "a.safetensors", "cpu", cached) as opened:
@@ -469,7 +469,7 @@ def test_any_bytes_of_a_file_are_read(tmp_path, cached):
 
 @linux
 @pytest.mark.parametrize("where", ["open", "readinto"])
-def test_a_disk_that_reads_through_the_cache_alone_is_read_so(file, monkeypatch, where):
+def test_disks_without_direct_io_are_read_through_the_cache(file, monkeypatch, where):
     def refuses(*those):
         raise OSError(22, "Invalid argument")
 
@@ -487,7 +487,7 @@ def test_a_disk_that_reads_through_the_cache_alone_is_read_so(file, monkeypatch,
 
 @pytest.mark.parametrize("free", [0, 1 << 40])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
-def test_a_matrix_on_its_way_is_rounded_as_a_whole_one_is(tmp_path, monkeypatch, dtype, free):
+def test_quantising_in_parts_equals_quantising_at_once(tmp_path, monkeypatch, dtype, free):
     monkeypatch.setattr(checkpoint, "free_memory", lambda device: free)
     monkeypatch.setattr(quantize, "_AT_ONCE", 7 * 48)  # numbers: seven rows
     matrix = torch.randn(100, 48, dtype=dtype)
@@ -503,10 +503,10 @@ def test_a_matrix_on_its_way_is_rounded_as_a_whole_one_is(tmp_path, monkeypatch,
     found = dict(open_checkpoint(tmp_path / "a.safetensors").read(few=dict.fromkeys(("matrix",), FORMATS["int8"])))
     assert torch.equal(found["matrix"], expected) and torch.equal(found["matrix_scale"], scales)
     assert torch.equal(found["last"], matrix[:3])
-    assert len(places) == AHEAD + 1  # of fifteen parts
+    assert len(places) == AHEAD + 1  # for fifteen parts
 
 
-def test_a_file_that_is_written_has_the_rights_of_any_other(tmp_path):
+def test_saved_files_have_default_permissions(tmp_path):
     (tmp_path / "any").touch()
     save(tmp_path / "model.safetensors", {"a": torch.ones(2)}, {})
     assert (tmp_path / "model.safetensors").stat().st_mode == (tmp_path / "any").stat().st_mode

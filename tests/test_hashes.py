@@ -1,4 +1,4 @@
-"""Hashes of files: worked out once, and again when a file has changed; others know those of large files, too."""
+"""File hashes: computed once, and again when the file has changed; processes share those of large files."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from model.hashes import Hashes, sha256
 
 
 @pytest.mark.parametrize("large", [1 << 28, 1])
-def test_a_file_is_read_again_once_it_has_changed(tmp_path, monkeypatch, large):
-    """Be it to as many bytes."""
+def test_a_changed_file_is_hashed_again(tmp_path, monkeypatch, large):
+    """Even if its size is the same."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setattr(hashes, "LARGE", large)
     path = tmp_path / "a.png"
@@ -42,13 +42,13 @@ def test_the_next_process_knows_the_hash_of_a_large_file(tmp_path, monkeypatch):
     assert sha256(path) == known and not read
 
 
-def test_a_file_that_cannot_be_read_is_one_sentence(tmp_path):
+def test_an_unreadable_file_gives_one_error_message(tmp_path):
     with pytest.raises(K2Error, match="cannot be read: No such file or directory"):
         sha256(tmp_path / "none.png")
 
 
-def test_a_models_file_may_be_replaced_and_not_be_written_over(tmp_path):
-    """What is loaded may be the pages of the file itself: then no record could name it any more."""
+def test_loaded_weights_may_be_replaced_but_not_overwritten(tmp_path):
+    """What is loaded may be the pages of the file itself: if they change, no record can name it any more."""
     path = tmp_path / "mini.safetensors"
     path.write_bytes(b"raw")
     held = Hashes([path], [tmp_path])
@@ -60,7 +60,7 @@ def test_a_models_file_may_be_replaced_and_not_be_written_over(tmp_path):
 
     held = Hashes([path], [tmp_path])
     known = held.by_name()
-    path.unlink()  # what comes next may have the same place on the disk
+    path.unlink()  # the next file may get the same place on the disk
     path.write_bytes(b"raw")
     assert held.by_name() == known
 
@@ -75,7 +75,7 @@ def test_a_models_file_may_be_replaced_and_not_be_written_over(tmp_path):
 
 @pytest.mark.skipif(not hasattr(os, "getuid"), reason="users have no numbers here")
 def test_a_user_without_a_home_has_a_private_cache(tmp_path, monkeypatch):
-    """As in a container that is run by a number; what another user laid in its place is not used."""
+    """As in a container run under a numeric user id; what another user put in its place is not used."""
 
     def expanduser(path: Path) -> Path:
         raise RuntimeError("Could not determine home directory.")

@@ -1,4 +1,4 @@
-"""One network in every layout that is found in the wild: the same velocity; and files that lie: one clear error."""
+"""Every layout found in the wild gives the same velocity, and every invalid file one clear error message."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from model.headers import read_header
 from model.layouts import is_packed, load_dit, to_diffusers
 from model.quantize import quantise, to_int8
 
-# wide enough for GGUF's blocks of 256; the text's matrices are narrower, as some of every real network's are
+# wide enough for GGUF's blocks of 256; the text matrices are narrower, as some in every real network are
 TINY = DiTConfig(width=256, heads=4, kv_heads=2, blocks=2, text_width=64, text_taps=3, text_heads=2)
 
 
@@ -100,7 +100,7 @@ def q4_k(rows: np.ndarray) -> np.ndarray:
 
 
 def gguf_of(folder: Path, state, kind: str, prefix: str = "", **settings: int) -> Path:
-    """As ComfyUI's converter writes: small tensors in F32, matrices in `kind`, reshaped where rows fill no blocks."""
+    """As by ComfyUI's converter: small tensors in F32, matrices in `kind`, reshaped where rows do not fill blocks."""
     gguf = pytest.importorskip("gguf")
     path = folder / f"{kind}.gguf"
     writer = gguf.GGUFWriter(path, "krea2", **settings)
@@ -150,7 +150,7 @@ EXACT: dict[str, Write] = {
     "GGUF, prefix": lambda folder, _, state: gguf_of(folder, state, "F32", "model.diffusion_model."),
     "GGUF, diffusers": lambda folder, _, state: gguf_of(folder, to_diffusers(state, TINY), "F32"),
 }
-# the largest error of a weight, as a part of the tensor's largest; then the velocity's, relative (measured: a half)
+# a weight's largest error, relative to the tensor's largest; then the velocity's, relative (measured: half of it)
 ROUNDED: dict[str, tuple[float, float, Write]] = {
     "native bf16": (2**-8, 0.006, lambda f, _, s: native(f, {n: t.bfloat16() for n, t in s.items()})),
     "int8 rows": (1 / 254 + 1e-4, 0.01, lambda f, _, s: native(f, quantise(s))),
@@ -170,7 +170,7 @@ ROUNDED: dict[str, tuple[float, float, Write]] = {
 
 
 @pytest.mark.parametrize("case", EXACT)
-def test_the_same_velocity_from_every_layout(tmp_path, model, state, case):
+def test_every_layout_gives_the_same_velocity(tmp_path, model, state, case):
     loaded, _ = load_dit(EXACT[case](tmp_path, model, state))
 
     assert loaded.config == TINY
@@ -190,7 +190,7 @@ def test_rounded_layouts_are_off_by_their_rounding(tmp_path, model, state, case)
     assert 0 < relative_error(velocity(loaded), velocity(model)) < of_velocity
 
 
-def test_what_is_called_gguf_and_is_none_is_told_so(tmp_path):
+def test_a_file_misnamed_gguf_is_recognised(tmp_path):
     (tmp_path / "x.gguf").write_bytes(b"hello, hello, hello")
     with pytest.raises(K2Error, match=r"x\.gguf is not a GGUF file\."):
         read_header(tmp_path / "x.gguf")
@@ -216,7 +216,7 @@ def refused(path: Path) -> str:
 
 
 @pytest.mark.parametrize("case", ["native", "ComfyUI", "diffusers in one file", "GGUF F32", "GGUF, prefix"])
-def test_every_tensor_that_is_too_many_or_too_few_is_named(tmp_path, model, state, case):
+def test_missing_and_unknown_tensors_are_named(tmp_path, model, state, case):
     less = {name: tensor for name, tensor in state.items() if name != "blocks.1.mlp.up.weight"}
     more = {} if "diffusers" in case else {"blocks.1.mlp.extra": torch.zeros(4)}
     if "diffusers" in case:  # written from a native state dict
@@ -229,7 +229,7 @@ def test_every_tensor_that_is_too_many_or_too_few_is_named(tmp_path, model, stat
     assert "1 unknown (" in message and "extra)" in message
 
 
-def test_both_prefixed_and_bare(tmp_path, state):
+def test_prefixed_and_bare_names_together_are_refused(tmp_path, state):
     extra = {"first.weight": state["first.weight"].clone()}
     assert "with and without" in refused(native(tmp_path, state, "model.diffusion_model.", **extra))
 
@@ -244,11 +244,11 @@ def test_both_prefixed_and_bare(tmp_path, state):
     ],
     ids=["Qwen3-VL", "Qwen-Image VAE", "FLUX.2 VAE", "Qwen-Image"],
 )
-def test_another_network_in_its_place(tmp_path, names, what):
+def test_other_networks_are_recognised(tmp_path, names, what):
     assert what in refused(native(tmp_path, {name: torch.zeros(2) for name in names}))
 
 
-def test_a_text_encoder_as_gguf(tmp_path):
+def test_a_text_encoder_as_gguf_is_recognised(tmp_path):
     assert "a text encoder" in refused(gguf_of(tmp_path, {"blk.0.attn_q.weight": torch.zeros(2)}, "F32"))
 
 
@@ -264,22 +264,22 @@ def test_a_text_encoder_as_gguf(tmp_path):
     ],
     ids=["rotated floats", "blocks", "smoothed", "four bits", "nonsense", "deep"],
 )
-def test_weights_that_would_load_as_something_else(tmp_path, state, mark, what):
-    """They may have the very shapes of those that are read: only the mark tells."""
+def test_unsupported_quantisation_marks_are_refused(tmp_path, state, mark, what):
+    """They may have exactly the shapes of supported weights: only the mark differs."""
     assert what in refused(comfy_fp8(tmp_path, state, "weight_scale", mark))
 
 
 @pytest.mark.parametrize("shape", [[256, 8], [16, 16], [1, 256]])
-def test_scales_of_blocks(tmp_path, state, shape):
-    """Also where there are just as many as rows."""
+def test_block_scales_are_refused(tmp_path, state, shape):
+    """Even if there are exactly as many as rows."""
     name = "blocks.0.attn.wq.weight"
     stored = state | {name: state[name].to(torch.float8_e4m3fn), f"{name}_scale": torch.ones(shape)}
     assert f"F8_E4M3 with scales of {shape}" in refused(native(tmp_path, stored))
 
 
 @pytest.mark.parametrize(("number", "called"), [(torch.int8, "I8"), (torch.float8_e4m3fn, "F8_E4M3")])
-def test_scales_of_columns(tmp_path, state, number, called):
-    """As many as a row is long: k2 reads one for each row."""
+def test_column_scales_are_refused(tmp_path, state, number, called):
+    """As many as a row is long, whereas k2 reads one per row."""
     name = "blocks.0.mlp.up.weight"
     rows, columns = state[name].shape
     stored = state | {name: state[name].to(number), f"{name}_scale": torch.ones(columns)}
@@ -298,11 +298,11 @@ def test_scales_of_columns(tmp_path, state, number, called):
     ],
     ids=["blocks", "zero points", "bitsandbytes", "an orphan", "none"],
 )
-def test_scales_that_would_be_lost(tmp_path, state, beside, what):
+def test_scales_that_would_be_lost_are_refused(tmp_path, state, beside, what):
     assert what in refused(native(tmp_path, state | beside))
 
 
-PACKED = [  # what other tools put in a matrix's place, and who
+PACKED = [  # what other tools store in place of a matrix, and which tool
     ({".qweight": torch.int8, ".wscales": torch.bfloat16}, "SVDQuant"),
     ({".qweight": torch.int32, ".qzeros": torch.int32, ".scales": torch.float16}, "GPTQ or AWQ"),
     ({".encoded_exponent": torch.uint8, ".sign_mantissa": torch.uint8}, "DFloat11"),
@@ -316,7 +316,7 @@ every_tool = pytest.mark.parametrize(("packed", "tool"), PACKED, ids=[tool for _
 
 
 def packed_as(packed: dict[str, torch.dtype], state: dict[str, Tensor], within: str) -> dict[str, Tensor]:
-    """A network's tensors with the matrices `within` in another tool's way."""
+    """A network's tensors, with matrices that have `within` in their names packed as by another tool."""
     matrices = {name for name in state if within in name and state[name].ndim == 2 and name.endswith(".weight")}
     stored = {name: tensor for name, tensor in state.items() if name not in matrices}
     for name in matrices:
@@ -327,20 +327,20 @@ def packed_as(packed: dict[str, torch.dtype], state: dict[str, Tensor], within: 
 @every_tool
 @pytest.mark.parametrize("names", ["native", "diffusers"])
 @pytest.mark.parametrize("within", ["blocks.", ""], ids=["blocks", "all"])
-def test_matrices_that_only_their_tool_unpacks(tmp_path, state, within, names, packed, tool):
-    """They have neither the names nor the shapes of a network's: nothing is amiss with the download."""
+def test_matrices_packed_by_other_tools_are_refused(tmp_path, state, within, names, packed, tool):
+    """They have neither the names nor the shapes of a network's, but nothing is wrong with the download."""
     theirs = to_diffusers(state, TINY) if names == "diffusers" else state
     assert f"stored as {tool}, which" in refused(native(tmp_path, packed_as(packed, theirs, within)))
 
 
-def test_another_network_is_not_told_of_a_file_of_more_bits(tmp_path):
-    """Which would be no Krea 2 either."""
+def test_other_networks_are_recognised_even_when_packed(tmp_path):
+    """A file in more bits would not be Krea 2 either."""
     theirs = {"layers.0.attention.qkv.weight": torch.zeros(64, 1, dtype=torch.uint8)}
     theirs |= {"layers.0.attention.qkv.weight.absmax": torch.zeros(4)}
     assert "is not a Krea 2 transformer" in refused(native(tmp_path, theirs))
 
 
-def test_a_folder_names_the_tool_that_its_names_do_not(tmp_path, model):
+def test_config_json_names_the_tool_if_tensors_do_not(tmp_path, model):
     folder = diffusers_folder(tmp_path, model, "1GB") / "transformer"
     file, config = folder / "diffusion_pytorch_model.safetensors", folder / "config.json"
     stored = load_file(file)
@@ -353,7 +353,7 @@ def test_a_folder_names_the_tool_that_its_names_do_not(tmp_path, model):
 
 
 @pytest.mark.parametrize("scale_name", ["weight_scale", "scale_weight"])
-def test_scales_beside_diffusers_names(tmp_path, model, state, scale_name):
+def test_fp8_scales_with_diffusers_names(tmp_path, model, state, scale_name):
     theirs, name = to_diffusers(state, model.config), "transformer_blocks.0.attn.to_q"
     matrix = theirs[f"{name}.weight"]
     scale = matrix.abs().max() / 448
@@ -365,7 +365,7 @@ def test_scales_beside_diffusers_names(tmp_path, model, state, scale_name):
 # ---- GGUF headers -------------------------------------------------------------------------------
 
 
-def test_the_header_reads_as_the_package_reads_it(tmp_path, state):
+def test_the_header_reads_as_in_the_gguf_package(tmp_path, state):
     gguf = pytest.importorskip("gguf")
     path = gguf_of(tmp_path, state, "Q4_K")
     header, loaded = read_header(path), load_dit(path)[0].state_dict()
@@ -394,20 +394,20 @@ def header(*, version=3, fields=(), tensors=(), counts=None, data=b"") -> bytes:
 
 HUGE = 1 << 60
 LIES = {
-    "fields without end": header(counts=(0, HUGE)),
-    "tensors without end": header(counts=(HUGE, 0)),
-    "a list without end": header(fields=[("list", 9, struct.pack("<IQ", 0, HUGE))]),
-    "a text without end": header(fields=[("text", 8, struct.pack("<Q", HUGE))]),
-    "texts without end": header(fields=[("texts", 9, struct.pack("<IQ", 8, HUGE))]),
+    "endless fields": header(counts=(0, HUGE)),
+    "endless tensors": header(counts=(HUGE, 0)),
+    "an endless list": header(fields=[("list", 9, struct.pack("<IQ", 0, HUGE))]),
+    "an endless text": header(fields=[("text", 8, struct.pack("<Q", HUGE))]),
+    "endless texts": header(fields=[("texts", 9, struct.pack("<IQ", 8, HUGE))]),
     "lists in lists": header(fields=[("list", 9, struct.pack("<IQ", 9, HUGE))]),
     "an unknown kind": header(fields=[("odd", 77, b"")]),
     "a field twice": header(fields=[("a", 0, b"1"), ("a", 0, b"1")]),
     "no alignment": header(fields=[("general.alignment", 4, bytes(4))]),
     "an odd alignment": header(fields=[("general.alignment", 4, struct.pack("<I", 33))]),
-    "a version to come": header(version=9),
+    "a future version": header(version=9),
     "big-endian": header(version=3 << 24),
     "a tensor twice": header(tensors=[("t", [8], 0, 0), ("t", [8], 0, 32)], data=bytes(64)),
-    "tensors on each other": header(tensors=[("t", [16], 0, 0), ("u", [8], 0, 32)], data=bytes(64)),
+    "overlapping tensors": header(tensors=[("t", [16], 0, 0), ("u", [8], 0, 32)], data=bytes(64)),
     "past the end": header(tensors=[("t", [8], 0, 64)], data=bytes(64)),
     "far past the end": header(tensors=[("t", [8], 0, (1 << 64) - 32)], data=bytes(64)),
     "dims that overflow": header(tensors=[("t", [1 << 63, 1 << 63], 0, 0)], data=bytes(64)),
@@ -419,18 +419,18 @@ LIES = {
         tensors=[("t", [8], 0, 0)],
         data=bytes(32),
     ),
-    "a name that is no text": header(tensors=[("t", [8], 0, 0)], data=bytes(32)).replace(b"t", b"\xff"),
+    "a name that is not text": header(tensors=[("t", [8], 0, 0)], data=bytes(32)).replace(b"t", b"\xff"),
 }
 
 
 @pytest.mark.parametrize("lie", LIES)
-def test_headers_that_lie(tmp_path, lie):
+def test_invalid_gguf_headers_are_refused(tmp_path, lie):
     path = tmp_path / "model.gguf"
     path.write_bytes(LIES[lie])
     assert "damaged GGUF file" in refused(path)
 
 
-def test_a_piece_of_a_file_is_to_be_joined_to_the_others(tmp_path, state):
+def test_a_piece_of_a_split_file_is_recognised(tmp_path, state):
     gguf_of(tmp_path, state, "F32", split_max_tensors=60)
     first, *_, last = sorted(tmp_path.iterdir())
     for piece in (first, last):
@@ -438,7 +438,7 @@ def test_a_piece_of_a_file_is_to_be_joined_to_the_others(tmp_path, state):
     assert "holds 2 .gguf files" in refused(tmp_path)
 
 
-def test_number_formats_that_nothing_reads(tmp_path):
+def test_unsupported_number_formats_are_named(tmp_path):
     path = tmp_path / "model.gguf"
     for number, called in ((40, "NVFP4"), (28, "F64"), (77, "number format 77")):
         path.write_bytes(header(tensors=[("t", [256], number, 0)], data=bytes(64)))
@@ -446,7 +446,7 @@ def test_number_formats_that_nothing_reads(tmp_path):
 
 
 @pytest.mark.parametrize("number", gguf_file.FORMATS)
-def test_every_number_format_is_read_in_pieces_as_in_one(tmp_path, monkeypatch, number):
+def test_reading_in_pieces_equals_reading_at_once(tmp_path, monkeypatch, number):
     gguf = pytest.importorskip("gguf")
     name, numbers, size = gguf_file.FORMATS[number]
     path, raw = tmp_path / "model.gguf", np.random.default_rng(0).integers(0, 60, 5 * size, dtype=np.uint8)
@@ -459,8 +459,8 @@ def test_every_number_format_is_read_in_pieces_as_in_one(tmp_path, monkeypatch, 
     assert len(read) == 5 * numbers and np.isfinite(read).all() and read.any()
 
 
-def test_cut_or_flipped_anywhere(tmp_path, state):
-    """Whatever is broken, it is a K2Error or a file that can be told."""
+def test_files_truncated_or_corrupted_anywhere(tmp_path, state):
+    """Whatever is broken, the result is a K2Error or a readable header."""
     few = {name: tensor for name, tensor in state.items() if name.startswith("blocks.0.attn")}
     whole = gguf_of(tmp_path, few, "Q8_0").read_bytes()
     path, dice = tmp_path / "broken.gguf", random.Random(0)
@@ -477,10 +477,10 @@ def test_cut_or_flipped_anywhere(tmp_path, state):
     assert errors > 100
 
 
-def test_without_the_package(tmp_path, state, monkeypatch):
+def test_without_the_gguf_package(tmp_path, state, monkeypatch):
     path = gguf_of(tmp_path, state, "F32")
     monkeypatch.setitem(sys.modules, "gguf", None)
     with pytest.raises(K2Error) as error:
         load_dit(path)
     assert "k2[gguf]" in error.value.hint
-    assert "blocks.0.attn.wq.weight" in read_header(path)  # what is in it can be told all the same
+    assert "blocks.0.attn.wq.weight" in read_header(path)  # its header can be read all the same

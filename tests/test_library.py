@@ -1,4 +1,4 @@
-"""Models by name, and what headers tell of them without a tensor being read."""
+"""Models by name, and what their headers say without a tensor being read."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ COMMIT = "c" * 40
 
 
 def write(path: Path, shapes: Mapping[str, tuple[int, ...]], about: dict | None = None, dtype: str = "BF16") -> Path:
-    """A safetensors file of these shapes; its numbers are a hole that takes no room on the disk."""
+    """A safetensors file of these shapes; its numbers are a hole that takes no space on the disk."""
     header: dict = {"__metadata__": {"k2": json.dumps(about)}} if about else {}
     end = 0
     for name, shape in shapes.items():
@@ -55,7 +55,7 @@ def diffusers(width: int = 256, blocks: int = 2) -> dict[str, tuple[int, ...]]:
 
 @pytest.fixture(autouse=True)
 def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A box and a cache of their own."""
+    """A folder of bundled models and a cache, both for one test."""
     monkeypatch.setattr(library, "BOX", tmp_path / "box")
     monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
     for name in ("HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE"):
@@ -76,12 +76,12 @@ def pulled(home: Path) -> Path:
     return snapshot
 
 
-def test_it_needs_neither_torch_nor_the_hub():
+def test_the_library_needs_neither_torch_nor_the_hub():
     code = "import sys, model.library; sys.exit(bool({'torch', 'numpy', 'huggingface_hub'} & set(sys.modules)))"
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
-def test_the_box(home: Path):
+def test_bundled_models(home: Path):
     for name in ("mini-raw", "mini-turbo", "mini-vae"):
         write(home / f"box/{name}.safetensors", transformer(), {"variant": name.removeprefix("mini-")})
 
@@ -92,14 +92,14 @@ def test_the_box(home: Path):
     assert library.find("mini").licence is None
 
 
-def test_a_name_of_the_box_is_no_path(home: Path):
+def test_a_bundled_name_is_not_taken_for_a_path(home: Path):
     write(home / "box/mini-raw.safetensors", transformer())
     (home / "mini").mkdir()
 
     assert library.find("mini").source == "box"
 
 
-def test_paths(home: Path):
+def test_models_by_path(home: Path):
     file = write(home / "my/tuned.safetensors", transformer(), {"variant": "turbo"})
 
     model = library.find("my/tuned.safetensors")
@@ -121,20 +121,20 @@ def test_paths(home: Path):
         ("strawberry_v2", None),
     ],
 )
-def test_a_files_name_tells_its_variant(home: Path, name: str, variant: str | None):
-    """Turbo with Raw's steps and guidance is a burnt picture, and six times as slow."""
+def test_file_names_tell_the_variant(home: Path, name: str, variant: str | None):
+    """Turbo with Raw's steps and guidance gives a burnt picture, and takes six times as long."""
     assert library.find(str(write(home / f"{name}.safetensors", transformer()))).variant == variant
 
 
-def test_a_pipeline_that_nests_without_end_says_nothing(home: Path):
+def test_an_endlessly_nested_pipeline_states_no_variant(home: Path):
     file = write(home / "mine/transformer/diffusion_pytorch_model.safetensors", diffusers())
     (home / "mine" / "model_index.json").write_text("[" * 200_000)
 
     assert library.stated_variant(file) is None
 
 
-def test_a_transformer_within_its_pipeline_is_what_that_says(home: Path):
-    """And takes the rest from it, not from whatever release is here."""
+def test_a_transformer_takes_variant_and_parts_from_its_pipeline(home: Path):
+    """Not from whatever release is here."""
     pipeline = home / "mine"
     file = write(pipeline / "transformer/diffusion_pytorch_model.safetensors", diffusers())
     for name in ("text_encoder", "vae"):
@@ -162,7 +162,7 @@ def test_a_transformer_within_its_pipeline_is_what_that_says(home: Path):
     ],
 )
 def test_a_pipelines_scheduler_states_raws_mu(home: Path, stated: dict):
-    """By diffusers' own line; what the weights themselves recommend goes before it, and Turbo's is the same for all."""
+    """By diffusers' own line; what the weights recommend takes precedence, and Turbo's is the same for all."""
     krea2 = pytest.importorskip("diffusers.pipelines.krea2.pipeline_krea2")
     scheduler = krea2.FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, **stated)
     file = write(home / "mine/transformer/diffusion_pytorch_model.safetensors", diffusers())
@@ -192,7 +192,7 @@ def test_a_pipelines_scheduler_states_raws_mu(home: Path, stated: dict):
         {"base_shift": 40, "max_shift": 90},
     ],
 )
-def test_a_time_shift_that_is_none_is_refused(home: Path, stated: dict):
+def test_unusable_time_shifts_are_refused(home: Path, stated: dict):
     (home / "scheduler").mkdir()
     (home / "model_index.json").write_text("{}")
     (home / "scheduler/scheduler_config.json").write_text(json.dumps({"use_dynamic_shifting": True} | stated))
@@ -200,7 +200,7 @@ def test_a_time_shift_that_is_none_is_refused(home: Path, stated: dict):
         library.recommended("raw", {}, home)
 
 
-def test_a_repositorys_name_tells_its_files_variant(home: Path):
+def test_repository_names_tell_the_variant_of_their_files(home: Path):
     snapshot = home / f"hf/hub/models--some--Krea-2-Turbo-GGUF/snapshots/{COMMIT}"
     for name in ("Q8_0", "raw-Q8_0", "RAW/Q8_0"):
         write(snapshot / f"{name}.safetensors", transformer())
@@ -215,20 +215,20 @@ def test_a_repositorys_name_tells_its_files_variant(home: Path):
 @pytest.mark.parametrize(
     "name", ["krea-2", "krea-2-turbo", "krea/Krea-2-Turbo", f"krea-2@{COMMIT[:6]}", "krea-2-turbo@main"]
 )
-def test_the_official_models_by_all_their_names(pulled: Path, name: str):
+def test_official_models_by_all_their_names(pulled: Path, name: str):
     model = library.find(name)
 
     assert (model.path, model.variant, model.licence, model.revision) == (pulled, "turbo", library.KREA_2, COMMIT)
     assert model.root == pulled
 
 
-def test_an_official_model_that_is_not_here(pulled: Path):
+def test_missing_official_models_are_not_found(pulled: Path):
     assert library.find("krea-2", "raw") is None
     assert library.find("krea-2-raw") is None
     assert library.find("krea-2-turbo@v2") is None
 
 
-def test_what_a_manifest_lists_must_be_there_in_full(pulled: Path):
+def test_everything_a_manifest_lists_must_be_there(pulled: Path):
     weights = pulled / "transformer/diffusion_pytorch_model.safetensors"
     size = weights.stat().st_size
     listed = {"transformer/diffusion_pytorch_model.safetensors": {"bytes": size}}
@@ -244,24 +244,24 @@ def test_what_a_manifest_lists_must_be_there_in_full(pulled: Path):
         assert library.locate("krea-2-turbo") == pulled
 
 
-def test_a_ref_that_is_no_text_points_nowhere(pulled: Path):
+def test_a_ref_that_is_not_text_points_nowhere(pulled: Path):
     (pulled.parents[1] / "refs/main").write_bytes(b"\xff\xfe")
 
     assert library.locate("krea-2-turbo") is None and library.list_models() == []
 
 
-def test_without_a_ref_nothing_says_that_a_snapshot_is_whole(pulled: Path):
+def test_a_snapshot_without_a_ref_is_not_used(pulled: Path):
     (pulled.parents[1] / "refs/main").unlink()
 
     assert library.locate("krea-2-turbo") is None and library.list_models() == []
 
 
 @pytest.mark.parametrize("name", ["a/../../etc", "../a/b", "a--b/c", "/a/b", "a/b@../c", "", "a", "a/b\n"])
-def test_what_is_no_hub_name(name: str):
+def test_invalid_hub_names(name: str):
     assert library.parse(name) is None and library.find(name) is None
 
 
-def test_the_cache_is_where_the_client_has_it(home: Path, monkeypatch):
+def test_the_cache_is_where_the_hubs_client_has_it(home: Path, monkeypatch):
     code = "import sys, huggingface_hub.constants as c, model.library as l; sys.exit(c.HF_HUB_CACHE != str(l.cache()))"
     for name, value in {"HF_HOME": "~/one", "XDG_CACHE_HOME": "/two", "HF_HUB_CACHE": "$HOME/three"}.items():
         monkeypatch.delenv("HF_HOME", raising=False)
@@ -289,14 +289,14 @@ def test_layouts_and_shapes(home: Path, layout: str, shapes: dict):
     )
 
 
-def test_what_8_bits_take_beside_the_weights_is_no_parameter(home: Path):
+def test_scales_of_8_bit_weights_are_not_parameters(home: Path):
     beside = {f"blocks.0.attn.wq.{end}": (1,) for end in ("scale_weight", "scale_input", "comfy_quant", "input_scale")}
     fp8 = library.describe(write(home / "fp8.safetensors", transformer() | beside | {"scaled_fp8": (2,)}))
 
     assert fp8 == library.describe(write(home / "bf16.safetensors", transformer()))
 
 
-def test_what_is_no_transformer_has_no_layout(home: Path):
+def test_only_transformers_have_a_layout(home: Path):
     about = library.describe(write(home / "x.safetensors", {"encoder.conv_in.weight": (8, 3, 3, 3)}, {"kind": "vae"}))
 
     assert about == {"precision": {"BF16": 216}, "parameters": 216, "kind": "vae"}
@@ -311,15 +311,15 @@ def test_what_is_no_transformer_has_no_layout(home: Path):
         ("blocks.0.attn.wq.weight", (256,)),
     ],
 )
-def test_of_an_odd_shape_is_told_what_can_be(home: Path, name: str, shape: tuple[int, ...]):
-    """Whether it is a whole network is for loading to say."""
+def test_odd_shapes_are_described_as_far_as_possible(home: Path, name: str, shape: tuple[int, ...]):
+    """Whether the network is complete is for loading to say."""
     main = library.describe(write(home / "x.safetensors", transformer(blocks=1) | {name: shape})).get("shape", {})
 
     assert main == ({} if "wq" in name else {"width": 256, "blocks": 1})
 
 
 @pytest.mark.parametrize(("shape", "listens"), [((32,), True), ((16,), False), ((), False)])
-def test_who_listens_to_a_text_encoder(home: Path, shape: tuple[int, ...], listens: bool):
+def test_which_transformers_listen_to_a_text_encoder(home: Path, shape: tuple[int, ...], listens: bool):
     heard = {"txtmlp.0.scale": shape, "txtfusion.projector.weight": (1, 4)}
     dit = write(home / "x.safetensors", transformer() | heard)
     text = write(home / "text.safetensors", {}, {"config": {"hidden_size": 32, "taps": [1, 2, 3, 4]}})
@@ -328,7 +328,7 @@ def test_who_listens_to_a_text_encoder(home: Path, shape: tuple[int, ...], liste
 
 
 @pytest.mark.parametrize("shapes", [transformer(6144, 28), transformer(6144, 28, "net."), diffusers(6144, 28)])
-def test_the_release_is_known_by_its_shape(home: Path, shapes: dict):
+def test_the_release_is_recognised_by_its_shape(home: Path, shapes: dict):
     """Whatever a file of the 12.9B network is called, Krea's licence came with it."""
     names = list(shapes)
     write(home / "shards/a.safetensors", {name: shapes[name] for name in names[:40]})
@@ -340,7 +340,7 @@ def test_the_release_is_known_by_its_shape(home: Path, shapes: dict):
     assert library.find("shards/a.safetensors").licence is None  # a lone shard renders nothing
 
 
-def test_weights_lie_three_folders_deep_at_most(tmp_path):
+def test_weights_are_at_most_two_subfolders_deep(tmp_path):
     for depth, name in ((2, "near"), (3, "deep")):
         folder = tmp_path.joinpath(*"abc"[:depth])
         folder.mkdir(exist_ok=True, parents=True)

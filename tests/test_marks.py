@@ -1,4 +1,4 @@
-"""ComfyUI's marks: rotated int8 becomes the weights it stands for, wherever its mark stands; all else is refused."""
+"""ComfyUI's marks: rotated int8 is read as the weights it stands for, wherever its mark is; all else is refused."""
 
 from __future__ import annotations
 
@@ -33,11 +33,11 @@ def state(model):
     return model.state_dict()
 
 
-# ---- a writer of its own ------------------------------------------------------------------------
+# ---- an independent writer ----------------------------------------------------------------------
 
 
 def turn(size: int) -> np.ndarray:
-    """comfy-kitchen's matrix in double precision, by the numbers: a Kronecker power over the root of its size."""
+    """comfy-kitchen's matrix in double precision, by definition: a Kronecker power over the root of its size."""
     four = np.array([[1, 1, 1, -1], [1, 1, -1, 1], [1, -1, 1, 1], [-1, 1, 1, 1]], dtype=float)
     whole = np.ones((1, 1))
     while len(whole) < size:
@@ -102,7 +102,7 @@ def test_a_rotation_is_the_kronecker_power_and_its_own_inverse(size):
 
 
 @pytest.mark.parametrize("size", [16, 64, 256])
-def test_rotated_int8_is_the_weights_it_stands_for(tmp_path, model, state, size):
+def test_rotated_int8_loads_as_the_weights_it_stands_for(tmp_path, model, state, size):
     stored, means = rotated(state, size)
     loaded, checkpoint = load_dit(native(tmp_path, stored))
 
@@ -111,7 +111,7 @@ def test_rotated_int8_is_the_weights_it_stands_for(tmp_path, model, state, size)
     assert 0 < relative_error(velocity(loaded), velocity(model)) < 0.01
 
 
-def test_a_product_is_that_of_rotated_tokens(tmp_path, state):
+def test_products_equal_those_of_rotated_tokens(tmp_path, state):
     """ComfyUI leaves the weights rotated and rotates the tokens."""
     stored, _ = rotated(state, 256)
     loaded, _ = load_dit(native(tmp_path, stored))
@@ -122,7 +122,7 @@ def test_a_product_is_that_of_rotated_tokens(tmp_path, state):
         assert relative_error(loaded.get_submodule(layer)(tokens).double(), torch.from_numpy(theirs)) < 1e-5
 
 
-def test_one_scale_a_matrix_and_flat_scales(tmp_path, state):
+def test_scales_may_be_flat_or_one_per_matrix(tmp_path, state):
     for shape in ((), (1,)):
         stored, means = rotated(state, 64)
         for layer in layers_of(stored):
@@ -135,8 +135,8 @@ def test_one_scale_a_matrix_and_flat_scales(tmp_path, state):
     assert_means(load_dit(native(tmp_path, flat))[0], means)
 
 
-def test_a_file_is_stored_as_most_of_its_numbers_are(tmp_path, state):
-    """Writers keep the first matrices in more bits, or only those in fewer."""
+def test_stored_precision_is_that_of_most_numbers(tmp_path, state):
+    """Writers keep the first matrices in more bits, or store only those in fewer."""
     stored, _ = rotated(state, 64)
     first = [name for name in stored if name.startswith("blocks.0.attn.")]
     mostly = {name: tensor for name, tensor in stored.items() if name not in first}
@@ -149,7 +149,7 @@ def test_a_file_is_stored_as_most_of_its_numbers_are(tmp_path, state):
 
 
 @torch.no_grad()
-def test_in_8_bits_it_is_held_as_it_lies(tmp_path, model, state):
+def test_rotated_int8_is_held_as_stored(tmp_path, model, state):
     """Its rows stay rotated, and tokens are rotated before they are rounded."""
     stored, means = rotated(state, 256)
     loaded, _ = load_dit(native(tmp_path, stored), precision="int8")
@@ -168,8 +168,8 @@ def test_in_8_bits_it_is_held_as_it_lies(tmp_path, model, state):
 
 
 @torch.no_grad()
-def test_in_fp8_it_is_rounded_anew(tmp_path, model, state):
-    """The rotated numbers themselves would be another network's."""
+def test_rotated_int8_is_rounded_again_to_fp8(tmp_path, model, state):
+    """The rotated numbers themselves would make another network."""
     stored, means = rotated(state, 256)
     loaded, _ = load_dit(native(tmp_path, stored), precision="fp8")
 
@@ -180,8 +180,8 @@ def test_in_fp8_it_is_rounded_anew(tmp_path, model, state):
 
 
 @pytest.mark.parametrize("size", [64, 256])
-def test_in_4_bits_it_is_coded_anew(tmp_path, state, size):
-    """Whether or not its rows lie rotated as codes want them."""
+def test_rotated_int8_is_coded_again_in_4_bits(tmp_path, state, size):
+    """Whether or not its rows are already rotated as the codes want them."""
     stored, means = rotated(state, size)
     four, _ = load_dit(native(tmp_path, stored), precision="int4")
 
@@ -190,7 +190,7 @@ def test_in_4_bits_it_is_coded_anew(tmp_path, state, size):
     assert all(relative_error(layer.matrix(), means[name]) < 0.1 for name, layer in held.items())
 
 
-def test_streamed(tmp_path, state):
+def test_rotated_int8_can_be_streamed(tmp_path, state):
     stored, _ = rotated(state, 256)
     path = native(tmp_path, stored)
     for precision in ("native", "int8"):
@@ -198,7 +198,7 @@ def test_streamed(tmp_path, state):
         assert torch.equal(velocity(streamed), velocity(held))
 
 
-# ---- where the marks stand ----------------------------------------------------------------------
+# ---- where the marks are ------------------------------------------------------------------------
 
 
 def prefixed(stored: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -242,7 +242,7 @@ def test_marks_of_every_writer(tmp_path, state, mark):
     assert_means(load_dit(native(tmp_path, stored))[0], means)
 
 
-def test_marks_that_say_it_is_not_rotated(tmp_path, state):
+def test_marks_may_say_that_nothing_is_rotated(tmp_path, state):
     stored, _ = rotated(state, 256, {"format": "int8_tensorwise", "convrot": False, "convrot_groupsize": 256})
     loaded, checkpoint = load_dit(native(tmp_path, stored))
     name = "blocks.0.attn.wq.weight"
@@ -250,7 +250,7 @@ def test_marks_that_say_it_is_not_rotated(tmp_path, state):
     assert stored_precision(checkpoint) == "int8"
 
 
-def test_under_diffusers_names(tmp_path, state):
+def test_marks_with_diffusers_names(tmp_path, state):
     stored, means = rotated(state, 256, mark=False)
     plain = {name: tensor for name, tensor in stored.items() if not name.endswith("_scale")}
     theirs = to_diffusers(plain, TINY)
@@ -267,8 +267,8 @@ TEXT = "text_encoders.qwen3vl_4b.transformer.model.layers.0.mlp.up_proj"
 
 @pytest.mark.parametrize("where", ["beside the weight", "in the metadata"])
 @pytest.mark.parametrize("kind", ["nvfp4", "convrot_w4a4", "made up"])
-def test_how_a_text_encoder_is_stored_beside_does_not_matter(tmp_path, state, kind, where):
-    """In all-in-one files: k2 takes its own."""
+def test_the_format_of_an_included_text_encoder_is_ignored(tmp_path, state, kind, where):
+    """In all-in-one files; k2 uses its own."""
     stored, means = rotated(state, 256, mark=None if where == "beside the weight" else False)
     scales = {f"{TEXT}.weight_scale": torch.ones(8, 2), f"{TEXT}.weight_scale_2": torch.ones(())}
     beside = {f"{TEXT}.weight": torch.ones(8, 16, dtype=torch.uint8)} | scales
@@ -283,12 +283,12 @@ def test_how_a_text_encoder_is_stored_beside_does_not_matter(tmp_path, state, ki
     assert not set(beside) & set(checkpoint.tensors)
 
 
-def test_marks_of_a_text_encoder_that_was_taken_out(tmp_path, state):
+def test_marks_of_a_removed_text_encoder_are_ignored(tmp_path, state):
     assert_means(load_dit(with_table(tmp_path, prefixed(state), {TEXT: {"format": "nvfp4"}}))[0], state)
 
 
-def test_numbers_of_passengers_that_nothing_reads(tmp_path, model):
-    """Whole files all the same; where the transformer itself is stored so, it is told."""
+def test_unreadable_numbers_matter_only_in_the_transformer(tmp_path, model):
+    """Such files load all the same; if the transformer itself is stored that way, the error message says so."""
     name = "blocks.0.attn.wq.weight"
     state = model.state_dict() | {name: torch.ones(256, 256).to(torch.float8_e4m3fn)}
     path = native(tmp_path, prefixed(state) | {f"{TEXT}.weight": torch.ones(4, 4, dtype=torch.uint8)})
@@ -301,7 +301,7 @@ def test_numbers_of_passengers_that_nothing_reads(tmp_path, model):
 
 
 def with_dtype(whole: bytes, name: str, dtype: str) -> bytes:
-    """A safetensors file whose header calls a tensor's numbers otherwise."""
+    """A safetensors file whose header gives a tensor another number format."""
     length = int.from_bytes(whole[:8], "little")
     header = json.loads(whole[8 : 8 + length])
     header[name]["dtype"] = dtype
@@ -313,15 +313,15 @@ def with_dtype(whole: bytes, name: str, dtype: str) -> bytes:
 
 
 @pytest.mark.parametrize("group", [512, 2, 0, -256, 300, "256", 256.0, True, None, [256], 1024, 4**40])
-def test_groups_that_no_rotation_is_defined_for(tmp_path, state, group):
-    """512 is no power of 4; 1024 does not divide a row; what is no whole number is no size."""
+def test_invalid_rotation_groups_are_refused(tmp_path, state, group):
+    """512 is not a power of 4, 1024 does not divide a row, and a size is a whole number."""
     stored, _ = rotated(state, 256, ROTATED | {"convrot_groupsize": group})
     message = refused(native(tmp_path, stored))
     assert "rotated in groups of" in message or "an unknown format" in message
 
 
 @pytest.mark.parametrize("format", ["awq_w4a16", "int8_blockwise", "convrot"])
-def test_other_rotations(tmp_path, state, format):
+def test_other_rotations_are_refused(tmp_path, state, format):
     stored, _ = rotated(state, 256, ROTATED | {"format": format})
     assert format in refused(native(tmp_path, stored))
 
@@ -334,8 +334,8 @@ def test_other_rotations(tmp_path, state, format):
         ("made_up", [], "made_up"),
     ],
 )
-def test_formats_are_told_by_name_whatever_their_shapes(tmp_path, state, format, beside, told):
-    """As ComfyUI has 4 bits of other tools, two in an int8; where a mark is lost the others still say it first."""
+def test_refused_formats_are_named_whatever_their_shapes(tmp_path, state, format, beside, told):
+    """As ComfyUI stores other tools' 4 bits, two in an int8; if a mark is lost, the others still say it first."""
     stored = dict(state)
     for name in [n for n, t in state.items() if n.startswith("blocks.") and t.ndim == 2]:
         out, inward = state[name].shape
@@ -348,40 +348,40 @@ def test_formats_are_told_by_name_whatever_their_shapes(tmp_path, state, format,
 
 
 @pytest.mark.parametrize("number", [torch.uint8, torch.int16, torch.int32, torch.bool])
-def test_whole_numbers_that_stand_for_others(tmp_path, state, number):
-    """Bits of floats, or two numbers in one, would be taken at their word."""
+def test_integers_that_pack_other_formats_are_refused(tmp_path, state, number):
+    """Bits of floats, or two numbers in one, would be taken at face value."""
     name = "blocks.0.attn.wq.weight"
     for beside in ({}, {f"{name}_scale": torch.ones(())}):
         path = native(tmp_path, state | {name: torch.ones(256, 256, dtype=number)} | beside)
         assert "which packs another format" in refused(path)
 
 
-def test_eight_bit_whole_numbers_need_scales(tmp_path, state):
+def test_int8_needs_scales(tmp_path, state):
     name = "blocks.0.attn.wq.weight"
     path = native(tmp_path, state | {name: torch.ones(256, 256, dtype=torch.int8)})
     assert "I8 without scales" in refused(path)
 
 
 @pytest.mark.parametrize("mark", [{}, {"per_row": True}, {"quarot": True}, {"convrot_groupsize": 256}, [], 3, "x"])
-def test_marks_that_say_too_little(tmp_path, state, mark):
+def test_incomplete_marks_are_refused(tmp_path, state, mark):
     stored, _ = rotated(state, 256, mark=False)
     beside = {f"{layer}.comfy_quant": raw(mark) for layer in layers_of(stored)}
     assert "an unknown format" in refused(native(tmp_path, stored | beside))
 
 
-def test_marks_of_what_is_not_there(tmp_path, state):
+def test_marks_without_their_weights_are_refused(tmp_path, state):
     assert "marks without their weights" in refused(with_table(tmp_path, state, {"blocks.9.attn.wq": ROTATED}))
     assert "marks without their weights" in refused(native(tmp_path, state, **{"blocks.9.x.comfy_quant": raw(ROTATED)}))
-    load_dit(with_table(tmp_path, state, {"blocks.9.attn.wq": {"format": "float8_e4m3fn"}}))  # says nothing strange
+    load_dit(with_table(tmp_path, state, {"blocks.9.attn.wq": {"format": "float8_e4m3fn"}}))  # nothing unusual
 
 
-def test_a_table_that_is_none(tmp_path, state):
+def test_invalid_tables_of_marks_are_refused(tmp_path, state):
     for text in ("{", "[]", '{"layers": 3}', "[" * 100_000):
         save_file(state, tmp_path / "model.safetensors", {"_quantization_metadata": text})
         assert "marks without their weights" in refused(tmp_path / "model.safetensors")
 
 
-def test_a_mark_is_not_read_without_end(tmp_path):
+def test_overlong_marks_are_not_read(tmp_path):
     path = native(tmp_path, {"a.weight": torch.ones(4, 4), "a.comfy_quant": torch.full((1 << 17,), 91).byte()})
     checkpoint = open_checkpoint(path)
     assert checkpoint.tensors["a.weight"].marks == (b"",)

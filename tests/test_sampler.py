@@ -24,7 +24,7 @@ def test_straight_flow_lands_on_the_image(mu):
 
 @pytest.mark.parametrize("steps", [1, 8, 52])
 @pytest.mark.parametrize("mu", [-1.0, 0.0, 0.5, 1.15])
-def test_sigmas(steps, mu):
+def test_sigmas_fall_from_1_to_0_as_published(steps, mu):
     """From 1 to 0, falling, and shifted as published: e^mu / (e^mu + 1/t − 1)."""
     sigmas = shifted_sigmas(steps, mu)
 
@@ -46,7 +46,7 @@ def test_sigmas_are_those_of_diffusers_scheduler():
     assert shifted_sigmas(8, 0.7) == pytest.approx(scheduler.sigmas.tolist(), abs=1e-6)
 
 
-def test_raw_mu_runs_through_its_two_points_and_on():
+def test_raw_mu_extends_beyond_its_two_points():
     assert raw_mu(256) == 0.5 and raw_mu(6400) == pytest.approx(1.15)
     assert raw_mu(64) < 0.5 and raw_mu(16384) > 1.15
 
@@ -58,17 +58,17 @@ def test_guidance_zero_is_off_and_one_doubles_the_difference():
 
 
 def test_style_guidance_zero_adds_the_style_once_and_one_twice():
-    """Beside whatever the prompt's own guidance has made of the velocity."""
+    """On top of whatever the prompt's own guidance has made of the velocity."""
     styled, conditional, led = torch.randn(3, 4)
     torch.testing.assert_close(style_guided(styled, conditional, conditional, 0.0), styled)
     torch.testing.assert_close(style_guided(styled, conditional, led, 1.0), led + 2 * (styled - conditional))
 
 
-def test_adams_bashforth_is_of_the_second_order():
-    """On the flow from noise to a Gaussian of deviation s, whose end is known: x(0) = s x(1) of any point.
+def test_adams_bashforth_is_second_order():
+    """On the flow from noise to a Gaussian of deviation s, whose end is known: x(0) = s x(1) for any point.
 
-    v = E[noise − image | x] = x (σ − (1 − σ) s²) / ((1 − σ)² s² + σ²). Half the step leaves a quarter of the error, and
-    half of Euler's.
+    v = E[noise − image | x] = x (σ − (1 − σ) s²) / ((1 − σ)² s² + σ²). Half the step leaves a quarter of the error,
+    and half of Euler's.
     """
     s, start = 0.3, torch.linspace(-2, 2, 9, dtype=torch.float64)
 
@@ -87,8 +87,8 @@ def test_adams_bashforth_is_of_the_second_order():
     assert off(adams_bashforth, 28) < off(euler, 84)
 
 
-def test_adams_bashforth_begins_anew_where_the_field_is_another():
-    """As two walks: what the first one's slope was means nothing to the second."""
+def test_adams_bashforth_restarts_where_the_field_changes():
+    """As in two runs: the slope of the first means nothing to the second."""
     sigmas, start = shifted_sigmas(8, 0.5), torch.randn(3)
 
     def velocity(x: torch.Tensor, step: int) -> torch.Tensor:
@@ -108,8 +108,8 @@ def test_steps_are_counted_and_reported(sampler):
 
 
 @pytest.mark.parametrize("sampler", [euler, adams_bashforth])
-def test_a_later_beginning_is_the_rest_of_the_way(sampler):
-    """Steps keep their numbers, by which the field knows its noise level; those that are taken are counted."""
+def test_starting_later_takes_the_remaining_steps(sampler):
+    """Steps keep their numbers, by which the field knows its noise level; only the steps taken are counted."""
     sigmas, start, asked, done = shifted_sigmas(7, 0.5), torch.randn(5), [], []
 
     def velocity(x: torch.Tensor, step: int) -> torch.Tensor:
@@ -121,6 +121,6 @@ def test_a_later_beginning_is_the_rest_of_the_way(sampler):
     torch.testing.assert_close(late, sampler(lambda x, step: velocity(x, step + 4), start, sigmas[4:]))
 
 
-def test_no_steps_are_refused():
+def test_zero_steps_are_refused():
     with pytest.raises(ValueError):
         shifted_sigmas(0, 0.5)

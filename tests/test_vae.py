@@ -40,7 +40,7 @@ def pair(request):
     return ours, theirs
 
 
-def test_what_a_config_does_not_say_is_as_diffusers_has_it():
+def test_config_defaults_are_those_of_diffusers():
     theirs, ours = inspect.signature(diffusers.AutoencoderKLQwenImage.__init__).parameters, VAEConfig()
     for key in ("base_dim", "dim_mult", "num_res_blocks", "temperal_downsample", "latents_mean", "latents_std"):
         own = getattr(ours, key.replace("temperal", "temporal"))
@@ -79,7 +79,7 @@ def test_qwen_export_round_trip(pair):
 
 
 @torch.no_grad()
-def test_qwen_tiles_against_the_whole(pair):
+def test_qwen_tiles_agree_with_the_whole(pair):
     """Norms act on single pixels, so only the attention sees the tile instead of the picture: within 5 %."""
     ours, _ = pair
     torch.manual_seed(1)
@@ -104,7 +104,7 @@ def test_config_is_read_in_diffusers_spelling_too():
     assert VAEConfig.from_dict(SHAPES[16].to_diffusers()) == SHAPES[16]
 
 
-def test_what_a_file_does_not_say_is_the_releases(tmp_path):
+def test_what_a_file_does_not_state_is_as_in_the_release(tmp_path):
     vae, file = QwenImageVAE(SHAPES[8]), tmp_path / "vae.safetensors"
     config = asdict(vae.config)
     del config["temporal_downsample"]
@@ -131,8 +131,8 @@ def test_odd_sizes_are_refused():
         QwenImageVAE(SHAPES[8]).encode(torch.zeros(1, 3, 20, 16))
 
 
-def test_a_small_picture_is_the_same_alone_as_in_company():
-    """Below some size PyTorch has another kernel for a picture by itself; one thread splits nothing by company."""
+def test_a_small_picture_is_the_same_alone_and_in_a_batch():
+    """Below some size PyTorch has another kernel for a single picture; one thread does not split work by batch size."""
     torch.manual_seed(0)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
