@@ -1,4 +1,4 @@
-"""The gallery: what is written, and the page as a person uses it, clicked through in Chromium."""
+"""The gallery: its files, and the page as a person uses it, clicked through in Chromium."""
 
 from __future__ import annotations
 
@@ -30,8 +30,8 @@ def data_of(folder: Path) -> dict:
     return json.loads(re.search(r'<script type="application/json" id="data">(.*?)</script>', page, re.DOTALL)[1])
 
 
-def test_a_gallery_outlives_the_drive_that_its_pictures_lie_on(moody, k2, tmp_path, monkeypatch):
-    """Nothing is dropped from it because a drive is not mounted, and no command takes what is on it for not made."""
+def test_the_gallery_survives_an_unmounted_drive(moody, k2, tmp_path, monkeypatch):
+    """An unmounted drive drops nothing from it, and no command takes what is on that drive for never rendered."""
     monkeypatch.setenv("K2_ALLOW_OUTSIDE", "1")
     drive = tmp_path / "drive"
     drive.mkdir()
@@ -51,7 +51,7 @@ def test_a_gallery_outlives_the_drive_that_its_pictures_lie_on(moody, k2, tmp_pa
     assert tree(moody / "gallery") == before
 
 
-def test_a_folder_that_can_be_taken_along(moody, k2, tmp_path):
+def test_the_gallery_folder_is_self_contained(moody, k2, tmp_path):
     k2("render", "--batch", "2")
     result = k2("gallery", "-o", tmp_path / "site")
 
@@ -64,8 +64,8 @@ def test_a_folder_that_can_be_taken_along(moody, k2, tmp_path):
     assert not any(b"://" in text for name, text in made.items() if name.endswith(".html"))
 
 
-def test_of_a_project_that_is_named(moody, k2, tmp_path, monkeypatch):
-    """It goes into that project, wherever it is asked for."""
+def test_the_gallery_goes_into_the_named_project(moody, k2, tmp_path, monkeypatch):
+    """Wherever the command is run."""
     k2("render")
     monkeypatch.chdir(tmp_path)
 
@@ -75,8 +75,8 @@ def test_of_a_project_that_is_named(moody, k2, tmp_path, monkeypatch):
     assert "gallery in the project" in " ".join(k2("gallery", "--help").stdout.split())
 
 
-def test_of_a_project_whose_file_is_being_written(moody, k2):
-    """What was made can be looked at; only the name of the project is not known."""
+def test_the_gallery_tolerates_an_invalid_project_file(moody, k2):
+    """Pictures can be viewed all the same; only the project's name is unknown."""
     k2("render")
     (moody / "k2.toml").write_text("[project]\nname = ")
 
@@ -87,8 +87,8 @@ def test_of_a_project_whose_file_is_being_written(moody, k2):
     assert "after the folder" not in k2("gallery", "--quiet").stderr
 
 
-def test_some_of_the_pictures_go_into_a_folder_of_their_own(moody, k2):
-    """Chosen as `k2 log` chooses them; in the gallery of the project all others would be dropped."""
+def test_a_selection_goes_into_a_folder_of_its_own(moody, k2):
+    """Chosen as by `k2 log`; in the project's own gallery all other pictures would be dropped."""
     k2("render")
     k2("render", "-p", "tea")
     for options, names in (
@@ -107,14 +107,14 @@ def test_some_of_the_pictures_go_into_a_folder_of_their_own(moody, k2):
     assert not (moody / "gallery").exists()
 
 
-def test_a_run_in_the_place_of_a_project_is_known_for_one(moody, k2):
+def test_a_run_folder_given_as_a_project_is_recognised(moody, k2):
     k2("render")
     for command in ("gallery", "log"):
         told = k2(command, "outputs/0001-fox-and-1-more", code=1).stderr
         assert "is not a project" in told and "--run 1" in told and "k2 new" not in told
 
 
-def test_once_more_brings_it_up_to_date(moody, k2):
+def test_another_build_brings_it_up_to_date(moody, k2):
     k2("render")
     k2("gallery")
     first = moody / "gallery" / "pictures" / "0001-fox-and-1-more"
@@ -133,7 +133,7 @@ def test_once_more_brings_it_up_to_date(moody, k2):
     assert os.stat(first / "an-owl-at-night-7.png").st_mtime_ns == kept.st_mtime_ns
 
 
-def test_a_picture_that_was_made_anew_is_brought_though_it_is_as_long(moody, k2):
+def test_a_rerendered_picture_of_the_same_length_is_updated(moody, k2):
     k2("render", "-p", "tea")
     k2("gallery")
     made = moody / "outputs" / "0001-tea" / "tea-7.png"
@@ -147,7 +147,7 @@ def test_a_picture_that_was_made_anew_is_brought_though_it_is_as_long(moody, k2)
     assert (moody / "gallery" / "pictures" / "0001-tea" / "tea-7.png").read_bytes() == other
 
 
-def test_pictures_of_every_kind_are_dropped_and_runs_that_are_empty_then(moody, k2):
+def test_old_pictures_of_any_format_and_empty_runs_are_removed(moody, k2):
     k2("render")
     k2("gallery")
     (first,) = (moody / "gallery" / "pictures").iterdir()
@@ -164,7 +164,7 @@ def test_pictures_of_every_kind_are_dropped_and_runs_that_are_empty_then(moody, 
 
 
 @pytest.mark.parametrize("run", ["0001-fox-and-1-more", "0009-gone"])
-def test_no_run_of_a_gallery_leads_out_of_it(moody, k2, tmp_path, run):
+def test_links_out_of_the_gallery_are_not_followed(moody, k2, tmp_path, run):
     k2("render")
     k2("gallery")
     (tmp_path / "precious").mkdir()
@@ -180,7 +180,7 @@ def test_no_run_of_a_gallery_leads_out_of_it(moody, k2, tmp_path, run):
 
 
 @pytest.mark.parametrize("holds", ["notes.txt", "index.html", ".hidden", "mine.draft", "a link out of it"])
-def test_it_writes_over_nothing_but_galleries(moody, k2, tmp_path, holds):
+def test_only_galleries_are_overwritten(moody, k2, tmp_path, holds):
     k2("render")
     if holds == "a link out of it":
         k2("gallery")
@@ -198,8 +198,8 @@ def test_it_writes_over_nothing_but_galleries(moody, k2, tmp_path, holds):
 
 
 @pytest.mark.parametrize("stopped", ["scandir", "replace"])
-def test_a_first_build_that_was_stopped_can_be_begun_again(moody, k2, monkeypatch, stopped):
-    """At its pictures, or at the page of its own."""
+def test_an_interrupted_first_build_can_be_started_again(moody, k2, monkeypatch, stopped):
+    """Interrupted at its pictures, or at its page."""
     k2("render")
     real = getattr(os, stopped)
 
@@ -217,21 +217,21 @@ def test_a_first_build_that_was_stopped_can_be_begun_again(moody, k2, monkeypatc
     assert json.loads(k2("gallery", "--json").stdout)["pictures"] == 2
 
 
-def test_no_hard_links(moody, k2, monkeypatch):
-    """On another disk, or where the file system has none: copies."""
+def test_pictures_are_copied_where_hard_links_fail(moody, k2, monkeypatch):
+    """On another disk, or where the file system has no hard links."""
     k2("render")
     monkeypatch.setattr(os, "link", lambda *_, **__: (_ for _ in ()).throw(OSError("no links")))
     k2("gallery")
 
     copies = list(moody.glob("gallery/pictures/*/*.png"))
     assert len(copies) == 2
-    for copy in copies:  # so that they are known the next time
+    for copy in copies:  # so that they are recognised the next time
         assert copy.stat().st_mtime_ns == (moody / "outputs" / copy.parent.name / copy.name).stat().st_mtime_ns
 
 
 @pytest.mark.parametrize("again", [False, True])
-def test_another_build_is_sooner(moody, k2, monkeypatch, again):
-    """By a moment, with every file, be it a new one or one that has changed."""
+def test_a_concurrent_build_may_be_faster(moody, k2, monkeypatch, again):
+    """By a moment, at every file, whether new or changed."""
     k2("render")
     if again:
         k2("gallery")
@@ -258,7 +258,7 @@ def test_another_build_is_sooner(moody, k2, monkeypatch, again):
 
 
 @pytest.mark.parametrize("content", [b"", b"no picture", b"\x89PNG\r\n\x1a\n"])
-def test_a_picture_that_is_none_is_left_out(moody, k2, content):
+def test_unreadable_pictures_are_left_out(moody, k2, content):
     k2("render")
     run = moody / "outputs" / "0001-fox-and-1-more"
     (run / "fox-7.png").write_bytes(content)
@@ -272,8 +272,8 @@ def test_a_picture_that_is_none_is_left_out(moody, k2, content):
 
 
 @pytest.mark.parametrize("beside", ["nothing", "a folder", "a link"])
-def test_a_picture_whose_record_is_within_it_alone(moody, k2, tmp_path, beside):
-    """It is in the page all the same, which has no link to a record then."""
+def test_a_picture_with_only_an_embedded_record_is_shown(moody, k2, tmp_path, beside):
+    """The page has no link to its record then."""
     k2("render")
     k2("gallery")
     record = moody / "outputs" / "0001-fox-and-1-more" / "fox-7.toml"
@@ -298,7 +298,7 @@ def test_a_project_without_pictures(moody, k2):
     assert data_of(moody / "gallery")["pictures"] == []
 
 
-def test_a_project_whose_pictures_can_all_not_be_read(moody, k2):
+def test_a_project_with_only_unreadable_pictures(moody, k2):
     k2("render")
     for path in moody.glob("outputs/*/*.png"):
         path.write_bytes(b"no picture")
@@ -319,7 +319,7 @@ def test_markup_in_a_prompt_stays_inside_the_data(tmp_path):
     assert data_of(tmp_path)["strings"][0] == " ".join(EVIL.split())
 
 
-def test_the_policy_lets_only_the_pages_own_script_run():
+def test_content_policy_allows_only_the_pages_own_script():
     page = gallery.page("moody", [])
     policy = re.search(r'Content-Security-Policy" content="([^"]*)"', page)[1]
 
@@ -329,7 +329,7 @@ def test_the_policy_lets_only_the_pages_own_script_run():
         assert f"{tag}-src '{gallery.digest(body)}'" in policy
 
 
-def test_the_facts_leave_out_what_says_nothing(tmp_path):
+def test_facts_leave_out_what_says_nothing(tmp_path):
     many_pictures(tmp_path, 1)
     data = gallery.describe("x", history.read(tmp_path))
     facts = dict(data["facts"])
@@ -356,7 +356,7 @@ def test_the_facts_leave_out_what_says_nothing(tmp_path):
     assert told == ["dusk 0.5", "refs/a.png", "high", "int8"]
 
 
-def test_the_facts_say_what_a_picture_shares_and_with_which(tmp_path):
+def test_facts_name_cohesion_and_lead_picture(tmp_path):
     many_pictures(tmp_path, 1)
     (path,) = tmp_path.glob("*/*.toml")
     text = path.read_text().replace('offload = "none"', 'offload = "all"\ncohesion = 0.9\nleak_guard = "shift"')
@@ -368,7 +368,7 @@ def test_the_facts_say_what_a_picture_shares_and_with_which(tmp_path):
     assert (facts["leak guard"], facts["offload"]) == ("shift", "all")
 
 
-def test_cells_of_a_matrix_are_of_their_prompt(moody, k2):
+def test_matrix_cells_belong_to_their_prompt(moody, k2):
     (moody / "k2.toml").write_text(
         '[[prompt]]\nname = "fox"\ntext = "a fox"\n[[prompt]]\nname = "fox-02"\ntext = "two"\n'
     )
@@ -381,7 +381,7 @@ def test_cells_of_a_matrix_are_of_their_prompt(moody, k2):
 
 
 def test_pictures_of_a_comparison_can_be_told_apart(moody, k2):
-    """The line over a run said that all of them had the steps of the first, and the lines below them were the same."""
+    """A run's heading used to give all of them the first one's steps, and the lines below them were the same."""
     k2("render", "--only", "fox", "--matrix", "steps=4,8")
     k2("render", "--only", "fox", "--steps", "4")
     k2("render", "--only", "fox", "--matrix", "sampler=euler,ab2", "--matrix", "guidance_until=0.5,1")
@@ -401,7 +401,7 @@ def test_loras_are_among_the_facts(tmp_path):
     assert ("loras", "loras/ink.safetensors -0.6") in gallery.describe("x", history.read(tmp_path))["facts"]
 
 
-def test_a_record_of_odd_shapes_is_shown_all_the_same(tmp_path):
+def test_a_record_with_wrong_types_is_still_shown(tmp_path):
     many_pictures(tmp_path, 1)
     (path,) = tmp_path.glob("*/*.toml")
     path.write_bytes(
@@ -426,9 +426,9 @@ def chromium():
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """80 pictures in 4 runs, the second of them with a prompt that would take the page over.
+    """80 pictures in 4 runs, the second with a prompt that would take over the page.
 
-    One has its record within it alone.
+    One has only its embedded record.
     """
     root = tmp_path_factory.mktemp("project")
     many_pictures(root / "outputs", 80, per_run=20)
@@ -455,9 +455,9 @@ def folder(tmp_path_factory):
     return root / "gallery"
 
 
-def test_endless_names_of_styles_leave_the_page_whole(chromium, tmp_path):
+def test_very_long_style_names_do_not_break_the_page(chromium, tmp_path):
     """Browsers refuse a pattern that is too large."""
-    many_pictures(tmp_path / "outputs", 400)  # whose facts are more than names that are looked for
+    many_pictures(tmp_path / "outputs", 400)  # their facts outnumber the names that are looked for
     record = tmp_path / "outputs" / "0001-fox" / "fox-0.toml"
     record.write_text(record.read_text() + f'\n[[style]]\nname = "{"x" * 100_000}"\nstrength = 1.0\n')
     gallery.build(tmp_path / "outputs", tmp_path / "gallery", "moody")
@@ -470,7 +470,7 @@ def test_endless_names_of_styles_leave_the_page_whole(chromium, tmp_path):
 
 
 class TestInABrowser:
-    """Needs Playwright and a Chromium of the system's; every request that the page makes is noted."""
+    """Needs Playwright and the system's Chromium; every request that the page makes is noted."""
 
     @pytest.fixture
     def page(self, chromium, folder):
@@ -506,12 +506,12 @@ class TestInABrowser:
         page.get_by_label("Run").select_option(label="All runs")
         assert count() == "80 pictures in 4 runs" and not page.locator("#all").is_visible()
 
-    def test_a_number_that_is_sought_is_a_whole_one(self, page):
+    def test_search_matches_whole_numbers(self, page):
         searches = {
             "9": [9],
             "seed 9": [9],
             "SEED   8": [8],
-            "seed 12": [12],  # and not the one that it led
+            "seed 12": [12],  # and not the one that follows it
             "steps 4": [79],
             "4": [4, 79],
             "steps 4 seed 79": [79],
@@ -522,13 +522,13 @@ class TestInABrowser:
             "guidance 2.5 64x64 64 × 64 teapot": [*range(40, 60)],
             "0003": [*range(40, 60)],
             "0003-tea": [*range(40, 60)],
-            "owl": [*range(20, 40)],  # and not what is led by one
-            "more": [],  # in the name of a run, which is that of its first prompt
+            "owl": [*range(20, 40)],  # and not what follows one
+            "more": [],  # only in a run's name, which comes from its first prompt
             "lighthouse dusk": [*range(60, 80)],
             "lighth 60": [60],
             "100% (": [],
             "seed": [*range(80)],
-            "école": [61],  # whose accent stands apart
+            "école": [61],  # its accent is decomposed
             "E\u0301COLE STRASSE": [61],
             "STRA\u1e9eE": [61],
             "замок": [61],
@@ -539,14 +539,14 @@ class TestInABrowser:
             page.evaluate("words => { $('search').value = words; filter(); }", words)
             assert page.evaluate("shown.map(picture => picture.index)") == found, words
 
-    def test_all_weights_of_a_mix_are_told_below_its_picture(self, page):
+    def test_all_weights_of_a_mix_fit_below_its_picture(self, page):
         cut = """() => { const below = document.querySelector(".tile .faint");
           below.textContent = "seed 20 \u00b7 night 0.5 \u00b7 warm 0.25 \u00b7 a-style-of-a-longer-name 0.25";
           return below.scrollWidth > below.clientWidth; }"""
         assert not page.evaluate(cut)
 
-    def test_a_day_finds_what_was_made_on_it(self, page):
-        """By the clock of whoever made the page; no number is found in it."""
+    def test_search_finds_what_was_made_on_a_day(self, page):
+        """By the clock of whoever built the page; numbers do not match inside a date."""
         day = f"{datetime(2026, 1, 2, 0, 0, 10, tzinfo=UTC).astimezone():%Y-%m-%d}"
 
         def found(words: str) -> list[int]:
@@ -559,16 +559,16 @@ class TestInABrowser:
         months = {f"{datetime(2026, 1, each, tzinfo=UTC).astimezone():%Y-%m}" for each in range(1, 5)}
         assert sorted(index for month in months for index in found(month)) == [*range(80)]
 
-    def test_what_a_run_compares_stands_below_its_pictures(self, page):
+    def test_what_a_run_compares_is_shown_below_its_pictures(self, page):
         under = " ".join(page.locator(".tile").all_inner_texts())
 
         assert "seed 79 · steps 4 · dusk 0.6" in under and "seed 78 · steps 28 · dusk 0.6" in under
-        assert "seed 40 · steps" not in under  # of a run whose pictures have the same
+        assert "seed 40 · steps" not in under  # all pictures of that run have the same
         told = "a red lighthouse, seed 79, steps 4, dusk 0.6"
         assert page.get_by_alt_text(told).count() == page.get_by_label(f"Pick: {told}").count() == 1
 
     def test_pictures_are_picked_for_a_command(self, page):
-        """By mouse and by key; the page says what to type, in the order in which they were made."""
+        """By mouse and by key; the page gives the command, with the pictures in the order in which they were made."""
 
         def line() -> str:
             return page.locator("#line").inner_text()
@@ -599,7 +599,7 @@ class TestInABrowser:
         page.locator("#drop").click()
         assert not picks.is_visible() and "pick" not in page.url
 
-    def test_picks_are_kept_in_the_address_and_can_be_all_that_is_shown(self, page):
+    def test_picks_are_kept_in_the_address_and_can_be_shown_alone(self, page):
         page.get_by_label("Order").select_option(label="Oldest first")
         for at in (5, 7):
             page.locator(".tile").nth(at).focus()
@@ -616,7 +616,7 @@ class TestInABrowser:
 
         page.locator(".tile").nth(1).click()
         page.keyboard.press("p")
-        assert page.locator("#place").inner_text() == "2 of 3"  # it stays while one looks
+        assert page.locator("#place").inner_text() == "2 of 3"  # it stays while the view is open
         page.keyboard.press("Escape")
         assert page.locator("#count").inner_text() == "2 of 80 pictures in 2 runs"
         for _ in range(2):
@@ -626,7 +626,7 @@ class TestInABrowser:
             page.locator("#count").inner_text() == "80 pictures in 4 runs" and not page.locator("#picks").is_visible()
         )
 
-    def test_nothing_matches_and_the_way_back(self, page):
+    def test_no_match_offers_a_way_back(self, page):
         page.locator("#styles").get_by_role("button", name="dusk").click()
         page.get_by_label("Prompt", exact=True).select_option(label="owl (20)")
         page.get_by_label("Search").fill("no such words")
@@ -651,7 +651,7 @@ class TestInABrowser:
         page.reload()
         assert runs() == ["0001", "0002", "0003", "0004"]
 
-    def test_a_prompt_with_markup_is_text(self, page):
+    def test_markup_in_a_prompt_is_shown_as_text(self, page):
         page.get_by_label("Run").select_option(label="0002-owl-and-2-more")
         tile = page.locator(".tile").first
 
@@ -661,7 +661,7 @@ class TestInABrowser:
         assert page.locator("#prompt").inner_text() == " ".join(EVIL.split())
         assert page.title() == "moody <b>" and page.locator("script").count() == 2
 
-    def test_a_prompt_that_is_read_from_the_right_is_cut_at_its_end(self, page):
+    def test_right_to_left_prompts_are_set_right_to_left(self, page):
         page.get_by_label("Run").select_option(label="0004-lighthouse")
         tile, told = page.locator(".tile").first, [page.locator("#prompt"), page.locator("#facts dd").first]
 
@@ -675,7 +675,7 @@ class TestInABrowser:
         page.keyboard.press("ArrowRight")
         assert directions() == ["rtl", "ltr", "ltr"]
 
-    def test_one_picture_by_mouse_and_by_keys(self, page):
+    def test_a_single_picture_by_mouse_and_keyboard(self, page):
         page.get_by_label("Order").select_option(label="Oldest first")
         page.locator(".tile").nth(1).click()
         view, picture = page.locator("#view"), page.locator("#picture")
@@ -690,7 +690,7 @@ class TestInABrowser:
         page.keyboard.press("ArrowRight")
         page.keyboard.press("ArrowLeft")
         assert page.locator("#command").inner_text() == """k2 rerun "outputs/0001-fox/it's #1 100% fox.png\""""
-        assert page.evaluate("quoted('a$(b)\u201d;`c\"')") == '"a?(b)?;?c?"'  # as PowerShell reads
+        assert page.evaluate("quoted('a$(b)\u201d;`c\"')") == '"a?(b)?;?c?"'  # as PowerShell reads it
         assert picture.evaluate("image => image.decode().then(() => image.naturalWidth)") == 64
         fit = picture.bounding_box()["width"]
         page.keyboard.press("+")
@@ -709,7 +709,7 @@ class TestInABrowser:
         page.goto(address)
         assert page.locator("#place").inner_text() == "2 of 80"
 
-    def test_no_tile_in_focus_lies_under_the_bars(self, page):
+    def test_focused_tiles_are_never_under_the_bars(self, page):
         page.locator(".tile").last.focus()
         page.keyboard.press("p")
         bars = "['header', '#picks'].map(bar => document.querySelector(bar).getBoundingClientRect())"
@@ -719,7 +719,7 @@ class TestInABrowser:
             header, picks = page.evaluate(bars)
             assert header["bottom"] < tile["top"] and tile["bottom"] < picks["top"]
 
-    def test_a_record_has_a_link_where_it_stands_beside_its_picture(self, page):
+    def test_a_record_is_linked_only_if_it_is_beside_its_picture(self, page):
         page.get_by_label("Run").select_option(label="0003-teapot")
         page.locator(".tile").first.click()
         assert page.locator("#file").is_visible() and not page.locator("#record").is_visible()
@@ -727,7 +727,7 @@ class TestInABrowser:
         assert page.locator("#record").get_attribute("href") == "pictures/0003-teapot/teapot-41.toml"
         assert page.locator("#record").is_visible()
 
-    def test_the_focus_stays_on_the_way_to_the_first_picture_and_to_the_last(self, page):
+    def test_focus_stays_put_at_the_first_and_the_last_picture(self, page):
         place = page.locator("#place")
         for at, way, ends in ((1, "Previous picture", "1 of 80"), (78, "Next picture", "80 of 80")):
             page.locator(".tile").nth(at).click()
@@ -739,8 +739,8 @@ class TestInABrowser:
             assert button.evaluate("button => button === document.activeElement")
             page.keyboard.press("Escape")
 
-    def test_what_is_picked_is_seen_by_more_than_its_colour(self, page):
-        """Where the system has colours of its own, by its colour for that, too."""
+    def test_picks_are_marked_by_more_than_colour(self, page):
+        """Under forced colours, by the system's colour for that, too."""
         page.emulate_media(forced_colors="active")
         page.locator(".tile").first.focus()
         page.keyboard.press("p")
@@ -754,8 +754,8 @@ class TestInABrowser:
         pressed, other = looks("#styles button", "backgroundColor")
         assert pressed != other
 
-    def test_the_address_keeps_what_is_asked_for(self, page):
-        """Loaded anew, the page is as it was; an address that is pasted into it is followed; a wrong one is nothing."""
+    def test_filters_and_view_are_kept_in_the_address(self, page):
+        """Loaded again, the page is as it was; an address pasted into it is followed; an invalid one is ignored."""
 
         def again(address: str) -> None:
             page.goto("about:blank")
@@ -788,7 +788,7 @@ class TestInABrowser:
         again(f"{plain}#%E0%A4%A?style=none&run=none&name=none&search=")
         assert page.locator("#count").inner_text() == "80 pictures in 4 runs"
 
-    def test_the_line_is_copied(self, page):
+    def test_the_copy_button_copies_the_command(self, page):
         page.context.grant_permissions(["clipboard-read", "clipboard-write"])
         page.get_by_label("Run").select_option(label="0001-fox")
         page.locator(".tile").nth(2).click()
@@ -797,7 +797,7 @@ class TestInABrowser:
 
         assert page.evaluate("navigator.clipboard.readText()") == "k2 rerun outputs/0001-fox/fox-2.png"
 
-    def test_every_picture_has_words_and_loads(self, page):
+    def test_every_picture_has_alt_text_and_loads(self, page):
         alts = page.locator(".tile img").evaluate_all("images => images.map(image => image.alt)")
 
         assert len(alts) == 80 and all(alts)
@@ -818,7 +818,7 @@ class TestInABrowser:
         page.locator("#theme").click()
         assert paper() == "rgb(25, 24, 23)"
 
-    def test_without_scripts_there_is_a_way_to_the_pictures_and_nothing_that_does_nothing(self, chromium, folder):
+    def test_without_scripts_pictures_are_linked_and_controls_hidden(self, chromium, folder):
         page = chromium.new_page(java_script_enabled=False)
         page.goto((folder / "index.html").as_uri())
 
@@ -827,7 +827,7 @@ class TestInABrowser:
         assert page.url == f"{folder.as_uri()}/pictures/"
         page.close()
 
-    def test_all_of_it_is_printed_and_nothing_to_press(self, chromium, tmp_path):
+    def test_printing_covers_all_pictures_and_no_controls(self, chromium, tmp_path):
         """In dark ink, whatever colours were chosen for the screen."""
         many_pictures(tmp_path / "outputs", 260)
         gallery.build(tmp_path / "outputs", tmp_path / "gallery", "moody")
@@ -844,7 +844,7 @@ class TestInABrowser:
         assert page.locator("h1").evaluate("element => getComputedStyle(element).color") == "rgb(38, 36, 34)"
         page.close()
 
-    def test_of_one_picture_one_page_is_printed(self, page):
+    def test_printing_a_single_picture_takes_one_page(self, page):
         page.locator(".tile").first.click()
         pages = re.findall(rb"/Type\s*/Page\b", page.pdf())
         page.emulate_media(media="print")
@@ -853,8 +853,8 @@ class TestInABrowser:
         assert not page.locator("#copy").is_visible()
 
     @pytest.mark.parametrize("scheme", ["light", "dark"])
-    def test_what_can_be_sought_is_read_well(self, page, scheme):
-        """A contrast of 4.5 at least, by WCAG 2.2."""
+    def test_the_search_placeholder_has_enough_contrast(self, page, scheme):
+        """A contrast of at least 4.5, by WCAG 2.2."""
 
         def light(colour: str) -> float:
             parts = [int(part) / 255 for part in re.findall(r"\d+", colour)]

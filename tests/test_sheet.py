@@ -1,4 +1,4 @@
-"""Contact sheets: everything on them, nothing on top of anything."""
+"""Contact sheets show everything, and nothing overlaps."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def test_every_picture_is_shown_once_and_whole(tmp_path, prompts, batch, size):
 
 
 @pytest.mark.parametrize(("columns", "heights"), [(1, [64, 320]), (2, [320])])
-def test_a_caption_stands_below_its_own_picture(tmp_path, columns, heights):
+def test_captions_are_below_their_own_picture(tmp_path, columns, heights):
     """However tall others are; and a row of strips is as high as its own pictures."""
     made = []
     for colour, size in (("red", (320, 64)), ("blue", (320, 320))):
@@ -59,7 +59,7 @@ def test_a_caption_stands_below_its_own_picture(tmp_path, columns, heights):
     [(1, 8, None, 8), (1, 14, None, 7), (1, 48, 1, 8), (3, 14, 1, 14)],
 )
 def test_a_long_strip_is_broken_into_rows(tmp_path, prompts, batch, columns, across):
-    """But not where strips stand below each other to be compared."""
+    """But not where strips are stacked for comparison."""
     page = contact_sheet(entries(tmp_path, prompts, batch), "moody", "run 0001", columns=columns)
 
     assert page.width == 2 * sheet.MARGIN + across * 320 + (across - 1) * sheet.GAP
@@ -69,14 +69,14 @@ def test_a_long_strip_is_broken_into_rows(tmp_path, prompts, batch, columns, acr
     ("prompts", "columns"), [(2, 2), (3, 3), (4, 4), (5, 3), (6, 3), (8, 4), (9, 5), (10, 5), (12, 4)]
 )
 def test_few_places_stay_empty(tmp_path, prompts, columns):
-    """Four pictures are a row, and not three with one below; a page is landscape all the same."""
+    """Four pictures make one row, not three with one below; a page is landscape all the same."""
     page = contact_sheet(entries(tmp_path, prompts, 1, (256, 256)), "moody", "run 0001")
     assert page.width == 2 * sheet.MARGIN + columns * 256 + (columns - 1) * sheet.BETWEEN
 
 
 @pytest.mark.parametrize("ink", [sheet.INK, sheet.FAINT])
-def test_what_is_written_can_be_read(ink):
-    """By people of weak sight, too: 4.5 to 1 is what WCAG 2.2 asks of small type (1.4.3)."""
+def test_text_has_enough_contrast(ink):
+    """For people with low vision, too: WCAG 2.2 asks for 4.5 to 1 in small type (1.4.3)."""
 
     def luminance(colour: str) -> float:
         parts = (part / 255 for part in ImageColor.getrgb(colour))
@@ -95,7 +95,7 @@ def test_long_runs_take_several_sheets(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(("batch", "told"), [(2, ["run 1"]), (3, ["sheet 1 of 2 · run 1", "sheet 2 of 2 · run 1"])])
-def test_one_of_several_sheets_says_so(tmp_path, monkeypatch, batch, told):
+def test_sheets_are_numbered_if_there_are_several(tmp_path, monkeypatch, batch, told):
     subtitles = []
     draw = sheet.contact_sheet
     monkeypatch.setattr(sheet, "PER_SHEET", 2)
@@ -107,8 +107,8 @@ def test_one_of_several_sheets_says_so(tmp_path, monkeypatch, batch, told):
     assert subtitles == told
 
 
-def test_a_narrow_sheet_tells_all_facts(tmp_path, monkeypatch):
-    """In as many lines as they take, and none of them broken."""
+def test_narrow_sheets_show_all_facts(tmp_path, monkeypatch):
+    """On as many lines as they take, and no fact is broken."""
     said = []
     monkeypatch.setattr(sheet.ImageDraw.ImageDraw, "text", lambda draw, at, text, ink, face: said.append((at[1], text)))
     facts = ["run 0001", "mini turbo", "8 steps", "init image leaf.png", "mask 112x96+64+80", "cohesion 0.8", "seed 7"]
@@ -121,7 +121,7 @@ def test_a_narrow_sheet_tells_all_facts(tmp_path, monkeypatch):
     assert narrow.height - wide.height == lines[-1][0] - lines[0][0]
 
 
-def test_text_never_runs_over(tmp_path):
+def test_text_never_overflows(tmp_path):
     face = font(16)
     long = "a very long prompt about a lighthouse that goes on, and on, and on"
 
@@ -135,9 +135,9 @@ def test_text_never_runs_over(tmp_path):
 @pytest.mark.parametrize(
     ("said", "right"), [("שועל", True), ("3 ثعلب", True), ("שועל" * 8, True), ("fox שועל", False), ("3", False)]
 )
-def test_what_is_read_from_the_right_begins_there(tmp_path, monkeypatch, said, right, size, shown):
-    """Over and below its own pictures, though others are wider or more; longer, from where they begin; the title on
-    the whole page."""
+def test_right_to_left_text_begins_at_the_right(tmp_path, monkeypatch, said, right, size, shown):
+    """Above and below its own pictures, even if others are wider or more; if longer, from where they begin; the title
+    on the whole page."""
     places = []
 
     def note(draw, at, text, ink, face):
@@ -164,7 +164,7 @@ def test_what_is_read_from_the_right_begins_there(tmp_path, monkeypatch, said, r
         assert end == pytest.approx(max(last, first + end - left)) if right else left == first
 
 
-def test_a_long_label_of_a_centred_strip_ends_within_the_sheet(tmp_path):
+def test_long_labels_of_centred_strips_stay_on_the_sheet(tmp_path):
     first, *more = (replace(entry, label="a teapot " * 20) for entry in entries(tmp_path, 1, 4))
     page = contact_sheet([first, *(replace(each, prompt="wider") for each in more)], "", "", columns=1, centred=True)
 
@@ -172,14 +172,14 @@ def test_a_long_label_of_a_centred_strip_ends_within_the_sheet(tmp_path):
     assert margin.getcolors() == [(margin.width * margin.height, ImageColor.getrgb(sheet.PAPER))]
 
 
-def test_no_writing_is_lost_without_a_wider_typeface(monkeypatch):
+def test_text_is_respelled_without_a_wider_typeface(monkeypatch):
     monkeypatch.setattr(sheet, "WIDER", ())
 
     assert typeset("größe – für œuvre", 16)[0] == "grosse - fur oeuvre"
 
 
-def test_writing_is_set_in_the_typeface_that_knows_most_of_it(monkeypatch):
-    """Of several that know as much, the first."""
+def test_text_is_set_in_the_typeface_that_covers_most_of_it(monkeypatch):
+    """If several cover as much, in the first."""
 
     class Knows(str):
         def getmask(self, sign: str) -> bytes:
