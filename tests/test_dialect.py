@@ -1,4 +1,4 @@
-"""TOML as k2 writes it, read back as tomllib reads it."""
+"""k2's own TOML reader and writer agree with tomllib."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ tables = st.dictionaries(
 
 
 @given(tables)
-def test_what_dump_writes_is_read_as_tomllib_reads_it(table):
+def test_parse_agrees_with_tomllib_on_dumped_tables(table):
     text = dialect.dump(table).decode()
 
     assert dialect.parse(text) == tomllib.loads(text)
@@ -48,8 +48,8 @@ def test_what_dump_writes_is_read_as_tomllib_reads_it(table):
         "a = 1\r\nb = 2\r\n",
     ],
 )
-def test_what_hands_write_is_read_as_tomllib_reads_it(text):
-    """Valid or not: both readers say the same."""
+def test_parse_agrees_with_tomllib_on_handwritten_toml(text):
+    """Valid or not, both readers give the same outcome."""
 
     def outcome(read):
         try:
@@ -60,8 +60,8 @@ def test_what_hands_write_is_read_as_tomllib_reads_it(text):
     assert outcome(dialect.parse) == outcome(tomllib.loads)
 
 
-def test_records_of_a_render_take_the_quick_way(moody, k2):
-    """Else the speed that is promised would be tomllib's."""
+def test_render_records_take_the_fast_path(moody, k2):
+    """Otherwise they would be read only as fast as by tomllib, not as fast as promised."""
     k2("render", "--batch", "2")
     paths = list(moody.glob("outputs/*/*-[78].toml"))
     assert len(paths) == 4
@@ -69,7 +69,7 @@ def test_records_of_a_render_take_the_quick_way(moody, k2):
         assert dialect.parse_lines(path.read_text()) == tomllib.loads(path.read_text())
 
 
-def test_nothing_is_left_out_of_toml_but_none():
+def test_dump_leaves_out_only_none():
     assert (
         dialect.dump({"a": 0, "b": None, "c": {"d": [1, 2], "e": None, "f": ""}}).decode()
         == 'a = 0\n\n[c]\nd = [\n    1,\n    2,\n]\nf = ""\n'

@@ -1,4 +1,4 @@
-"""Files whole or absent, and Ctrl-C while they are written."""
+"""Files are written completely or not at all, and Ctrl-C waits for them."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from model.whole import whole
     ],
 )
 @pytest.mark.parametrize("failing", [0, 1])
-def test_what_cannot_be_written_whole_is_not_there_at_all(tmp_path, monkeypatch, failing, code, message):
+def test_failed_writes_change_nothing(tmp_path, monkeypatch, failing, code, message):
     (tmp_path / "a").write_bytes(b"old")
     calls = []
 
@@ -43,7 +43,7 @@ def test_what_cannot_be_written_whole_is_not_there_at_all(tmp_path, monkeypatch,
     assert tree(tmp_path) == {"a": b"old"}
 
 
-def test_what_was_replaced_is_not_taken_away_by_what_could_not_be(tmp_path, monkeypatch):
+def test_a_replaced_file_survives_a_later_failure(tmp_path, monkeypatch):
     replace = os.replace
 
     def fail_at_b(draft: Path, path: Path) -> None:
@@ -58,7 +58,7 @@ def test_what_was_replaced_is_not_taken_away_by_what_could_not_be(tmp_path, monk
     assert tree(tmp_path) == {"a": b"new"}
 
 
-def test_a_folder_that_is_gone_is_not_blamed_on_permissions(tmp_path):
+def test_a_missing_folder_is_not_blamed_on_permissions(tmp_path):
     with pytest.raises(K2Error, match="cannot be written") as caught:
         write({tmp_path / "gone" / "a": b"new"})
     assert caught.value.hint == "Its folder was deleted or moved."
@@ -74,13 +74,13 @@ def test_a_folder_that_is_gone_is_not_blamed_on_permissions(tmp_path):
         (errno.EMFILE, ""),
     ],
 )
-def test_permissions_are_blamed_for_what_they_keep_from(tmp_path, code, hint):
+def test_write_errors_give_a_fitting_hint(tmp_path, code, hint):
     with pytest.raises(K2Error, match="cannot be written") as caught, writing(tmp_path):
         raise OSError(code, os.strerror(code))
     assert caught.value.hint == hint
 
 
-def test_names_are_flushed_to_disk_after_the_files(tmp_path, monkeypatch):
+def test_the_folder_is_flushed_after_its_files(tmp_path, monkeypatch):
     flushed = []
     monkeypatch.setattr(os, "fsync", lambda handle: flushed.append(os.fstat(handle).st_ino))
 
@@ -90,7 +90,7 @@ def test_names_are_flushed_to_disk_after_the_files(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("links", [True, False])
-def test_what_is_to_be_new_replaces_nothing(tmp_path, monkeypatch, links):
+def test_new_files_replace_nothing(tmp_path, monkeypatch, links):
     def link(start: Path, end: Path) -> None:
         raise OSError(errno.EPERM, os.strerror(errno.EPERM))
 
@@ -102,8 +102,8 @@ def test_what_is_to_be_new_replaces_nothing(tmp_path, monkeypatch, links):
     assert tree(tmp_path) == {"b": b"mine"}
 
 
-def test_no_draft_follows_a_link(tmp_path, monkeypatch):
-    """A folder from a stranger may hold links under any name that could be guessed."""
+def test_drafts_do_not_follow_links(tmp_path, monkeypatch):
+    """A folder from a stranger may contain links under any name that can be guessed."""
     victim = tmp_path / "victim"
     victim.write_text("precious")
     names = iter(["guessed", "fresh"])
@@ -115,8 +115,8 @@ def test_no_draft_follows_a_link(tmp_path, monkeypatch):
     assert victim.read_text() == "precious" and (tmp_path / "a").read_bytes() == b"new"
 
 
-def test_of_the_dead_only_ones_own_drafts_are_swept(tmp_path):
-    """The others' lock none while they write, for as long as weights take; or they are somebody's own files."""
+def test_sweep_removes_only_our_own_abandoned_drafts(tmp_path):
+    """Other drafts are not locked while they are written, however long weights take, or are somebody's own files."""
     (tmp_path / "mine.draft").touch()
     draft, handle = new_draft(tmp_path)
     with whole(tmp_path / "weights.safetensors") as weights:
@@ -138,7 +138,7 @@ def press_by_default() -> None:
 class TestUndisturbed:
     """Ctrl-C while files are written."""
 
-    def test_it_waits_until_they_are_in_place(self, tmp_path, monkeypatch):
+    def test_ctrl_c_waits_until_the_files_are_in_place(self, tmp_path, monkeypatch):
         replace = os.replace
 
         def press(draft: Path, path: Path) -> None:
@@ -152,7 +152,7 @@ class TestUndisturbed:
         assert tree(tmp_path) == {"a.png": b"picture"}
         assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
-    def test_twice_insists(self):
+    def test_a_second_ctrl_c_interrupts_at_once(self):
         done = []
         with pytest.raises(KeyboardInterrupt), undisturbed():
             signal.raise_signal(signal.SIGINT)
@@ -162,14 +162,14 @@ class TestUndisturbed:
 
         assert done == [1]
 
-    def test_it_ends_a_process_that_has_no_handler_of_its_own(self):
+    def test_ctrl_c_ends_a_process_without_its_own_handler(self):
         process = multiprocessing.get_context("fork").Process(target=press_by_default)
         process.start()
         process.join()
 
         assert process.exitcode == -signal.SIGINT
 
-    def test_it_passes_from_the_inner_to_the_outer(self):
+    def test_ctrl_c_waits_for_the_outermost_block(self):
         done = []
         with pytest.raises(KeyboardInterrupt), undisturbed():
             with undisturbed():
@@ -179,7 +179,7 @@ class TestUndisturbed:
 
         assert done == [1, 2]
 
-    def test_what_counts_as_it_waits_too(self):
+    def test_signals_treated_like_ctrl_c_wait_too(self):
         done = []
         with pytest.raises(Ended) as caught, ended_as_by_ctrl_c(), undisturbed():
             signal.raise_signal(signal.SIGTERM)
@@ -188,8 +188,8 @@ class TestUndisturbed:
         assert done == [1] and caught.value.code == 143
         assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
 
-    def test_what_a_process_was_told_to_ignore_it_does(self):
-        """As nohup tells it."""
+    def test_ignored_signals_stay_ignored(self):
+        """As under nohup."""
         before = signal.signal(signal.SIGTERM, signal.SIG_IGN)
         try:
             with ended_as_by_ctrl_c(), undisturbed():

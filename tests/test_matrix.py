@@ -1,4 +1,4 @@
-"""Choices in prompts, and matrices: which pictures they come to, by which seeds, under which names."""
+"""Choices in prompts, and matrices: which pictures they make, with which seeds, under which names."""
 
 from __future__ import annotations
 
@@ -34,12 +34,12 @@ from model.errors import K2Error
         ("{{a|b}|c", ["{a|c", "{b|c"]),
     ],
 )
-def test_readings(text, said):
+def test_readings_of_choices(text, said):
     assert [each for each, _ in variants(text)] == said
 
 
 @given(st.text(alphabet="{|}\\ ab"))
-def test_a_text_that_is_escaped_is_read_as_it_stands(text):
+def test_escaped_text_is_read_literally(text):
     assert variants(escape(text)) == [(" ".join(text.split()), ())]
 
 
@@ -48,24 +48,24 @@ def test_any_text_has_a_reading(text):
     assert variants(text)
 
 
-def test_too_many_readings():
+def test_too_many_readings_are_refused():
     with pytest.raises(K2Error, match="makes 1,048,576 prompts"):
         variants("{a|b|c|d}" * 10)
 
 
-def test_too_many_braces():
+def test_too_many_nested_braces_are_refused():
     deep = "{a|" * 32 + "b" + "}" * 32
     assert len(variants(deep)) == 33
     with pytest.raises(K2Error, match="more than 32 nested braces"):
         variants(f"{{a|{deep}}}")
 
 
-def test_too_many_letters():
+def test_too_many_characters_are_refused():
     with pytest.raises(K2Error, match="adds up to 12,533,760 characters"):
         variants("{a|b}" * 12 + "x" * 3000)
 
 
-def test_a_reading_that_says_nothing(moody, k2):
+def test_empty_readings_are_refused(moody, k2):
     refused = k2("render", "--dry-run", "-p", "a fox", "-p", "{|red}", code=1)
     assert 'A reading of "{|red}" is empty.' in refused.stderr and "outside the choices" in refused.stderr
 
@@ -94,8 +94,8 @@ def test_choices_are_prompts_with_the_same_seeds(moody, k2):
     ]
 
 
-def test_names_of_long_choices_stay_short_and_their_own(moody, k2):
-    """Cut where they are alike, they are numbered, and nothing is written over."""
+def test_names_of_long_choices_stay_short_and_unique(moody, k2):
+    """Names that are the same once cut are numbered, so nothing is overwritten."""
     long, name = "very " * 12, "a-fox-of-a-certain-age"
     text = PROJECT.replace("a red fox", f"a {{{long}red|{long}blue|{long}teal}} fox")
     (moody / "k2.toml").write_text(text.replace('"fox"', f'"{name}"'))
@@ -136,7 +136,7 @@ def dusky(moody):
     return moody
 
 
-def test_a_matrix_is_every_combination_with_the_same_seed(dusky, k2):
+def test_a_matrix_covers_every_combination_with_the_same_seed(dusky, k2):
     cells = plan(k2)
 
     assert [each["file"] for each in cells] == [f"fox-{i:02}-7.png" for i in range(1, 7)]
@@ -148,7 +148,7 @@ def test_a_matrix_is_every_combination_with_the_same_seed(dusky, k2):
     assert cells[0]["prompt"]["row"] == "size 64x64"
 
 
-def test_files_sort_as_they_are_numbered(dusky, k2):
+def test_files_sort_by_their_numbers(dusky, k2):
     values = ",".join(map(str, range(1, 101)))
 
     files = [each["file"] for each in plan(k2, "-p", "tea", "--matrix", f"steps={values}")]
@@ -156,7 +156,7 @@ def test_files_sort_as_they_are_numbered(dusky, k2):
 
 
 def test_cells_of_prompts_with_long_names_never_collide(moody, k2):
-    """They are cut, and counted on where they are alike then."""
+    """Long names are cut, and those that are then the same share one numbering."""
     long = "a-fox-of-a-certain-age-that-lives-in-a-wood-far-away"
     (moody / "k2.toml").write_text("".join(f'[[prompt]]\nname = "{long}-{i}"\ntext = "fox {i}"\n' for i in "ab"))
 
@@ -164,7 +164,7 @@ def test_cells_of_prompts_with_long_names_never_collide(moody, k2):
     assert files == [f"{long[:50]}-{i:02}-0.png" for i in range(1, 5)]
 
 
-def test_a_matrix_becomes_a_sheet_and_goes_on_where_it_stopped(dusky, k2):
+def test_a_matrix_gets_a_sheet_and_can_be_resumed(dusky, k2):
     k2("render")
     folder = dusky / "outputs" / "0001-matrix-fox"
     with Image.open(folder / "sheet.png") as sheet:
@@ -179,14 +179,14 @@ def test_a_matrix_becomes_a_sheet_and_goes_on_where_it_stopped(dusky, k2):
     assert "Identical" in k2("rerun", folder / "fox-06-7.png").stderr
 
 
-def test_the_command_line_settles_an_axis(dusky, k2):
+def test_options_fix_an_axis(dusky, k2):
     assert len(plan(k2, "--size", "64x64")) == 3
     assert len(plan(k2, "--style", "dusk=0.7")) == 2
     assert [each["file"] for each in plan(k2, "-p", "tea")] == ["tea-7.png"]
     assert [each["settings"]["width"] for each in plan(k2, "--aspect", "2:1", "--style", "dusk=1")] == [176]
 
 
-def test_the_command_line_settles_an_axis_by_the_value_that_the_project_has(moody, k2):
+def test_an_option_fixes_an_axis_even_at_the_projects_value(moody, k2):
     """PROJECT's [render] has seed 7."""
     (moody / "k2.toml").write_text(PROJECT + "[[matrix]]\nseed = [1, 2]\nsteps = [3, 4]\n")
 
@@ -194,7 +194,7 @@ def test_the_command_line_settles_an_axis_by_the_value_that_the_project_has(mood
     assert seeds == [7, 7] and len(plan(k2)) == 8
 
 
-def test_what_no_matrix_is_about_is_told_and_rendered_where_it_alone_is_asked_for(dusky, k2):
+def test_uncovered_prompts_are_reported_and_rendered_by_name(dusky, k2):
     def told() -> str:
         return " ".join(k2("render", "--dry-run").stderr.split())
 
@@ -216,8 +216,8 @@ def test_what_no_matrix_is_about_is_told_and_rendered_where_it_alone_is_asked_fo
     assert {each["prompt"]["name"].rpartition("-")[0] for each in both} == {"fox"}
 
 
-def test_a_matrix_stands_in_the_place_of_the_batch(dusky, k2):
-    """That of [render], and that of a prompt; one that is typed is asked for."""
+def test_a_matrix_replaces_the_batch(dusky, k2):
+    """That of [render] and that of a prompt, but not one on the command line."""
     text = MATRIX.replace('text = "a red fox"', 'text = "a red fox"\nbatch = 3')
     (dusky / "k2.toml").write_text(text.replace("seed = 7", "seed = 7\nbatch = 2"))
 
@@ -227,8 +227,8 @@ def test_a_matrix_stands_in_the_place_of_the_batch(dusky, k2):
     assert len(plan(k2, "-p", "tea", "--matrix", "steps=4,8")) == 2 and len(plan(k2, "-p", "tea")) == 2
 
 
-def test_a_line_settles_its_axes_and_its_batch(dusky, k2):
-    """An object on standard input goes before the command line, which goes before a matrix."""
+def test_a_stdin_line_fixes_its_axes_and_batch(dusky, k2):
+    """An object on standard input takes precedence over the command line, which does over a matrix."""
     axes = ("--matrix", "steps=1,2", "--matrix", "style.dusk=0,1")
     (dusky / "k2.toml").write_text((dusky / "k2.toml").read_text().replace("seed = 7", "seed = 7\nbatch = 2"))
 
@@ -247,13 +247,13 @@ def test_a_line_settles_its_axes_and_its_batch(dusky, k2):
     assert "--matrix lists the seeds" in seeds.stderr
 
 
-def test_a_style_that_is_not_there_is_blamed_on_its_matrix(dusky, k2):
+def test_a_missing_style_is_blamed_on_its_matrix(dusky, k2):
     assert '--matrix: there is no style "dsuk".' in k2("render", "--matrix", "style.dsuk=1", code=2).stderr
     (dusky / "k2.toml").write_text(MATRIX.replace("dusk", "dsuk"))
     assert 'k2.toml, line 14: there is no style "dsuk".' in k2("render", code=1).stderr
 
 
-def test_a_matrix_of_the_command_line(dusky, k2):
+def test_a_matrix_on_the_command_line(dusky, k2):
     seeds = ["-p", "tea", "--matrix", "seed=1,2"]
     cells = plan(k2, *seeds, "--matrix", "guidance=0,2.5", "--matrix", "steps=4")
 
@@ -287,7 +287,7 @@ def test_a_matrix_of_the_command_line(dusky, k2):
         ('prompt = ["fox"]', "the matrix compares nothing", ""),
     ],
 )
-def test_what_is_no_matrix_is_one_sentence(dusky, k2, text, message, hint):
+def test_an_invalid_matrix_gives_one_error_message(dusky, k2, text, message, hint):
     (dusky / "k2.toml").write_text(f"{PROJECT}\n[[matrix]]\n{text}\n")
 
     said = k2("render", code=1).stderr
@@ -295,17 +295,17 @@ def test_what_is_no_matrix_is_one_sentence(dusky, k2, text, message, hint):
     assert message in said and hint in said and len(said.splitlines()) <= 2
 
 
-def test_spaces_around_the_values_of_an_axis_mean_nothing():
+def test_spaces_around_axis_values_are_ignored():
     assert read_axes(["creativity = raw, high"]).axes == {"creativity": ["raw", "high"]}
 
 
 @pytest.mark.parametrize("text", ["sede=1", "seed", "seed=x", "style.=1", "size=1x1", "steps="])
-def test_what_is_no_axis_is_one_sentence(text):
+def test_invalid_axes_are_refused(text):
     with pytest.raises(K2Error, match="--matrix"):
         read_axes([text])
 
 
-def test_a_matrix_has_an_end(dusky, k2):
+def test_a_matrix_has_a_size_limit(dusky, k2):
     many = ",".join(map(str, range(200)))
 
     assert (
@@ -316,14 +316,14 @@ def test_a_matrix_has_an_end(dusky, k2):
 
 @pytest.fixture
 def labels(monkeypatch):
-    """Of the pictures on contact sheets."""
+    """Labels of the pictures on contact sheets."""
     found: set[str] = set()
     monkeypatch.setattr(runs, "contact_sheets", lambda entries, *_, **__: found.update(e.label for e in entries) or [])
     return found
 
 
 def resume(k2, old: str = "", new: str = "") -> None:
-    """Go on with the run, which has no sheet yet, by a plan that says `new` in the place of `old`."""
+    """Resume the run, which has no sheet yet, from a plan that says `new` in place of `old`."""
     (folder,) = Path("outputs").iterdir()
     plan = (folder / "run.toml").read_text()
     assert old in plan
@@ -331,8 +331,8 @@ def resume(k2, old: str = "", new: str = "") -> None:
     k2("render", "--resume")
 
 
-def test_rows_of_older_plans_say_their_prompt_once(moody, k2, labels):
-    """They began with it."""
+def test_rows_of_older_plans_show_their_prompt_once(moody, k2, labels):
+    """Those rows began with it."""
     k2("render", "--only", "fox", "--matrix", "steps=1,2", "--matrix", "seed=1,2", "--quiet")
     labels.clear()
 
@@ -350,8 +350,8 @@ def test_rows_of_older_plans_may_be_the_prompt_alone(moody, k2, labels):
     assert labels == {"a red fox"}
 
 
-def test_a_style_may_be_called_as_the_prompt_is(dusky, k2, labels):
-    """Rows begin with it then, and keep it."""
+def test_a_style_may_have_the_prompts_name(dusky, k2, labels):
+    """Rows then begin with it, and keep it."""
     k2("render", "-p", "dusk", "--matrix", "style.dusk=0,1", "--matrix", "seed=1,2", "--quiet")
     labels.clear()
 

@@ -1,4 +1,4 @@
-"""`k2 new --from PICTURE`: what other tools write into pictures, in the forms in which they write it."""
+"""`k2 new --from PICTURE`: what other tools write into pictures, in the forms that they use."""
 
 from __future__ import annotations
 
@@ -94,7 +94,7 @@ def test_a1111(tmp_path):
          "Template: a {red|blue} fox, Seed: 8", "a fox", "", 5, 'dreams, "v8"'),
     ],
 )  # fmt: skip
-def test_a1111_of_awkward_words(tmp_path, text, prompt, avoid, seed, model):
+def test_a1111_with_awkward_words(tmp_path, text, prompt, avoid, seed, model):
     found = origins.read(png(tmp_path / "a.png", parameters=text))
 
     assert (found.prompt, found.avoid, found.seed, found.model) == (prompt, avoid, seed, model)
@@ -123,7 +123,7 @@ def test_what_has_no_counterpart_is_left_out(tmp_path, text, left_out):
 
 
 @pytest.mark.parametrize(("denoise", "told"), [(0.5, ["denoising strength 0.5"]), (1, [])])
-def test_comfyui_tells_of_a_start_that_is_not_all_noise(denoise, told):
+def test_comfyui_denoise_below_1_is_reported(denoise, told):
     sampler = {**TALL["3"], "inputs": {**TALL["3"]["inputs"], "denoise": denoise}}
     scheduler = {**FLUX["4"], "inputs": {**FLUX["4"]["inputs"], "denoise": denoise}}
 
@@ -149,14 +149,14 @@ def test_a1111_in_the_exif_comment(tmp_path, suffix, comment):
 
 @pytest.mark.parametrize("coding", ["utf-16-be", "utf-16-le", "utf-16"])
 @pytest.mark.parametrize("words", ["狐, fox", "一匹の狐", "{fox}"])
-def test_an_exif_comment_in_either_order_of_bytes(tmp_path, words, coding):
+def test_an_exif_comment_in_either_byte_order(tmp_path, words, coding):
     comment = b"UNICODE\0" + f"{words}\nSteps: 3, Seed: 4".encode(coding)
 
     assert origins.read(with_comment(tmp_path / "a.jpg", comment)).prompt == words
 
 
 @pytest.mark.parametrize("comment", [b"ASCII\0\0\0Screenshot", b"UNICODE\0" + "at the sea".encode("utf-16-be")])
-def test_what_a_camera_comments_is_no_prompt(tmp_path, comment):
+def test_a_cameras_comment_is_not_a_prompt(tmp_path, comment):
     with pytest.raises(K2Error, match="does not state its prompt"):
         origins.read(with_comment(tmp_path / "a.jpg", comment))
 
@@ -169,8 +169,8 @@ def test_comfyui(tmp_path):
     )
 
 
-def test_comfyui_tells_what_a_picture_began_with():
-    """A picture that was encoded for the sampler; not the first sampler's of a second pass."""
+def test_comfyui_init_images_are_reported():
+    """A picture encoded for the sampler itself, not one for the first sampler if there is a second pass."""
     (sampler,) = [node for node in GRAPH if GRAPH[node]["class_type"].startswith("KSampler")]
     own = {**GRAPH[sampler]["inputs"], "latent_image": ["90", 0]}
     encode = {"class_type": "VAEEncode", "inputs": {"pixels": ["91", 0], "vae": ["4", 2]}}
@@ -181,8 +181,8 @@ def test_comfyui_tells_what_a_picture_began_with():
     assert next(origins.of_comfy({**begun, "99": second})).left_out == ("LoRAs",)
 
 
-def test_comfyui_tells_what_a_picture_began_with_behind_a_mask():
-    """Not that of another sampler, either."""
+def test_comfyui_init_images_behind_a_mask_are_reported():
+    """But not that of another sampler."""
     nodes = {
         "3": {**GRAPH["3"], "inputs": {**GRAPH["3"]["inputs"], "model": ["4", 0], "latent_image": ["90", 0]}},
         "90": {"class_type": "SetLatentNoiseMask", "inputs": {"samples": ["91", 0], "mask": ["93", 1]}},
@@ -207,7 +207,7 @@ def test_comfyui_tells_what_a_picture_began_with_behind_a_mask():
         ("latent_image", {"class_type": "ReferenceLatent", "inputs": {"conditioning": ["6", 0]}}, None),
     ],
 )
-def test_comfyui_tells_of_what_leads_beside_the_words(side, node, told):
+def test_comfyui_guides_besides_the_prompt_are_reported(side, node, told):
     sampler = {**GRAPH["3"], "inputs": {**GRAPH["3"]["inputs"], "model": ["4", 0], side: ["90", 0]}}
 
     (found,) = origins.of_comfy(GRAPH | {"3": sampler, "90": node})
@@ -222,7 +222,7 @@ def test_comfyui_with_a_guider(tmp_path):
     assert found.model == "flux.safetensors"
 
 
-TALL = {  # a ControlNet, two texts joined, a number that is held by a node, nothing in the place of what to avoid
+TALL = {  # a ControlNet, two joined texts, a number held by a node, nothing in place of the negative prompt
     "3": {
         "class_type": "KSampler",
         "inputs": {"seed": ["21", 0], "steps": 8, "cfg": 1.0, "model": ["4", 0], "positive": ["9", 0],
@@ -239,7 +239,7 @@ TALL = {  # a ControlNet, two texts joined, a number that is held by a node, not
     "21": {"class_type": "PrimitiveInt", "inputs": {"value": 77}},
     "22": {"class_type": "PrimitiveStringMultiline", "inputs": {"value": "at \\(deep\\) night"}},
 }  # fmt: skip
-EDITOR = {  # the editor's form of one sampler behind a node that only leads on
+EDITOR = {  # as the editor saves it: one sampler behind a node that only passes on
     "nodes": [
         {"id": 1, "type": "KSampler", "mode": 0, "widgets_values": [5, "randomize", 12, 4.0, "euler", "simple", 1],
          "inputs": [{"name": "model", "link": 1}, {"name": "positive", "link": 2}, {"name": "negative", "link": 3},
@@ -257,7 +257,7 @@ EDITOR = {  # the editor's form of one sampler behind a node that only leads on
 }  # fmt: skip
 
 
-def test_comfyui_nodes_that_pass_on_join_and_hold(tmp_path):
+def test_comfyui_nodes_that_pass_on_join_and_hold_values(tmp_path):
     found = origins.read(png(tmp_path / "a.png", prompt=json.dumps(TALL)))
 
     assert found == origins.Origin(
@@ -265,13 +265,13 @@ def test_comfyui_nodes_that_pass_on_join_and_hold(tmp_path):
     )
 
 
-def test_comfyui_as_the_editor_keeps_it(tmp_path):
+def test_comfyui_workflows_as_the_editor_saves_them(tmp_path):
     found = origins.read(png(tmp_path / "a.png", workflow=json.dumps(EDITOR)))
 
     assert found == origins.Origin("ComfyUI", "a tea pot", "blurry", 5, 640, 960, 12, 3.0, "sd.safetensors")
 
 
-def test_comfyui_has_a_webp_say_it_in_tags_of_the_camera(tmp_path):
+def test_comfyui_webp_metadata_is_in_camera_tags(tmp_path):
     exif = Image.Exif()
     exif[ExifTags.Base.Model], exif[ExifTags.Base.Make] = "prompt:" + json.dumps(GRAPH), "workflow:{}"
     Image.new("RGB", (64, 96)).save(tmp_path / "a.webp", exif=exif.tobytes())
@@ -279,7 +279,7 @@ def test_comfyui_has_a_webp_say_it_in_tags_of_the_camera(tmp_path):
     assert origins.read(tmp_path / "a.webp").prompt == "a {red} fox"
 
 
-KREA = {  # the nodes of ComfyUI's own template for Krea 2 that are between its texts and the sampler
+KREA = {  # the nodes between texts and sampler in ComfyUI's own template for Krea 2
     "3": {
         "class_type": "KSampler",
         "inputs": {"seed": 7, "steps": 8, "cfg": 1, "model": ["22", 0], "positive": ["6", 0], "negative": ["13", 0],
@@ -317,8 +317,8 @@ KREA = {  # the nodes of ComfyUI's own template for Krea 2 that are between its 
         (True, True, "a red fox, ink", ("LoRAs", "prompt enhancement")),
     ],
 )
-def test_comfyui_of_krea_2(lora, enhance, prompt, left_out):
-    """The words of the user, on the side of each switch that was chosen."""
+def test_comfyui_template_for_krea_2(lora, enhance, prompt, left_out):
+    """The user's words, on the chosen side of each switch."""
     turned = {key: {**KREA[key], "inputs": {"value": on}} for key, on in (("23", lora), ("24", enhance))}
 
     (found,) = origins.of_comfy(KREA | turned)
@@ -327,14 +327,14 @@ def test_comfyui_of_krea_2(lora, enhance, prompt, left_out):
     assert (found.model, found.seed, found.width) == ("krea2_turbo.safetensors", 7, 1152)
 
 
-def test_instructions_are_nobodys_prompt():
+def test_enhancer_instructions_are_not_a_prompt():
     turned = {"24": {**KREA["24"], "inputs": {"value": True}}, "19": {**KREA["19"], "inputs": {"value": ""}}}
 
     assert next(origins.of_comfy(KREA | turned)).prompt == ""
 
 
-def test_a_size_is_not_sought_in_what_a_language_model_writes():
-    """A picture made larger is sampled once more, from where the way back leads through its prompt."""
+def test_sizes_are_not_sought_in_a_language_models_text():
+    """An upscaled picture is sampled again, and the way back from there leads through its prompt."""
     numbers = {
         "18": {"class_type": "PrimitiveInt", "inputs": {"value": 3}},
         "24": {**KREA["24"], "inputs": {"value": True}},
@@ -344,8 +344,8 @@ def test_a_size_is_not_sought_in_what_a_language_model_writes():
     assert [(each.width, each.prompt) for each in origins.of_comfy(KREA | numbers)] == [(1152, "a red fox")] * 2
 
 
-def test_of_what_an_enhancer_is_given_typed_instructions_are_nobodys_words():
-    """Wherever they stand, where the user's come from another node."""
+def test_typed_enhancer_instructions_are_not_the_users_words():
+    """Wherever they are, if the user's words come from another node."""
     turned = {"24": {**KREA["24"], "inputs": {"value": True}}}
     for parts in (
         {"string_a": ["19", 0], "string_b": "Rewrite this richly."},
@@ -365,10 +365,10 @@ def test_of_what_an_enhancer_is_given_typed_instructions_are_nobodys_words():
         ({"string_a": ["18", 0], "string_b": "a blue owl", "string_c": "Write English."}, "a blue owl"),
         ({"string_a": ["16", 0], "string_b": ["19", 0]}, "a red fox"),
     ],
-    ids=["typed", "instructions passed on", "none", "amid", "circle"],
+    ids=["typed", "instructions passed on", "none", "in between", "circle"],
 )
-def test_what_instructions_announce_are_the_users_words(parts, prompt):
-    """Typed ones too, behind instructions that another node holds."""
+def test_what_follows_instructions_are_the_users_words(parts, prompt):
+    """Typed words too, behind instructions that another node holds."""
     turned = {"24": {**KREA["24"], "inputs": {"value": True}}, "17": {**KREA["17"], "inputs": parts}}
     reroute = {"30": {"class_type": "Reroute", "inputs": {"": ["18", 0]}}}
 
@@ -385,9 +385,9 @@ def test_what_instructions_announce_are_the_users_words(parts, prompt):
         ({"30": {"class_type": "ComfySwitchNode", "inputs": {"switch": ["30", 0], "on_true": ["23", 0]}}}, ""),
         ({}, ""),
     ],
-    ids=["passed", "passed twice", "worked out", "circle", "nothing"],
+    ids=["passed", "passed twice", "computed", "circle", "nothing"],
 )  # fmt: skip
-def test_a_switch_leads_nowhere_where_its_setting_cannot_be_read(flag, prompt):
+def test_a_switch_with_an_unreadable_setting_leads_nowhere(flag, prompt):
     nodes = {"23": {**KREA["23"], "inputs": {"value": True}},
              "28": {**KREA["28"], "inputs": {**KREA["28"]["inputs"], "switch": ["30", 0]}}}  # fmt: skip
 
@@ -421,7 +421,7 @@ def encoded(text):
     ],
     ids=["combine", "concat", "twice", "circle", "areas", "areas of several"],
 )  # fmt: skip
-def test_comfyui_nodes_that_put_together(nodes, prompt):
+def test_comfyui_nodes_that_combine_prompts(nodes, prompt):
     (found,) = origins.of_comfy(GRAPH | {"31": encoded("fog"), "32": encoded("rain")} | nodes)
 
     assert found.prompt == prompt
@@ -437,7 +437,7 @@ def test_comfyui_nodes_that_put_together(nodes, prompt):
     ],
     ids=["wildcards", "styler", "shown", "shown and known"],
 )
-def test_comfyui_nodes_that_call_their_text_otherwise(node, prompt):
+def test_comfyui_nodes_with_other_names_for_their_text(node, prompt):
     aside = {"30": {"inputs": node}, "31": {"inputs": {"image": "a.png"}}, "32": {"inputs": {"text": "an owl"}}}
     negative = encoded(["30", 1]) if "text_negative" in node else GRAPH["7"]
 
@@ -446,7 +446,7 @@ def test_comfyui_nodes_that_call_their_text_otherwise(node, prompt):
     assert (found.prompt, found.avoid) == (prompt, "blurry")
 
 
-def test_comfyui_tells_of_loras_only_where_the_sampler_has_them():
+def test_comfyui_loras_are_reported_if_the_sampler_uses_them():
     aside = {**GRAPH["3"], "inputs": {**GRAPH["3"]["inputs"], "model": ["4", 0]}}
 
     (found,) = origins.of_comfy(GRAPH | {"3": aside})
@@ -455,7 +455,7 @@ def test_comfyui_tells_of_loras_only_where_the_sampler_has_them():
 
 
 @pytest.mark.parametrize("side", ["6", "7"])
-def test_comfyui_tells_of_a_lora_that_only_the_texts_have(side):
+def test_comfyui_loras_of_the_texts_alone_are_reported(side):
     aside = {**GRAPH["3"], "inputs": {**GRAPH["3"]["inputs"], "model": ["4", 0]}}
     text = {**GRAPH[side], "inputs": {**GRAPH[side]["inputs"], "clip": ["30", 0]}}
     last = {"class_type": "CLIPSetLastLayer", "inputs": {"clip": ["10", 1], "stop_at_clip_layer": -2}}
@@ -476,7 +476,7 @@ def test_comfyui_tells_of_a_lora_that_only_the_texts_have(side):
         ({"class_type": "SquareRoot", "inputs": {"a": ["40", 0]}}, (None, 64)),
     ],
 )
-def test_a_number_that_a_node_works_out_is_not_the_one_that_it_is_given(tmp_path, between, found):
+def test_a_computed_number_is_not_the_nodes_input(tmp_path, between, found):
     """The picture's own width is known anyway."""
     nodes = {"40": {"class_type": "PrimitiveInt", "inputs": {"value": 41}}, "21": between}
     size = {"class_type": "EmptyLatentImage", "inputs": {"width": ["21", 0], "height": 96}}
@@ -494,15 +494,15 @@ def test_a_number_that_a_node_works_out_is_not_the_one_that_it_is_given(tmp_path
         ({"class_type": "Context (rgthree)", "inputs": {"base_ctx": ["40", 0], "model": ["4", 0]}}, 41),
     ],
 )
-def test_a_seed_by_its_name_behind_a_node_that_works_out_is_not_the_samplers(between, seed):
-    """But behind one that carries it among other things it is."""
+def test_a_seed_behind_a_computing_node_is_not_the_samplers(between, seed):
+    """Behind one that carries it among other things, it is."""
     graph = TALL | {"40": {"class_type": "Seed (rgthree)", "inputs": {"seed": 41}}, "21": between}
 
     assert next(origins.of_comfy(graph)).seed == seed
 
 
-def test_noise_and_sigmas_lead_to_their_numbers():
-    """Through whatever makes others of them."""
+def test_noise_and_sigmas_lead_to_seed_and_steps():
+    """Through nodes that change them."""
     given = {**FLUX["1"]["inputs"], "noise": ["20", 0], "sigmas": ["21", 0]}
     nodes = {"20": {"class_type": "MixNoise", "inputs": {"strength": 0.1, "first": ["2", 0]}},
              "21": {"class_type": "SplitSigmas", "inputs": {"step": 3, "sigmas": ["4", 0]}}}  # fmt: skip
@@ -512,7 +512,7 @@ def test_noise_and_sigmas_lead_to_their_numbers():
     assert (found.seed, found.steps) == (42, 28)
 
 
-def test_comfyui_nodes_that_the_editor_bypasses_pass_on(tmp_path):
+def test_comfyui_nodes_bypassed_in_the_editor_pass_on(tmp_path):
     """A LoRA between the model and the sampler, and a second sampler."""
     lora = {"id": 8, "type": "LoraLoader", "mode": 4, "widgets_values": ["x", 1, 1],
             "inputs": [{"name": "model", "link": 7}]}  # fmt: skip
@@ -525,14 +525,14 @@ def test_comfyui_nodes_that_the_editor_bypasses_pass_on(tmp_path):
     assert found == origins.Origin("ComfyUI", "a tea pot", "blurry", 5, 640, 960, 12, 3.0, "sd.safetensors")
 
 
-def test_texts_joined_without_end_come_to_an_end(tmp_path):
+def test_reading_endlessly_joined_texts_ends(tmp_path):
     graph = {str(i): {"inputs": {"text_a": "x", "text_b": [str(i + 1), 0]}} for i in range(5000)}
     graph["s"] = {"inputs": {"positive": ["0", 0], "latent_image": ["0", 0]}}
 
     assert origins.read(png(tmp_path / "a.png", prompt=json.dumps(graph))).prompt.startswith("x x x")
 
 
-def test_a_graph_that_turns_in_circles_comes_to_an_end(tmp_path):
+def test_reading_a_circular_graph_ends(tmp_path):
     graph = {"1": {"inputs": {"positive": ["2", 0], "latent_image": ["2", 0]}},
              "2": {"inputs": {f"in{i}": ["2", 0] for i in range(30)} | {"text": ["2", 0]}}}  # fmt: skip
 
@@ -565,7 +565,7 @@ def test_mflux(tmp_path):
     assert found == origins.Origin("mflux", "a red fox", "", 5, 1024, 512, 8, None, "krea2", ("LoRAs",))
 
 
-def test_mflux_beside_the_picture(tmp_path):
+def test_mflux_metadata_beside_the_picture(tmp_path):
     said = {"mflux_version": "0.18.0", "model": "krea2", "seed": 5, "steps": 8, "width": 64, "height": 96,
             "prompt": "a (red) fox"}  # fmt: skip
     Image.new("RGB", (64, 96)).save(tmp_path / "a.png")
@@ -604,12 +604,12 @@ def test_midjourney(tmp_path, text, said):
 @pytest.mark.parametrize(
     "text", ["a fox at the sea", "--v 7" + JOB, "https://s.mj.run/abc <https://s.mj.run/d.png> --ar 1:1" + JOB]
 )
-def test_a_description_without_midjourneys_job_or_words_is_no_prompt(tmp_path, text):
+def test_descriptions_without_job_id_or_words_are_not_prompts(tmp_path, text):
     with pytest.raises(K2Error, match="does not state its prompt"):
         origins.read(png(tmp_path / "a.png", Description=text))
 
 
-def test_what_says_nothing_is_one_sentence(k2, tmp_path):
+def test_sources_without_a_prompt_are_refused(k2, tmp_path):
     Image.new("RGB", (8, 8)).save(tmp_path / "bare.png")
     (tmp_path / "text.png").write_text("no picture")
     (tmp_path / "outputs").mkdir()
@@ -636,11 +636,11 @@ numbers = st.integers() | st.floats() | st.sampled_from([0, 1, -0.5])
 
 
 wrong = numbers | words | st.lists(words | numbers, max_size=2) | st.dictionaries(words, numbers, max_size=2)
-odd = st.just(wrong).flatmap(lambda each: each)  # one choice beside what is right, and not one for each of its kinds
+odd = st.just(wrong).flatmap(lambda each: each)  # one alternative to the right value, not one for each type
 
 
 def some(**kinds):
-    """A table of these keys; what stands under one is at times of another kind than it should be."""
+    """A table of these keys, whose values are sometimes of the wrong type."""
     return st.fixed_dictionaries({key: kind | odd for key, kind in kinds.items()})
 
 
@@ -660,13 +660,13 @@ records = st.fixed_dictionaries(
 
 
 @given(records)
-def test_whatever_a_record_says_it_is_only_read(record):
+def test_any_record_gives_a_valid_project_file(record):
     for found in origins.readings({"k2": tomli_w.dumps(record)}, ""):
         tomllib.loads(taken.project_text("x", [found]))
 
 
 @given(st.dictionaries(st.sampled_from("1234"), st.fixed_dictionaries({"inputs": nodes}) | trees), trees, st.text())
-def test_whatever_stands_in_a_picture_it_is_only_read(graph, table, text):
+def test_any_picture_metadata_gives_a_valid_project_file(graph, table, text):
     nodes = [{"id": key, "type": "KSampler", **each} for key, each in graph.items() if isinstance(each, dict)]
     editor = json.dumps({"nodes": nodes, "links": table})
     texts = {
@@ -681,8 +681,8 @@ def test_whatever_stands_in_a_picture_it_is_only_read(graph, table, text):
         tomllib.loads(taken.project_text("x", [found]))
 
 
-def test_lone_halves_of_characters(tmp_path, k2, monkeypatch):
-    """JSON can say them, and no file can hold them."""
+def test_lone_surrogates_are_dropped(tmp_path, k2, monkeypatch):
+    """JSON can express them, but no file can hold them."""
     monkeypatch.chdir(tmp_path)
     said = json.dumps({"positive_prompt": "a red\ud800 fox", "model": "\udfff", "width": 64, "height": 64})
     png(tmp_path / "a.png", invokeai_metadata=said)
@@ -750,8 +750,8 @@ def test_lone_halves_of_characters(tmp_path, k2, monkeypatch):
         "tables",
     ],
 )
-def test_what_would_take_long_to_read(tmp_path, texts):
-    """Each within what Pillow lets a text be: a megabyte."""
+def test_pathological_metadata_is_read_quickly(tmp_path, texts):
+    """Each text is within Pillow's limit of a megabyte."""
     path = png(tmp_path / "a.png", **texts)
     started = time.process_time()
     with suppress(K2Error):

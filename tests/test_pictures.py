@@ -1,4 +1,4 @@
-"""Which pictures a path, a folder or a glob names: what Python's own `glob` finds, and no more than may be named."""
+"""Which pictures a path, a folder or a glob names: what Python's own `glob` finds, and no more than allowed."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ PARTS = st.sampled_from([*NAMES, "*", "*.png", "?", ".*", ".e", "[ab]*", "[!a]*"
 
 @given(st.lists(PARTS, min_size=1, max_size=4).filter(lambda parts: parts.count("**") < 2))
 def test_a_glob_names_what_python_finds(tree, parts):
-    """Of the folders that are found it names the first one, too, and makes folders of files."""
+    """Python names the first of the folders that are found, too, and takes files for folders."""
     pattern = "/".join(parts)
 
     found = set(matches(tree, pattern, lambda path, where: tree / path, "here"))
@@ -66,15 +66,15 @@ def found_in(root: Path, pattern: str, most: int = 100) -> tuple[list[str], list
     ("pattern", "named"),
     [
         ("d", ["d/a.png", "d/b.jpg"]),
-        ("[f]", ["[f]/a.png", "[f]/b.jpg"]),  # a folder that is there is no glob
+        ("[f]", ["[f]/a.png", "[f]/b.jpg"]),  # an existing folder is not a glob
         ("d/a.png", ["d/a.png"]),
         (".e/*.jpg", [".e/b.jpg"]),
         ("*/.e/.*", ["[f]/.e/.c.png", "d/.e/.c.png"]),
-        ("gone.png", ["gone.png"]),  # said by whoever opens it
+        ("gone.png", ["gone.png"]),  # reported by whoever opens it
         ("gone/*.png", []),
     ],
 )
-def test_a_folder_names_what_lies_in_it_and_nothing_hidden(tree, pattern, named):
+def test_a_folder_names_its_pictures_except_hidden_ones(tree, pattern, named):
     assert found_in(tree, pattern)[0] == named
 
 
@@ -89,16 +89,16 @@ def test_a_folder_names_what_lies_in_it_and_nothing_hidden(tree, pattern, named)
         (PureWindowsPath("//server/share/*"), r"\\server\share" + "\\", ("*",)),
     ],
 )
-def test_a_glob_starts_where_its_system_says(pattern, start, parts):
+def test_globs_are_split_by_their_systems_rules(pattern, start, parts):
     assert split(pattern) == (start, parts)
 
 
-def test_a_glob_from_the_root_on_names_what_lies_there(tree):
+def test_absolute_globs_are_allowed(tree):
     assert found_in(tree, f"{tree}/d/*.png")[0] == ["d/a.png"]
 
 
 @pytest.mark.parametrize(("platform", "named"), [("linux", ["a.png"]), ("win32", ["B.PNG", "a.png"])])
-def test_case_means_nothing_to_a_glob_on_windows(tree, tmp_path, monkeypatch, platform, named):
+def test_globs_ignore_case_on_windows(tree, tmp_path, monkeypatch, platform, named):
     for name in ("a.png", "B.PNG"):
         (tmp_path / name).write_bytes((tree / "a.png").read_bytes())
     monkeypatch.setattr(sys, "platform", platform)
@@ -106,7 +106,7 @@ def test_case_means_nothing_to_a_glob_on_windows(tree, tmp_path, monkeypatch, pl
     assert found_in(tmp_path, "*.png")[0] == named
 
 
-def test_what_is_no_picture_is_told(tree, tmp_path):
+def test_matches_that_are_not_pictures_are_listed(tree, tmp_path):
     for name in ("a.png", "notes.txt", "z.webp"):
         (tmp_path / name).write_bytes((tree / "a.png").read_bytes())
     (tmp_path / "folder").mkdir()
@@ -129,18 +129,18 @@ def test_what_is_no_picture_is_told(tree, tmp_path):
         ("**/*.png", "here: **/*.png matches more than 3 pictures."),
     ],
 )
-def test_what_names_nothing_or_too_much_is_refused(tree, pattern, message):
+def test_patterns_that_name_nothing_or_too_much_are_refused(tree, pattern, message):
     with pytest.raises(K2Error) as error:
         found_in(tree, pattern, most=3)
     assert str(error.value) == message
 
 
-def test_as_many_as_may_be_named_and_the_longest_path_are_not_refused(tree):
+def test_the_limits_themselves_are_allowed(tree):
     assert len(found_in(tree, "**/a.png", most=5)[0]) == 5
     assert found_in(tree, "." + "/" * (LONGEST - 6) + "a.png")[0] == ["a.png"]
 
 
-def test_a_picture_is_told_by_what_is_in_it_and_one_cut_off_only_if_it_is_decoded(tmp_path):
+def test_format_is_told_by_content_and_truncation_by_decoding(tmp_path):
     Image.effect_noise((64, 64), 60).convert("RGB").save(tmp_path / "a.jpg")
     cut = tmp_path / "cut.png"
     cut.write_bytes((tmp_path / "a.jpg").read_bytes()[:-300])
@@ -151,7 +151,7 @@ def test_a_picture_is_told_by_what_is_in_it_and_one_cut_off_only_if_it_is_decode
         check_picture(cut, "here", "cut", whole=True)
 
 
-def test_a_picture_is_opened_once_to_be_told_and_decoded(tmp_path, monkeypatch):
+def test_a_picture_is_opened_once_to_check_and_decode_it(tmp_path, monkeypatch):
     Image.new("RGB", (64, 64)).save(tmp_path / "a.png")
     opened: list[Path] = []
     monkeypatch.setattr(picture_file, "check", opened.append)
@@ -162,7 +162,7 @@ def test_a_picture_is_opened_once_to_be_told_and_decoded(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(("size", "fine"), [((LEAST_SIDE, LEAST_SIDE), True), ((LEAST_SIDE - 1, 64), False)])
-def test_a_picture_too_small_to_look_at_is_refused(tmp_path, size, fine):
+def test_pictures_that_are_too_small_are_refused(tmp_path, size, fine):
     Image.new("RGB", size).save(tmp_path / "a.png")
     if fine:
         assert check_picture(tmp_path / "a.png", "here", "a") == "png"
@@ -171,7 +171,7 @@ def test_a_picture_too_small_to_look_at_is_refused(tmp_path, size, fine):
         check_picture(tmp_path / "a.png", "here", "a")
 
 
-def test_the_sides_of_a_photograph_are_those_it_is_looked_at_by(tmp_path):
+def test_sides_follow_the_exif_orientation(tmp_path):
     exif = Image.Exif()
     exif[0x0112] = 6  # on its side
     Image.new("RGB", (40, 30)).save(tmp_path / "a.jpg", exif=exif)
@@ -179,8 +179,8 @@ def test_the_sides_of_a_photograph_are_those_it_is_looked_at_by(tmp_path):
 
 
 @pytest.mark.parametrize(("kind", "value"), [(2, b"6"), (7, b"\x06"), (3, b"\x09"), (3, b"\x05"), (3, b"\x08")])
-def test_what_no_camera_writes_turns_no_picture(tmp_path, kind, value):
-    """Its sides are those that it is decoded with, whatever stands for the way that it lies."""
+def test_sides_match_decoding_for_odd_exif_orientations(tmp_path, kind, value):
+    """A picture's sides are those that it is decoded with, whatever its orientation tag contains."""
     entry = b"\x12\x01" + kind.to_bytes(2, "little") + (1).to_bytes(4, "little") + value.ljust(4, b"\0")
     exif = b"Exif\0\0II*\0" + (8).to_bytes(4, "little") + b"\x01\0" + entry + bytes(4)
     Image.new("RGB", (40, 30)).save(tmp_path / "a.jpg", exif=exif)
@@ -194,7 +194,7 @@ def test_what_no_camera_writes_turns_no_picture(tmp_path, kind, value):
     [
         ("L", 127, True),
         ("L", 128, False),
-        ("RGB", (0, 255, 0), True),  # a third of white, whatever the eye says
+        ("RGB", (0, 255, 0), True),  # a third of white, whatever the eye sees
         ("RGBA", (255, 255, 255, 120), True),
         ("RGBA", (255, 255, 255, 140), False),
         ("LA", (255, 0), True),
@@ -202,7 +202,7 @@ def test_what_no_camera_writes_turns_no_picture(tmp_path, kind, value):
         ("I;16", 128 * 257 + 200, False),
     ],
 )
-def test_a_mask_that_paints_nothing_is_dark(tmp_path, mode, colour, dark):
+def test_masks_that_paint_nothing_are_dark(tmp_path, mode, colour, dark):
     Image.new(mode, (20, 20), colour).save(tmp_path / "a.png")
     assert is_dark(tmp_path / "a.png") == dark
 
@@ -213,12 +213,12 @@ def test_a_mask_that_paints_nothing_is_dark(tmp_path, mode, colour, dark):
         ("LA.png", "Did you mean refs/la.png?"),
         ("la.jpg", "Did you mean refs/la.png?"),
         ("harbor.jpeg", "Did you mean refs/harbour.jpeg?"),
-        ("gone.png", ""),  # a link, and not meant by itself
+        ("gone.png", ""),  # a link, which is not suggested for itself
         ("nothing.png", ""),
         ("deep/la.png", ""),
     ],
 )
-def test_a_picture_that_is_not_there_is_told_with_the_one_of_nearly_its_name(tmp_path, name, hint):
+def test_missing_pictures_get_a_hint_at_a_similar_name(tmp_path, name, hint):
     for there in ("la.png", "harbour.jpeg", "nothing.txt"):
         (tmp_path / there).write_bytes(b"")
     (tmp_path / "gone.png").symlink_to("nowhere.png")
@@ -226,7 +226,7 @@ def test_a_picture_that_is_not_there_is_told_with_the_one_of_nearly_its_name(tmp
     assert nearly_called(tmp_path / name, f"refs/{name}") == hint
 
 
-def test_pictures_in_a_folder_are_neither_hidden_nor_folders(tree, tmp_path):
+def test_in_folder_skips_hidden_files_and_folders(tree, tmp_path):
     assert [path.name for path in in_folder(tree / "d")] == ["a.png", "b.jpg"]
     (tmp_path / "folder.png").mkdir()
     assert in_folder(tmp_path) == []

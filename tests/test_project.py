@@ -1,4 +1,4 @@
-"""k2.toml: what it may say, what it resolves to, and what is said when it is wrong."""
+"""k2.toml: what it may say, what it resolves to, and the error messages when it is wrong."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def shots(project: Project, prompts: list[Prompt] | None = None, styles: dict[st
     return project.shots(project.settle(**options), prompts, styles)
 
 
-def test_a_new_project_resolves_as_it_stands(fake, tmp_path):
+def test_a_new_project_resolves_as_it_is(fake, tmp_path):
     made = Folder.create(tmp_path / "moody")
 
     planned = shots(Project.open(made))
@@ -46,7 +46,7 @@ def test_the_nearest_project_above_is_found(moody):
     assert Project.find(deep).root == moody
 
 
-def test_options_take_the_place_of_settings(moody):
+def test_options_override_settings(moody):
     (spec,) = [
         shot.spec for shot in shots(Project.open(moody), [Prompt("tea")], seed=3, steps=8, guidance=0, size="96x128")
     ]
@@ -65,7 +65,7 @@ def test_options_take_the_place_of_settings(moody):
         ({"resolution": 256}, [40, 41], (256, 256)),
     ],
 )
-def test_the_command_line_goes_before_what_a_prompt_says(moody, options, seeds, size):
+def test_options_override_a_prompts_settings(moody, options, seeds, size):
     (moody / "k2.toml").write_text(PROJECT + 'seed = 40\nbatch = 2\nsize = "64x96"\n')
 
     specs = [shot.spec for shot in shots(Project.open(moody), **options) if shot.name != "fox"]
@@ -82,7 +82,7 @@ def test_the_command_line_goes_before_what_a_prompt_says(moody, options, seeds, 
         ("seed = 8", {"size": "112x64"}, "--size: the sides"),
     ],
 )
-def test_a_size_that_is_not_the_models_is_blamed_on_whoever_said_it(moody, text, options, place):
+def test_unsupported_sizes_are_blamed_on_where_they_come_from(moody, text, options, place):
     write_weights(library.BOX / "mini-vae.safetensors", {"kind": "vae", "config": {"dim_mult": [1, 2, 4, 4, 4]}})
     (moody / "k2.toml").write_text(PROJECT.replace("seed = 7", f"seed = 7\n{text}" if "size" in text else text))
 
@@ -103,7 +103,7 @@ def test_a_size_that_is_not_the_models_is_blamed_on_whoever_said_it(moody, text,
         ('[[matrix]]\nsize = ["64x64", "80x80"]', "the sides of 80x80 are not multiples of 32."),
     ],
 )
-def test_what_a_prompt_or_a_matrix_says_is_blamed_on_its_line(moody, monkeypatch, line, problem):
+def test_errors_in_prompts_and_matrices_name_their_line(moody, monkeypatch, line, problem):
     monkeypatch.setattr(models, "grid", lambda model, variant: models.Grid(256, 32))
     (moody / "k2.toml").write_text(f"{PROJECT}{line}\n")
     project = Project.open(moody)
@@ -113,7 +113,7 @@ def test_what_a_prompt_or_a_matrix_says_is_blamed_on_its_line(moody, monkeypatch
     assert str(caught.value) == f"k2.toml, line {len(PROJECT.splitlines()) + 1}: {problem}"
 
 
-def test_of_many_names_a_hint_has_ten(moody):
+def test_hints_list_at_most_ten_names(moody):
     (moody / "k2.toml").write_text("".join(f'[[prompt]]\nname = "p{i}"\ntext = "tea"\n' for i in range(500)))
 
     with pytest.raises(K2Error) as caught:
@@ -130,8 +130,8 @@ def test_a_prompt_may_differ_from_the_rest(moody):
     assert (planned[1].spec.width, planned[1].spec.height, planned[1].spec.negative) == (64, 96, "snow")
 
 
-def test_what_is_to_be_avoided_adds_up(moody, k2):
-    """A prompt's own, that of [render] or of --avoid, and what styles avoid; each phrase once."""
+def test_negative_prompts_add_up(moody, k2):
+    """A prompt's own, that of [render] or --avoid, and the styles' avoids; each phrase once."""
     (moody / "styles").mkdir()
     (moody / "styles" / "dusk.toml").write_text('keywords = ["matt"]\navoids = ["gloss"]\n')
     said = PROJECT.replace("seed = 7", 'seed = 7\navoid = "snow"') + 'avoid = "fog"\n\n[style]\ndusk = 1\n'
@@ -170,7 +170,7 @@ def test_what_is_to_be_avoided_adds_up(moody, k2):
         ("-o", "Pictures go to outputs/; their paths are printed."),
     ],
 )
-def test_an_option_of_another_tool_is_told_its_name(moody, k2, option, hint):
+def test_options_of_other_tools_get_a_hint(moody, k2, option, hint):
     refused = k2("render", option, "0.5", "--dry-run", code=2)
 
     assert refused.stderr == f"Error: There is no option {option}.\nHint:  {hint}\n"
@@ -184,13 +184,13 @@ def test_an_option_of_another_tool_is_told_its_name(moody, k2, option, hint):
         (["style", "rm", "dusk"], "Delete its file, styles/NAME.toml."),
     ],
 )
-def test_a_command_of_another_tool_is_told_what_there_is(moody, k2, command, hint):
+def test_commands_of_other_tools_get_a_hint(moody, k2, command, hint):
     called = command[command[0] == "style"]
     assert f"Error: No such command '{called}'. {hint}" in k2(*command, code=2).stderr
     assert k2("rm", code=2).stderr.endswith("No such command 'rm'.\n")
 
 
-def test_an_option_of_another_command_or_of_none_is_no_other_tools(moody, k2):
+def test_other_unknown_options_get_no_hint(moody, k2):
     for command in (["render", "--foo"], ["mix-styles", "dusk=1", "--batch", "2"], ["log", "--steps", "2"]):
         assert "No such option" in k2(*command, code=2).stderr
     assert "No such option" in k2("models", "info", "--checkpoint", "x", code=2).stderr  # there it is an argument
@@ -201,8 +201,8 @@ def test_an_option_of_another_command_or_of_none_is_no_other_tools(moody, k2):
     ("line", "options"),
     [("seed = 7", ("--seed", "random")), ('seed = "random"', ()), ('seed = "random"', ("--only", "fox"))],
 )
-def test_a_random_seed_is_drawn_once_a_run(moody, k2, monkeypatch, line, options):
-    """All prompts have it, as they would have another; a prompt may say so itself; and records have a number."""
+def test_a_random_seed_is_drawn_once_per_run(moody, k2, monkeypatch, line, options):
+    """All prompts share it, as they would any other seed, and records contain the number."""
     draws = iter(range(40, 99, 10))
     monkeypatch.setattr(project, "draw", lambda: next(draws))
     (moody / "k2.toml").write_text(PROJECT.replace("seed = 7", line))
@@ -225,7 +225,7 @@ def test_a_prompts_own_seed_may_be_random(moody, k2):
 
 
 @pytest.mark.parametrize("seed", ["-1", "anything"])
-def test_a_seed_that_is_none_is_told_of_random(moody, k2, seed):
+def test_invalid_seeds_get_a_hint_at_random(moody, k2, seed):
     refused = k2("render", "--seed", seed, code=2)
 
     assert refused.stderr.startswith("Error: --seed must") and 'Or "random"' in refused.stderr
@@ -284,7 +284,7 @@ def test_a_prompt_may_have_settings_and_styles_of_its_own(dusky):
         ({"steps": 4}, {"dusk": 1}, [(96, 176), (176, 96), (176, 368)], [4, 4, 4], [1, 1, 1]),
     ],
 )
-def test_the_command_line_goes_before_what_prompts_have_of_their_own(dusky, options, styles, sizes, steps, strengths):
+def test_options_override_prompts_own_settings_and_styles(dusky, options, styles, sizes, steps, strengths):
     planned = shots(dusky, None, styles, **options)
 
     assert [(shot.spec.width, shot.spec.height) for shot in planned] == sizes
@@ -292,7 +292,7 @@ def test_the_command_line_goes_before_what_prompts_have_of_their_own(dusky, opti
     assert [strength(shot) for shot in planned] == strengths
 
 
-def test_a_matrix_goes_before_what_a_prompt_has_of_its_own(dusky):
+def test_a_matrix_overrides_a_prompts_own_settings(dusky):
     cells = read_axes(["size=64x64,96x64", "style.dusk=0,1", "steps=2"])
 
     made = dusky.shots(dusky.settle(), dusky.choose(["an-owl-at-night"]), matrices=[cells])
@@ -305,7 +305,7 @@ def test_a_matrix_goes_before_what_a_prompt_has_of_its_own(dusky):
     assert {shot.spec.guidance for shot in made} == {1.5}
 
 
-def test_a_style_that_a_prompt_asks_for_in_vain_is_blamed_on_its_line(moody):
+def test_a_prompts_missing_style_is_blamed_on_its_line(moody):
     text = PROJECT + "style.dsuk = 1\n"
     (moody / "k2.toml").write_text(text)
     with pytest.raises(K2Error, match=r'k2\.toml, line 13: there is no style "dsuk"\.'):
@@ -315,7 +315,7 @@ def test_a_style_that_a_prompt_asks_for_in_vain_is_blamed_on_its_line(moody):
         shots(Project.open(moody))
 
 
-def test_a_mix_shows_a_prompt_in_the_styles_of_the_mix_and_no_others(dusky, k2):
+def test_a_mix_uses_no_styles_but_its_own(dusky, k2):
     text = (dusky.root / "k2.toml").read_text()
     (dusky.root / "k2.toml").write_text(text.replace('"a red fox"', '"a red fox"\nstyle.dusk = 1\nbatch = 3'))
 
@@ -326,7 +326,7 @@ def test_a_mix_shows_a_prompt_in_the_styles_of_the_mix_and_no_others(dusky, k2):
     assert {style["name"] for each in made for style in each["style"] or []} == {"riso"}
 
 
-def test_an_aspect_keeps_the_pixels_of_the_models_own_size(moody):
+def test_an_aspect_keeps_the_models_native_pixel_count(moody):
     (spec,) = [shot.spec for shot in shots(Project.open(moody), [Prompt("tea")], aspect="16:9")]
 
     assert (spec.width, spec.height) == (176, 96)  # 128 x 128 in 16:9, in steps of 16
@@ -354,7 +354,7 @@ def test_prompts_are_chosen_by_patterns_and_lists(moody, only, chosen):
     assert [prompt.name for prompt in Project.open(moody).choose(only)] == chosen
 
 
-def test_chosen_readings_stand_where_their_prompt_does(moody):
+def test_chosen_readings_keep_their_prompts_place(moody):
     (moody / "k2.toml").write_text('[[prompt]]\ntext = "a {red|blue} fox"\n[[prompt]]\nname = "Fox"\ntext = "a fox"\n')
 
     chosen = Project.open(moody).choose(["fox,a-blue-fox"])
@@ -362,7 +362,7 @@ def test_chosen_readings_stand_where_their_prompt_does(moody):
     assert [prompt.name for prompt in chosen] == ["a-blue-fox", "Fox"]
 
 
-def test_a_prompt_that_is_chosen_comes_in_files_that_are_named_as_in_a_whole_run(moody):
+def test_chosen_prompts_have_the_file_names_of_a_whole_run(moody):
     (moody / "k2.toml").write_text('[[prompt]]\ntext = "a {red|blue} fox"\n[[prompt]]\ntext = "an owl"\n')
     project = Project.open(moody)
 
@@ -503,8 +503,8 @@ def test_mistakes_are_named_by_line(tmp_path, monkeypatch, toml, message, hint):
     assert hint in error.value.hint
 
 
-def test_a_size_is_told_by_the_steps_of_the_model_wherever_it_is_said(tmp_path, k2, monkeypatch):
-    """Mini's are of 32: what a hint names as the nearest size must not be refused in turn."""
+def test_size_hints_use_the_models_steps_everywhere(tmp_path, k2, monkeypatch):
+    """Mini's are 32: the nearest size that a hint names must not be refused in turn."""
     k2("new", tmp_path / "den", "--quiet")
     monkeypatch.chdir(tmp_path / "den")
     text = Path("k2.toml").read_text()
@@ -545,7 +545,7 @@ def test_options_are_checked_like_settings(moody, options, message, hint):
     assert hint is None or hint in error.value.hint
 
 
-def test_a_size_in_the_file_is_named_by_its_line(moody):
+def test_a_wrong_size_in_the_file_names_its_line(moody):
     (moody / "k2.toml").write_text(PROJECT.replace("seed = 7", 'size = "100x100"'))
 
     with pytest.raises(K2Error, match=r"^k2\.toml, line 5: the sides of 100x100"):
@@ -560,7 +560,7 @@ def test_a_projects_model_stays_inside_it(moody):
         Project.open(moody).settle()
 
     outside = Project.open(moody, allow_outside=True).settle()
-    typed = Project.open(moody).settle(model="../other.safetensors")  # the shell's own words, relative to its folder
+    typed = Project.open(moody).settle(model="../other.safetensors")  # typed in the shell, relative to its folder
     assert Path(outside.model).samefile(typed.model)
 
 
@@ -568,7 +568,7 @@ def test_a_projects_model_stays_inside_it(moody):
     "above",
     [
         'text = """\nseed = 3\n[render]\n"""\n',
-        'text = "a"\n# text = """a fox\n\n\n',  # on a line that is a comment no text begins
+        'text = "a"\n# text = """a fox\n\n\n',  # no text begins in a comment
     ],
 )
 def test_lines_are_found_past_long_texts(tmp_path, above):
@@ -593,7 +593,7 @@ def test_names_come_from_texts_and_never_collide():
         ("एक लाल लोमड़ी!", "एक-लाल-लोमड़ी"),
         ("สุนัขจิ้งจอก สีแดง", "สุนัขจิ้งจอก-สีแดง"),
         ("İstanbul", "i\u0307stanbul"),
-        ("x\u030c ❤\ufe0f fox", "x\u030c-fox"),  # a caron of which no letter is made; how a heart is drawn
+        ("x\u030c ❤\ufe0f fox", "x\u030c-fox"),  # a caron that composes with no letter; how a heart is drawn
         ("ක්\u200dරියා", "ක්රියා"),  # how the letters beside it are drawn
         ("\u0301 fox", "fox"),
         ("_\u0301fox", "fox"),
@@ -601,16 +601,16 @@ def test_names_come_from_texts_and_never_collide():
         ("x" + "\u0e01\u0e34" * 30, "x" + "\u0e01\u0e34" * 19),
     ],
 )
-def test_letters_keep_their_marks(moody, k2, text, name):
-    """Vowels of many scripts are marks."""
+def test_letters_keep_their_marks_in_file_names(moody, k2, text, name):
+    """In many scripts, vowels are marks."""
     made = k2("render", "-p", text, "--json", "--quiet")
 
     assert json.loads(made.stdout)["file"] == f"outputs/0001-{name}/{name}-7.png"
     assert k2("show", f"outputs/0001-{name}/{name}-7.png").stdout and k2("log", "--run", name).stdout
 
 
-def test_a_name_is_the_same_however_its_accents_are_written(moody, k2):
-    """And is written in one way."""
+def test_names_match_however_their_accents_are_composed(moody, k2):
+    """And are written in one way."""
     (moody / "k2.toml").write_text(
         '[[prompt]]\nname = "cu\u0308r-लोमड़ी"\ntext = "a"\n[[matrix]]\nprompt = ["cu\u0308r-लोमड़ी"]\nseed = [1]\n'
     )
@@ -639,8 +639,8 @@ def test_any_text_makes_a_file_name(text):
         *((name, True, True) for name in ("cone", "com", "com10", "fox.con", "con-fox")),
     ],
 )
-def test_what_windows_takes_for_a_device_names_no_file(name, by_itself, before_a_seed):
-    """A style's name is that of its file and its folder; a prompt's has a seed behind it, so any text may be one."""
+def test_windows_device_names_are_refused_as_file_names(name, by_itself, before_a_seed):
+    """A style's name is that of its file and folder; a prompt's is followed by a seed, so any text may be one."""
 
     def passes(**how: bool) -> bool:
         try:
@@ -662,8 +662,8 @@ def test_aspects_keep_area_and_shape(ratio, edge):
     assert abs(width - edge * ratio**0.5) <= 8.1 and abs(height - edge / ratio**0.5) <= 8.1
 
 
-def test_the_largest_resolution_is_there_in_every_aspect():
-    """A rounded side must not take a picture beyond the pixels that can be made."""
+def test_the_largest_resolution_works_in_every_aspect():
+    """Rounding a side must not take a picture beyond the most pixels allowed."""
     for aspect in ASPECTS.split(", "):
         for step in (16, 32):
             width, height = fit_aspect(aspect, 2048, "here", step)
@@ -686,8 +686,8 @@ def test_the_native_size_is_read_from_the_weights(moody):
     assert models.grid("mini").native == 128
 
 
-def test_sides_are_multiples_of_what_the_autoencoder_makes_of_a_token(moody):
-    """Two cells of 16 pixels, where its scales say so: shapes are rounded to that, and other sizes refused."""
+def test_sides_are_multiples_of_a_tokens_pixels(moody):
+    """Two cells of 16 pixels, if the VAE's scales say so: shapes are rounded to that, and other sizes refused."""
     about = {"kind": "vae", "config": {"dim_mult": [2, 1, 2, 6, 12]}}
     assert models.grid("mini").step == 16
 
@@ -700,8 +700,8 @@ def test_sides_are_multiples_of_what_the_autoencoder_makes_of_a_token(moody):
         shots(project, size="80x96")
 
 
-def test_a_file_or_folder_has_the_grid_of_the_autoencoder_that_will_be_used(moody):
-    """A lone transformer is lent the box's; a folder's states its scales in diffusers' config."""
+def test_the_grid_is_that_of_the_autoencoder_in_use(moody):
+    """A lone transformer borrows the bundled one; a folder's states its scales in diffusers' config."""
     write_weights(library.BOX / "mini-vae.safetensors", {"kind": "vae", "config": {"dim_mult": [2, 1, 2, 6, 12]}})
     write_weights(moody / "mine.safetensors", {"kind": "dit", "native": 256})
     assert models.grid(str(moody / "mine.safetensors")) == (256, 32, (256**2, 256**2))
@@ -714,7 +714,7 @@ def test_a_file_or_folder_has_the_grid_of_the_autoencoder_that_will_be_used(mood
     assert models.grid(str(moody / "mine")) == (512, 64, (512**2, 512**2))
 
 
-def test_creativity_leads_each_seed_elsewhere_and_is_written_down(moody, k2):
+def test_creativity_differs_by_seed_and_is_recorded(moody, k2):
     project = Project.open(moody)
 
     def prompts(level: str | None) -> list[str]:

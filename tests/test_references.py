@@ -1,4 +1,4 @@
-"""Reference pictures of every kind that comes along: taken as the eye would have them, or refused in one sentence."""
+"""Reference pictures of every kind: read as the eye would see them, or refused with one error message."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ Light = tuple[float, float, float]
 
 
 def colour(path: Path) -> list[int]:
-    """Of the picture's middle, 0 … 255."""
+    """The colour of the picture's middle, 0 … 255."""
     pixels = to_pixels(path, 32, 16)
     assert pixels.shape == (1, 3, 16, 32) and pixels.min() >= -1 and pixels.max() <= 1
     return ((pixels[0, :, 8, 16] + 1) * 127.5).round().int().tolist()
@@ -29,12 +29,12 @@ def near(a: list[int], b: tuple[int, int, int]) -> bool:
 
 
 def chunk(name: bytes, data: bytes) -> bytes:
-    """A part of a PNG."""
+    """A chunk of a PNG."""
     return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
 
 
 def png(path: Path, width: int, height: int, depth: int, kind: int, rows: bytes) -> Path:
-    """A PNG of which Pillow cannot write the like. kind 0 is grey, 2 is colour."""
+    """A PNG of a kind that Pillow cannot write. kind 0 is grey, 2 is colour."""
     head = struct.pack(">IIBBBBB", width, height, depth, kind, 0, 0, 0)
     body = chunk(b"IHDR", head) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
     path.write_bytes(b"\x89PNG\r\n\x1a\n" + body)
@@ -65,7 +65,7 @@ ADOBE = profile((0.6097, 0.3111, 0.0195), (0.2053, 0.6257, 0.0609), (0.1492, 0.0
 SRGB = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
 
 
-def test_transparency_lies_on_white(tmp_path):
+def test_transparency_is_filled_with_white(tmp_path):
     Image.new("RGBA", (20, 20), (255, 0, 0, 0)).save(tmp_path / "clear.png")
     Image.new("RGBA", (20, 20), (255, 0, 0, 128)).save(tmp_path / "half.webp", lossless=True)
     palette = Image.new("P", (20, 20), 0)
@@ -77,7 +77,7 @@ def test_transparency_lies_on_white(tmp_path):
     assert colour(tmp_path / "palette.png") == [255, 255, 255]
 
 
-def test_a_board_reads_a_colour_that_is_transparent_as_a_reference_does(tmp_path):
+def test_moodboards_read_transparent_colours_as_references_do(tmp_path):
     noisy = Image.effect_noise((40, 40), 90)
     picture = Image.composite(
         Image.new("RGB", noisy.size, "red"), noisy.convert("RGB"), noisy.point(lambda v: v % 2 * 255)
@@ -89,15 +89,15 @@ def test_a_board_reads_a_colour_that_is_transparent_as_a_reference_does(tmp_path
 
 
 @pytest.mark.parametrize("suffix", ["webp", "png"])
-def test_of_an_animation_the_first_frame_counts(tmp_path, suffix):
+def test_only_the_first_frame_of_an_animation_counts(tmp_path, suffix):
     frames = [Image.new("RGB", (20, 20), name) for name in ("red", "blue")]
     frames[0].save(tmp_path / f"moving.{suffix}", save_all=True, append_images=frames[1:], lossless=True)
 
     assert near(colour(tmp_path / f"moving.{suffix}"), (255, 0, 0))
 
 
-def test_print_colours(tmp_path):
-    """As Adobe's programs write them, upside down: as they are, and as brightness and colour, which a byte tells."""
+def test_print_colours_of_jpegs(tmp_path):
+    """As Adobe's programs write them, inverted: as CMYK, or as brightness and colour, as one byte says."""
     Image.new("CMYK", (20, 20), (0, 255, 255, 0)).save(tmp_path / "print.jpg")
     Image.new("CMYK", (20, 20), (76, 84, 254, 0)).save(tmp_path / "ycck.jpg", quality=100)
     ycck = bytearray((tmp_path / "ycck.jpg").read_bytes())
@@ -109,8 +109,8 @@ def test_print_colours(tmp_path):
         assert near(read_picture(tmp_path / name, 10)[5, 5].tolist(), (255, 0, 0))
 
 
-def test_colours_are_those_that_a_profile_means(tmp_path):
-    """By the formulas of both spaces: (200, 128, 60) of Adobe RGB is a stronger orange than that of sRGB."""
+def test_colour_profiles_are_applied(tmp_path):
+    """By the formulas of both spaces: (200, 128, 60) in Adobe RGB is a stronger orange than in sRGB."""
     image = Image.new("RGB", (20, 20), (200, 128, 60))
     image.save(tmp_path / "plain.png")
     image.save(tmp_path / "adobe.png", icc_profile=ADOBE)
@@ -128,7 +128,7 @@ def test_colours_are_those_that_a_profile_means(tmp_path):
     assert colour(tmp_path / "clear.png") == [255, 255, 255]
 
 
-def test_a_profile_that_says_nothing_of_a_picture_changes_nothing(tmp_path):
+def test_profiles_that_do_not_apply_change_nothing(tmp_path):
     for mode, fill, profile, expected in (
         ("RGB", (200, 128, 60), b"no profile", (200, 128, 60)),
         ("RGB", (200, 128, 60), ADOBE[:200], (200, 128, 60)),
@@ -139,8 +139,8 @@ def test_a_profile_that_says_nothing_of_a_picture_changes_nothing(tmp_path):
         assert near(colour(tmp_path / "a.png"), expected)
 
 
-def test_sixteen_bits(tmp_path):
-    """Grey in the middle is grey, not white."""
+def test_pngs_of_sixteen_bits(tmp_path):
+    """Middle grey is grey, not white."""
     grey = b"".join(b"\0" + struct.pack(">H", 0x8080) * 20 for _ in range(20))
     orange = b"".join(b"\0" + struct.pack(">HHH", 0xFFFF, 0x8080, 0) * 20 for _ in range(20))
 
@@ -154,8 +154,8 @@ def test_other_modes(tmp_path):
         assert near(colour(tmp_path / f"{mode}.png"), expected)
 
 
-def test_the_camera_says_which_way_is_up(tmp_path):
-    """Written lying on its side: what the file calls left is the top."""
+def test_exif_orientation_is_applied(tmp_path):
+    """Stored lying on its side: what is left in the file is the top."""
     picture = Image.new("RGB", (40, 20), "blue")
     picture.paste("red", (0, 0, 20, 20))
     exif = Image.Exif()
@@ -185,7 +185,7 @@ def test_sizes_that_fit_a_picture(tmp_path):
         fitting(tmp_path / "none.png", 4096, 32)
 
 
-def test_long_pictures_are_cut_and_not_squeezed(tmp_path):
+def test_long_pictures_are_cropped_not_squeezed(tmp_path):
     picture = Image.new("RGB", (300, 20), "black")
     picture.paste("white", (140, 0, 160, 20))
     picture.save(tmp_path / "long.png")
@@ -194,7 +194,7 @@ def test_long_pictures_are_cut_and_not_squeezed(tmp_path):
 
 
 @pytest.mark.parametrize(("suffix", "left"), [("jpg", 0.05), ("jpg", 0.99), ("png", 0.5)])
-def test_a_picture_that_is_cut_off_is_to_be_fetched_again(tmp_path, suffix, left):
+def test_truncated_pictures_get_a_hint_to_fetch_them_again(tmp_path, suffix, left):
     Image.effect_noise((64, 64), 80).save(whole := tmp_path / f"whole.{suffix}")
     content = whole.read_bytes()
     (cut := tmp_path / f"cut.{suffix}").write_bytes(content[: int(len(content) * left)])
@@ -205,8 +205,8 @@ def test_a_picture_that_is_cut_off_is_to_be_fetched_again(tmp_path, suffix, left
         assert error.value.hint == "The file is truncated: fetch or export it again."
 
 
-def test_a_palette_of_more_transparencies_than_colours(tmp_path):
-    """It is decoded without complaint: what is wrong with it shows when its palette is looked up."""
+def test_a_palette_with_more_transparencies_than_colours(tmp_path):
+    """It is decoded without complaint: the problem only shows when its palette is looked up."""
     Image.new("RGB", (20, 20), "blue").quantize(4).save(path := tmp_path / "a.png")
     content = path.read_bytes()
     place = content.index(b"IDAT") - 4
@@ -219,7 +219,7 @@ def test_a_palette_of_more_transparencies_than_colours(tmp_path):
             read()
 
 
-def test_an_error_of_ours_is_not_taken_for_a_broken_picture(tmp_path, monkeypatch):
+def test_our_own_errors_are_not_blamed_on_the_picture(tmp_path, monkeypatch):
     Image.new("RGB", (20, 20)).save(tmp_path / "a.png")
     monkeypatch.setattr("model.picture_file.in_eight_bits", lambda image: image.no_such_thing)
     with pytest.raises(AttributeError):
@@ -239,7 +239,7 @@ def test_an_error_of_ours_is_not_taken_for_a_broken_picture(tmp_path, monkeypatc
         (".", "cannot be read as a picture"),
     ],
 )
-def test_what_is_no_picture_to_go_by(tmp_path, name, message):
+def test_unusable_references_are_refused(tmp_path, name, message):
     (tmp_path / "text.png").write_text("no picture")
     (tmp_path / "empty.png").touch()
     Image.effect_noise((64, 64), 80).save(tmp_path / "cut.png")
@@ -250,5 +250,5 @@ def test_what_is_no_picture_to_go_by(tmp_path, name, message):
 
     with pytest.raises(K2Error, match=message) as error:
         to_pixels(tmp_path / name, 64, 64)
-    assert error.value.hint and "eference" not in error.value.hint  # it may be one that others begin with, or a mask
+    assert error.value.hint and "eference" not in error.value.hint  # it may be an init image or a mask
     assert "\n" not in str(error.value)
