@@ -1,4 +1,4 @@
-"""The benchmarks run from end to end, at toy size; what they measure then means nothing."""
+"""The benchmarks run end to end at toy size, where their figures mean nothing."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ ARGUMENTS = {
 
 @pytest.mark.slow
 @pytest.mark.parametrize("script", ARGUMENTS)
-def test_it_measures_and_writes(tmp_path, monkeypatch, script):
-    """Each as the program that it is, but in this process: most of what one takes is the import of diffusers."""
+def test_benchmark_runs_and_writes_its_results(tmp_path, monkeypatch, script):
+    """Each runs as a program, but in this process: most of the time would go into importing diffusers."""
     pytest.importorskip("diffusers")
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(BENCH)

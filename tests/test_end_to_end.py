@@ -1,4 +1,4 @@
-"""The command line with the real pipeline: of random weights always, of those in the box once they are there."""
+"""The command line with the real pipeline: with random weights always, with the bundled ones if they are there."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def den(tiny, tmp_path, monkeypatch) -> Path:  # noqa: F811
     return tmp_path / "den"
 
 
-def test_a_run_is_repeated_bit_for_bit(den, k2):
+def test_runs_are_reproducible_bit_for_bit(den, k2):
     first, second = (k2("render", "--quiet").stdout.splitlines() for _ in range(2))
 
     for one, other in zip(first, second, strict=True):
@@ -56,8 +56,8 @@ def test_a_run_is_repeated_bit_for_bit(den, k2):
     assert len({record(path)["pixels"] for path in first}) == 4
 
 
-def test_rerun_holds_the_weights_as_they_were_held(den, k2):
-    """Rounded to int8 and streamed, a picture is another one; its record leads back to it."""
+def test_rerun_uses_the_same_precision_and_offload(den, k2):
+    """With weights rounded to int8 and streamed, a picture is a different one; its record reproduces it."""
     options = ["--quiet", "--only", "fox", "--batch", "1"]
     (plain,) = k2("render", *options).stdout.splitlines()
     (held,) = k2("render", *options, "--precision", "int8", "--offload", "all").stdout.splitlines()
@@ -71,7 +71,7 @@ def test_rerun_holds_the_weights_as_they_were_held(den, k2):
     assert record(plain)["pixels"] != record(held)["pixels"]
 
 
-def test_a_picture_is_the_same_alone_and_in_company(den, k2):
+def test_a_picture_is_the_same_alone_and_in_a_batch(den, k2):
     in_company = k2("render", "--quiet").stdout.splitlines()[-1]
     (alone,) = k2("render", "--quiet", "--only", "owl", "--seed", "1", "--batch", "1").stdout.splitlines()
 
@@ -87,8 +87,8 @@ def test_rerun_makes_the_same_pixels(den, k2):
         assert "Identical, pixel for pixel." in k2("rerun", file).stderr
 
 
-def test_rerun_follows_the_flow_as_it_was_followed(den, k2):
-    """Guided for as many steps, by the same sampler; to the end and by Euler's where a record is older than both."""
+def test_rerun_uses_the_same_guidance_and_sampler(den, k2):
+    """Guided for as many steps, with the same sampler; to the end and with Euler if a record is older than both."""
     options = ("--quiet", "--only", "owl", "--batch", "1", "--steps", "4")
     half, whole = (Path(k2("render", *options, "--guidance-until", until).stdout.split()[0]) for until in ("0.5", "1"))
     assert (record(half)["settings"]["guidance_until"], record(whole)["settings"]["guidance_until"]) == (0.5, 1.0)
@@ -110,8 +110,8 @@ def test_rerun_follows_the_flow_as_it_was_followed(den, k2):
 
 
 @pytest.mark.skipif("mini" not in library.box(), reason="the box holds no weights yet")
-def test_the_more_is_made_anew_the_less_stays(tmp_path, monkeypatch, k2):
-    """With the weights in the box; all made anew is the picture without the one that it began with."""
+def test_more_denoise_keeps_less_of_the_init_image(tmp_path, monkeypatch, k2):
+    """With the bundled weights; repainted entirely, it is the picture without an init image."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "k2.toml").touch()
     options = ("--quiet", "--turbo", "--size", "128x128", "--seed", "3")
@@ -127,8 +127,8 @@ def test_the_more_is_made_anew_the_less_stays(tmp_path, monkeypatch, k2):
     assert "Identical, pixel for pixel." in k2("rerun", ladder[1]).stderr
 
 
-def test_rerun_makes_the_same_pixels_with_styles_of_both_kinds(den, k2, monkeypatch):
-    """The record holds how each reference reached the network, whatever `auto` may come to mean."""
+def test_rerun_reproduces_styles_by_tokens_and_by_splice(den, k2, monkeypatch):
+    """The record says how each reference reached the network, whatever `auto` may come to mean."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(den / "cache"))
     (den / "refs").mkdir()
     (den / "styles").mkdir()
@@ -150,7 +150,7 @@ def test_rerun_makes_the_same_pixels_with_styles_of_both_kinds(den, k2, monkeypa
     assert "red 0.8, tokens" in k2("show", made).stdout
 
 
-def test_a_record_says_everything_that_was_left_to_the_model(den, k2):
+def test_record_states_what_was_left_to_the_model(den, k2):
     (path,) = k2("render", "--quiet", "--only", "owl", "--turbo", "--batch", "1").stdout.splitlines()
 
     found = record(path)
@@ -165,7 +165,7 @@ def test_a_record_says_everything_that_was_left_to_the_model(den, k2):
     assert "tiny-turbo.safetensors" in found["model"]["files"] and "tiny-vae.safetensors" in found["model"]["files"]
 
 
-def test_references_steer_and_strength_zero_does_not(den, k2):
+def test_references_change_pictures_unless_at_strength_zero(den, k2):
     (den / "styles").mkdir()
     (den / "refs").mkdir()
     Image.linear_gradient("L").resize((64, 64)).convert("RGB").save(den / "refs" / "a.png")
@@ -178,7 +178,7 @@ def test_references_steer_and_strength_zero_does_not(den, k2):
     assert pixels("--style", "dusk=1") != pixels()
 
 
-def test_a_lora_is_said_recorded_and_made_again(den, k2):
+def test_loras_are_reported_recorded_and_reproduced(den, k2):
     width = read_header(library.BOX / "tiny-raw.safetensors")["blocks.0.attn.wq.weight"]["shape"][0]
     pair = {"lora_A.weight": torch.full((2, width), 0.1), "lora_B.weight": torch.full((width, 2), 0.1)}
     for name, module in (("ink", "transformer.transformer_blocks.0.attn.to_q"), ("foreign", "unet.mid.to_q")):
@@ -224,8 +224,8 @@ def test_a_lora_is_said_recorded_and_made_again(den, k2):
     ],
     ids=["truncated", "header-only", "pickle", "text", "an-autoencoder", "a-text-encoder"],
 )
-def test_weights_that_are_none_are_one_sentence(den, k2, make, message):
-    for part in ("text.safetensors", "vae.safetensors", "tokenizer.json"):  # lent to a lone transformer
+def test_unusable_weights_give_one_error_message(den, k2, make, message):
+    for part in ("text.safetensors", "vae.safetensors", "tokenizer.json"):  # a lone transformer borrows these
         shutil.copyfile(library.BOX / f"tiny-{part}", library.BOX / f"mini-{part}")
     make(library.BOX / "tiny-raw.safetensors", den / "weights.safetensors")
     before = tree(den)
@@ -237,7 +237,7 @@ def test_weights_that_are_none_are_one_sentence(den, k2, make, message):
     assert tree(den) == before
 
 
-def test_an_unknown_device_is_one_sentence(den, k2):
+def test_unknown_device_gives_one_error_message(den, k2):
     before = tree(den)
 
     result = k2("render", "--device", "cuda:99", code=1)
@@ -252,7 +252,7 @@ def record(path: str) -> dict:
 
 @pytest.mark.skipif("mini" not in library.box(), reason="the box holds no weights yet")
 @pytest.mark.parametrize("name", ["stickers", "cast"])
-def test_the_examples_render_as_they_stand(name, tmp_path, k2):
+def test_example_projects_render_as_they_are(name, tmp_path, k2):
     hands.load.cache_clear()
     project = tmp_path / name
     shutil.copytree(ROOT / "projects_example" / name, project, ignore=shutil.ignore_patterns("outputs"))
@@ -267,8 +267,8 @@ def test_the_examples_render_as_they_stand(name, tmp_path, k2):
     assert (Path(paths[0]).parent / "sheet.png").exists()
 
 
-def test_every_space_in_the_name_of_a_file_is_meant(den, k2):
-    """As in those of screenshots, which hold one that is narrow."""
+def test_unusual_spaces_in_file_names_are_kept(den, k2):
+    """As in the names of screenshots, which contain a narrow one."""
     (den / "refs").mkdir()
     (den / "styles").mkdir()
     for name in ("a\u202fb.png", "two  spaces.png"):
@@ -278,7 +278,7 @@ def test_every_space_in_the_name_of_a_file_is_meant(den, k2):
         assert "Identical, pixel for pixel." in k2("rerun", made).stderr
 
 
-def test_what_a_prompt_has_too_many_of_is_said_once_and_recorded(den, k2):
+def test_unread_prompt_tokens_are_reported_once_and_recorded(den, k2):
     long = "fox " * (PROMPT_TOKENS + 3)
     made = k2("render", "-p", long, "--batch", "2", "--steps", "1")
 

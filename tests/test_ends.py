@@ -1,4 +1,4 @@
-"""How a command ends that a signal ends."""
+"""Exit codes of commands that a signal ends."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ pty = pytest.importorskip("pty", reason="signals and terminals as POSIX has them
 
 
 def on_a_terminal(*arguments: str) -> tuple[int, int]:
-    """A command in a process of its own, with the pipeline of this one -> its id, and the other end of its terminal."""
+    """Run a command in its own process, with this one's pipeline -> its id, and the other end of its terminal."""
     process, terminal = pty.fork()
     if process == 0:
         sys.stdin, sys.stdout, sys.stderr = open(0), open(1, "w"), open(2, "w")  # noqa: SIM115
-        signal.signal(signal.SIGHUP, signal.SIG_DFL)  # whatever the tests were told, as under nohup
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)  # whatever the tests inherited, as under nohup
         code = 255
         try:
             app([*arguments])
@@ -33,10 +33,10 @@ def on_a_terminal(*arguments: str) -> tuple[int, int]:
 
 
 @pytest.mark.parametrize("command", ["render", "rerun", "watch"])
-def test_a_closed_terminal_ends_a_command_by_its_code(moody, k2, fake, monkeypatch, command):
-    """That neither bars nor last words can be written is no error; what was made stays."""
+def test_a_closed_terminal_gives_exit_code_129(moody, k2, fake, monkeypatch, command):
+    """Failing to write progress bars or final messages is not an error; what was made stays."""
     k2("render", "--only", "fox")
-    monkeypatch.setenv("FORCE_COLOR", "1")  # so that a terminal that is gone is taken for one
+    monkeypatch.setenv("FORCE_COLOR", "1")  # so that a closed terminal still counts as one
     monkeypatch.setattr("k2cli.console.console", Console(stderr=True, force_interactive=True))
     monkeypatch.setattr(fake, "stop", lambda index: os.write(1, b"begun") and time.sleep(60))
 
@@ -47,11 +47,11 @@ def test_a_closed_terminal_ends_a_command_by_its_code(moody, k2, fake, monkeypat
     os.close(terminal)
 
     assert os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]) == 128 + signal.SIGHUP
-    assert b"0/" in seen  # of the bar
+    assert b"0/" in seen  # of the progress bar
     assert command == "rerun" or [*Path("outputs").glob("0002-*/run.toml")]
 
 
-def test_a_command_without_last_words_ends_by_the_code_of_its_signal(moody, k2, monkeypatch):
+def test_sigterm_without_a_final_message_gives_exit_code_143(moody, k2, monkeypatch):
     monkeypatch.setattr("model.compact.write_compact", lambda *_: signal.raise_signal(signal.SIGTERM))
 
     assert not k2("models", "export", "mini", "x.safetensors", code=128 + signal.SIGTERM).stdout

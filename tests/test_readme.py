@@ -1,4 +1,4 @@
-"""What the README tells people to type works, in the order in which it stands there."""
+"""The README's commands work, in the order in which they appear."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text("utf-8")
 INSTALLS = ("pip install -e . && k2 render projects_example/stickers", 'pip install -e ".[test]" && pytest')
 
-SMALL = r"sed -i 's/^\[render\]$/&\nresolution = 128\nsteps = 8/' k2.toml"  # typed as it stands, painted in less time
+SMALL = r"sed -i 's/^\[render\]$/&\nresolution = 128\nsteps = 8/' k2.toml"  # commands as printed, but faster to render
 
 needs_weights = pytest.mark.skipif("mini" not in library.box(), reason="the box holds no weights yet")
 
@@ -42,15 +42,15 @@ def test_the_first_two_blocks_install():
     assert tuple(block.strip() for block in blocks("sh")[:2]) == INSTALLS
 
 
-def test_the_pytorch_that_it_names_is_one_that_k2_takes():
+def test_the_pytorch_it_names_is_one_that_k2_accepts():
     needed = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]["dependencies"]
     (bounds,) = re.findall(r"^torch(\S+)$", "\n".join(needed), re.MULTILINE)
     assert f'"torch{bounds.split(",")[-1]}"' in README
 
 
 @needs_weights
-def test_every_command_works_in_its_turn(clone, tmp_path):
-    """One shell reads all blocks, as a reader would; what the suite itself stands on is left out."""
+def test_all_commands_work_in_order(clone, tmp_path):
+    """One shell runs all blocks, as a reader would, except for installing k2 and running this suite."""
     render = INSTALLS[0].removeprefix("pip install -e . && ")
     tour = "\n".join(blocks("sh")[2:]).replace("\ncd moody\n", f"\ncd moody\n{SMALL}\n", 1)
     script = "\n".join(["set -eux -o pipefail", render, tour])
@@ -74,7 +74,7 @@ def test_the_python_example_works(clone):
     assert (clone / "fox.png").exists()
 
 
-def test_the_project_it_shows_is_valid(fake, tmp_path):
+def test_the_example_project_is_valid(fake, tmp_path):
     (tmp_path / "styles").mkdir()
     (tmp_path / "refs" / "dusk").mkdir(parents=True)
     Image.new("RGB", (64, 64)).save(tmp_path / "refs" / "dusk" / "a.png")
@@ -91,6 +91,6 @@ def test_the_project_it_shows_is_valid(fake, tmp_path):
 
 
 @needs_weights
-def test_links_and_pictures_are_there():
+def test_links_and_pictures_exist():
     for target in re.findall(r"\]\((?!https?:)([^)#]+)\)", README):
         assert (ROOT / target).exists(), target

@@ -28,7 +28,7 @@ Work = Callable[[], Any]
 
 MEDIUM = PRESETS["medium"]
 SMALL = DiTConfig(width=256, heads=4, kv_heads=1, blocks=3, text_width=160, text_taps=3, text_heads=5)  # for --smoke
-BLOCKS = 28  # that a step is extrapolated to
+BLOCKS = 28  # the number of blocks that a step is extrapolated to
 PATTERN = 1 << 22  # random numbers that are repeated: drawing billions takes minutes
 
 
@@ -50,8 +50,8 @@ def settle() -> None:
 
 
 def interleaved(works: Sequence[Work], rounds: int) -> list[list[float]]:
-    """Each work's seconds in every round; they take turns, so that other load affects all. One round shows only that
-    they work."""
+    """Seconds of each piece of work in every round; they take turns, so that other load affects all of them. One round
+    shows only that they work."""
     for work in works if rounds > 1 else ():
         work()  # the first time, caches are cold
     times: list[list[float]] = [[] for _ in works]

@@ -1,9 +1,9 @@
 """One modulation for all blocks against one per block: parameters, and loss after equal steps.
 
-`python tests/bench/modulation.py [--seeds 3] [--steps N] [--out .cache/bench/modulation] [--smoke]`. Pretraining by
-`modulation.toml` on the data set in `.data`; both kinds see the same pictures, captions and noise at every step, with
-several seeds each. The result is the loss over the last tenth of the steps: the mean difference between the kinds,
-compared with the spread between seeds. `--smoke` needs no data set.
+`python tests/bench/modulation.py [--seeds 3] [--steps N] [--out .cache/bench/modulation] [--smoke]`. Pretrains with
+the recipe `modulation.toml` on the data set in `.data`; both kinds see the same pictures, captions and noise at every
+step, with several seeds each. The result is the loss over the last tenth of the steps: the mean difference between the
+kinds, compared with the spread between seeds. `--smoke` needs no data set.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 `python tests/bench/style.py [--rounds 5] [--model mini] [--out .cache/bench/style] [--smoke]`. The two sides of a row
 take turns in one process; figures are medians, ratios medians of the rounds' ratios: plain over styled, so 0.95 is 5 %
-more time. Prompts are encoded before timing starts, as for all but the first picture of a batch; captures of the splice
+more time. Prompts are encoded before timing starts, as for all but the first picture of a batch; the splice's captures
 are on disk and read again at every step. `--smoke` runs every row once at toy size, which shows only that it works.
 """
 
