@@ -203,12 +203,12 @@ def test_uncovered_prompts_are_reported_and_rendered_by_name(dusky, k2):
     (dusky / "k2.toml").write_text(f'{MATRIX}[[prompt]]\nname = "hen"\ntext = "a hen"\n')
     assert "an-owl-at-night, hen, so they are rendered only by name: --only NAME" in told()
     (dusky / "k2.toml").write_text(MATRIX)
-    assert "about" not in k2("render", "--dry-run", "--only", "fox").stderr
+    assert "covers" not in k2("render", "--dry-run", "--only", "fox").stderr
     (dusky / "k2.toml").write_text(f'{MATRIX}[[matrix]]\nprompt = ["an-owl-at-night"]\nsteps = [4, 8]\n')
-    assert "about" not in k2("render", "--dry-run").stderr
+    assert "covers" not in k2("render", "--dry-run").stderr
     (dusky / "k2.toml").write_text(MATRIX)
 
-    assert "about" not in k2("render", "--dry-run", "--only", "an-owl-at-night", "--batch", "3").stderr
+    assert "covers" not in k2("render", "--dry-run", "--only", "an-owl-at-night", "--batch", "3").stderr
     (alone,) = plan(k2, "--only", "an-owl-at-night")
     assert alone["file"] == "an-owl-at-night-7.png" and alone["prompt"]["row"] is None
     assert len(plan(k2, "--only", "an-owl-at-night", "--batch", "3")) == 3
