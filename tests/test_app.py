@@ -1,4 +1,4 @@
-"""The commands as a user meets them: results on one stream, words on the other, exit codes, an unchanged project."""
+"""The commands as a user meets them: output streams, exit codes, and when a project stays unchanged."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def test_help_imports_nothing_heavy():
     subprocess.run([sys.executable, "-c", code], check=True, stdout=subprocess.DEVNULL)
 
 
-def test_what_renders_nothing_imports_no_torch(moody):
+def test_commands_that_render_nothing_do_not_import_torch(moody):
     lines = {
         "render --dry-run": 0,
         "render --dry-run --creativity high --cohesion 0.5 --matrix seed=1,2": 0,
@@ -87,8 +87,8 @@ def test_what_renders_nothing_imports_no_torch(moody):
     assert done.returncode == 0, done.stderr
 
 
-def test_help_says_every_command_in_a_whole_sentence(k2):
-    """What does not fit a screen of 80 columns is cut off there, and ends in dots."""
+def test_help_has_a_full_sentence_for_every_command(k2):
+    """Help cuts what does not fit into 80 columns and ends it in dots."""
     for words in ([], ["style"], ["models"], ["moodboard"]):
         lines = k2(*words, "--help").stdout.partition("Commands:\n")[2].splitlines()
 
@@ -97,12 +97,12 @@ def test_help_says_every_command_in_a_whole_sentence(k2):
 
 
 @pytest.mark.parametrize("words", [[], ["render"], ["log"], ["style"], ["style", "add"], ["models", "info"], ["train"]])
-def test_h_is_help(k2, words):
+def test_h_is_short_for_help(k2, words):
     shown = k2(*words, "-h").stdout
 
     assert shown == k2(*words, "--help").stdout and "Usage: " in shown
     assert "  -h, --help  " in shown and max(map(len, shown.splitlines())) <= 80
-    assert not re.search(r"<[a-z]", shown)  # a type of Python's
+    assert not re.search(r"<[a-z]", shown)  # a Python type
 
 
 def test_new_then_render(fake, k2, tmp_path, monkeypatch):
@@ -127,7 +127,7 @@ def test_new_then_render(fake, k2, tmp_path, monkeypatch):
         assert sheet.width > 6 * 64
 
 
-def test_what_is_done_before_the_first_step_is_told_on_a_terminal(moody, k2, monkeypatch):
+def test_terminal_shows_the_model_loading(moody, k2, monkeypatch):
     monkeypatch.setattr(console, "console", Console(stderr=True, force_terminal=True))
 
     before, _, after = k2("render").stderr.partition("pictures")
@@ -136,7 +136,7 @@ def test_what_is_done_before_the_first_step_is_told_on_a_terminal(moody, k2, mon
     assert "loading" not in k2("render", "--quiet").stderr
 
 
-def test_printed_commands_can_be_typed(fake, k2, tmp_path, monkeypatch):
+def test_printed_commands_are_quoted_and_work_from_any_folder(fake, k2, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert "Next: cd 'my mood' && k2 render\n" in k2("new", "my mood").stderr
     Path("here").mkdir()
@@ -154,7 +154,7 @@ def test_printed_commands_can_be_typed(fake, k2, tmp_path, monkeypatch):
     [("cu.toml", "cu.png", "cu.toml exists already."), ("cu.png", "cu.png", "cu.png exists already."),
      ("x", "nodir/cu.png", "There is no folder nodir.")],
 )  # fmt: skip
-def test_a_rerun_looks_first_whether_it_can_write(moody, k2, fake, there, output, message):
+def test_rerun_checks_first_whether_it_can_write(moody, k2, fake, there, output, message):
     (made,) = k2("render", "-p", "tea").stdout.splitlines()
     (moody / there).write_text("mine")
     fake.seen.clear()
@@ -162,7 +162,7 @@ def test_a_rerun_looks_first_whether_it_can_write(moody, k2, fake, there, output
     assert message in k2("rerun", made, "-o", output, code=1).stderr and fake.seen == []
 
 
-def test_prompts_come_from_options_and_from_standard_input(moody, k2):
+def test_prompts_come_from_options_and_standard_input(moody, k2):
     k2("render", "-p", "tea", "-p", "a cake", "-", input="a pear\n\n  a plum \n")
 
     assert sorted(path.name for path in moody.glob("outputs/*/*.png")) == [
@@ -174,8 +174,8 @@ def test_prompts_come_from_options_and_from_standard_input(moody, k2):
     ]
 
 
-def test_a_byte_order_mark_is_no_part_of_anything(moody, k2, fake):
-    """Some editors begin every text with one."""
+def test_byte_order_marks_are_ignored(moody, k2, fake):
+    """Some editors put one at the start of every text file."""
     (moody / "k2.toml").write_text(PROJECT, "utf-8-sig")
     (moody / "styles").mkdir()
     (moody / "styles" / "dusk.toml").write_text('keywords = ["dusk"]\n', "utf-8-sig")
@@ -190,7 +190,7 @@ def test_a_byte_order_mark_is_no_part_of_anything(moody, k2, fake):
     assert [json.loads(line)["prompt"]["text"] for line in joined.splitlines()] == ["a plum", "tea"]
 
 
-def test_json_is_one_object_a_line(moody, k2):
+def test_json_prints_one_object_per_line(moody, k2):
     result = k2("render", "--json", "--quiet", "--batch", "2")
 
     records = [json.loads(line) for line in result.stdout.splitlines()]
@@ -199,7 +199,7 @@ def test_json_is_one_object_a_line(moody, k2):
     assert result.stderr == ""
 
 
-def test_a_dry_run_shows_everything_and_writes_nothing(moody, k2, fake):
+def test_dry_run_shows_everything_and_writes_nothing(moody, k2, fake):
     before = tree(moody)
 
     lines = k2("render", "--dry-run", "--seed", "40").stdout.splitlines()
@@ -213,7 +213,7 @@ def test_a_dry_run_shows_everything_and_writes_nothing(moody, k2, fake):
     assert tree(moody) == before and fake.loaded == []
 
 
-def test_a_dry_run_on_a_terminal_is_a_table(moody, fake, monkeypatch, capsys):
+def test_dry_run_on_a_terminal_prints_a_table(moody, fake, monkeypatch, capsys):
     project = Project.open(moody)
     settings = project.settle()
     job = plan_job(project, settings, project.shots(settings), compared=False)
@@ -228,7 +228,7 @@ def test_a_dry_run_on_a_terminal_is_a_table(moody, fake, monkeypatch, capsys):
     ]
 
 
-def test_a_dry_run_says_what_differs(moody, k2, fake, tmp_path):
+def test_dry_run_lines_show_settings_and_project(moody, k2, fake, tmp_path):
     (moody / "styles").mkdir(exist_ok=True)
     (moody / "styles" / "dusk.toml").write_text('keywords = ["dusk"]\n')
     (tmp_path / "other").mkdir()
@@ -253,14 +253,14 @@ def test_a_dry_run_says_what_differs(moody, k2, fake, tmp_path):
     assert [line.split("/")[-2] for line in of_two] == [".", ".", "other"]
 
 
-def test_a_file_of_another_project_is_named_with_its_path(moody, k2, fake, tmp_path):
+def test_errors_in_another_project_give_the_full_path(moody, k2, fake, tmp_path):
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "k2.toml").write_text("[render]\nsed = 3\n")
     told = k2("render", moody, tmp_path / "other", code=1).stderr
     assert f'{tmp_path / "other" / "k2.toml"}, line 2: unknown key "sed"' in " ".join(told.split())
 
 
-def test_a_project_may_ask_for_turbo_itself(moody, k2, fake):
+def test_project_file_can_select_turbo(moody, k2, fake):
     write_weights(library.BOX / "mini-turbo.safetensors", {"kind": "dit", "variant": "turbo"})
     text = (moody / "k2.toml").read_text()
     (moody / "k2.toml").write_text(text.replace("[render]\n", '[render]\nvariant = "turbo"\n'))
@@ -279,7 +279,7 @@ def test_a_project_may_ask_for_turbo_itself(moody, k2, fake):
     assert 'Did you mean "turbo"?' in k2("render", code=1).stderr
 
 
-def test_settings_that_are_not_for_turbo_are_told(moody, k2, fake):
+def test_warns_about_settings_that_do_not_suit_turbo(moody, k2, fake):
     write_weights(library.BOX / "mini-turbo.safetensors", {"kind": "dit", "variant": "turbo"})
     text = (moody / "k2.toml").read_text()
     (moody / "k2.toml").write_text(text.replace("seed = 7", "seed = 7\nsteps = 28\nguidance = 2.5"))
@@ -302,7 +302,7 @@ def test_several_projects_load_the_weights_once(moody, k2, fake, tmp_path):
     assert [json.loads(line)["project"] for line in planned] == [str(moody), str(moody), str(tmp_path / "other")]
 
 
-def test_a_project_that_is_named_in_several_ways_is_rendered_once(moody, k2, tmp_path):
+def test_project_named_in_several_ways_is_rendered_once(moody, k2, tmp_path):
     (tmp_path / "link").symlink_to("moody")
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "k2.toml").write_text('[[prompt]]\ntext = "tea"\n')
@@ -314,7 +314,7 @@ def test_a_project_that_is_named_in_several_ways_is_rendered_once(moody, k2, tmp
     assert len(k2("log", *ways).stdout.splitlines()) == 3
 
 
-def test_what_is_typed_reaches_the_model(moody, k2, fake):
+def test_command_line_options_reach_the_model(moody, k2, fake):
     write_weights(library.BOX / "mini-turbo.safetensors", {"kind": "dit", "variant": "turbo"})
     k2(
         "render",
@@ -339,8 +339,8 @@ def test_what_is_typed_reaches_the_model(moody, k2, fake):
         assert image.text == {}
 
 
-def test_how_weights_are_held_reaches_the_model_the_plan_and_the_record(moody, k2, fake):
-    """Where neither file nor command line says it, the model is asked to choose, and the record tells what it chose."""
+def test_precision_and_offload_reach_model_plan_and_record(moody, k2, fake):
+    """If neither project file nor command line sets them, the model chooses, and the record says what it chose."""
     k2("render", "--only", "fox", "--precision", "int8", "--offload", "text")
     folder = moody / "outputs" / "0001-fox"
     (moody / "k2.toml").write_text(PROJECT.replace("seed = 7", 'seed = 7\nprecision = "fp8"'))
@@ -358,7 +358,7 @@ def test_how_weights_are_held_reaches_the_model_the_plan_and_the_record(moody, k
     assert "weights" not in k2("show", made).stdout
 
 
-def test_a_run_goes_on_with_its_weights_held_as_before(moody, k2, fake):
+def test_resume_uses_the_same_precision_and_offload_as_before(moody, k2, fake):
     k2("render", "--precision", "int8", "--offload", "all")
     (moody / "outputs" / "0001-fox-and-1-more" / "fox-7.png").unlink()
     (moody / "outputs" / "0001-fox-and-1-more" / "fox-7.toml").unlink()
@@ -410,7 +410,7 @@ def test_a_run_goes_on_with_its_weights_held_as_before(moody, k2, fake):
         (["render", "--matrix", "cfg=1,2"], 2, '"cfg" is not an axis.', "called guidance, and is 1 less than a CFG"),
         (["render", "a red fox " * 99], 1, 'There is no project "a red fox', "k2 render -p 'a red fox a red fox"),
         (["render", "--size", "64x64", "--aspect", "1:1"], 2, "--size excludes --aspect", "Keep --size"),
-        (["show", "x" * 5000], 1, "x" * 200, ""),  # too long, or not there: Pythons differ in what they find out
+        (["show", "x" * 5000], 1, "x" * 200, ""),  # too long or missing: Python versions differ in which they report
         (["show", "k2.toml/x.png"], 1, "There is no k2.toml/x.png", ""),
         (["log", "boards"], 1, "There is no folder boards.", "k2 new NAME"),
         (["style", "add", "x", "gone.png"], 1, "There is no gone.png.", "Name pictures, or a folder of them."),
@@ -420,7 +420,7 @@ def test_a_run_goes_on_with_its_weights_held_as_before(moody, k2, fake):
         (["render", "--resume", "--seed", "3"], 2, "no other setting can be given", ""),
     ],
 )
-def test_unknown_keys_and_usage(moody, k2, arguments, code, message, hint):
+def test_unknown_keys_and_wrong_usage(moody, k2, arguments, code, message, hint):
     (moody / "k2.toml").write_text(PROJECT.replace("seed = 7", "sed = 7") if arguments == ["render"] else PROJECT)
     before = tree(moody)
 
@@ -448,7 +448,7 @@ def test_unknown_keys_and_usage(moody, k2, arguments, code, message, hint):
         ["moodboard", "analyze", "k2.toml", "--name", "a b"],
     ],
 )
-def test_what_is_wrong_with_an_option_is_one_of_usage(moody, k2, arguments):
+def test_wrong_option_values_are_usage_errors(moody, k2, arguments):
     if "--moodboard" in arguments:
         (moody / "k2.toml").write_text(f'{PROJECT}\n[moodboard]\nimages = ["board.png"]\n')
     option = next(word for word in arguments if word.startswith("--"))
@@ -456,8 +456,8 @@ def test_what_is_wrong_with_an_option_is_one_of_usage(moody, k2, arguments):
     assert f"Error: {option}" in k2(*arguments, code=2).stderr
 
 
-def test_no_words_of_an_error_make_it_one_of_usage(fake, moody, k2):
-    """A file may be called as options are; and the same size is wrong in a file, too."""
+def test_wording_of_a_message_does_not_make_it_a_usage_error(fake, moody, k2):
+    """A file name may look like an option, and a wrong size may come from the project file."""
     (picture,) = k2("render", "-p", "tea").stdout.splitlines()
 
     assert "Error: --x.tif is not a name for a picture." in k2("rerun", picture, "--output=--x.tif", code=1).stderr
@@ -489,7 +489,7 @@ def test_no_words_of_an_error_make_it_one_of_usage(fake, moody, k2):
         (["-p", "tea", "-p", "   "], "A prompt is empty.", "Say what the picture should show."),
     ],
 )
-def test_what_a_user_can_mend_is_one_sentence_and_a_hint(moody, k2, arguments, message, hint):
+def test_errors_users_can_fix_are_one_sentence_and_a_hint(moody, k2, arguments, message, hint):
     before = tree(moody)
 
     result = k2("render", *arguments, code=2 if message.startswith("--") else 1)
@@ -499,7 +499,7 @@ def test_what_a_user_can_mend_is_one_sentence_and_a_hint(moody, k2, arguments, m
     assert tree(moody) == before
 
 
-def test_no_project_and_no_prompts(fake, k2, tmp_path, monkeypatch):
+def test_missing_project_and_missing_prompts(fake, k2, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
 
     assert "There is no k2.toml in" in k2("render", code=1).stderr
@@ -510,12 +510,12 @@ def test_no_project_and_no_prompts(fake, k2, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("pictures_before", [0, 1])
-def test_a_full_disk_leaves_whole_pictures_and_one_sentence(moody, k2, monkeypatch, pictures_before):
+def test_full_disk_leaves_whole_pictures_and_one_error_message(moody, k2, monkeypatch, pictures_before):
     before, real, calls = tree(moody), os.fsync, []
 
     def fsync(handle: int) -> None:
         calls.extend([handle] if stat.S_ISREG(os.fstat(handle).st_mode) else [])
-        if len(calls) > 1 + 2 * pictures_before:  # run.toml, then a record and a picture each
+        if len(calls) > 1 + 2 * pictures_before:  # run.toml, then one record and one picture at a time
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         real(handle)
 
@@ -524,17 +524,17 @@ def test_a_full_disk_leaves_whole_pictures_and_one_sentence(moody, k2, monkeypat
 
     assert "The disk is full" in result.stderr and len(result.stderr.splitlines()) == 2
     assert len(result.stdout.splitlines()) == pictures_before
-    if not pictures_before:  # the run is gone
+    if not pictures_before:  # the run is discarded
         assert tree(moody) == before and "Hint:  Free some space, and try again." in result.stderr
     else:
         assert sorted(path.name for path in moody.glob("outputs/*/*")) == ["fox-7.png", "fox-7.toml", "run.toml"]
-        for said in (result.stderr, k2("render", "--resume", code=1).stderr):  # and still full
+        for said in (result.stderr, k2("render", "--resume", code=1).stderr):  # the disk is still full
             assert "Free some space, then resume with: k2 render --resume\n" in said
         monkeypatch.setattr(os, "fsync", real)
         assert k2("render", "--resume").stdout == "outputs/0001-fox-and-1-more/an-owl-at-night-7.png\n"
 
 
-def test_an_unwritable_folder(moody, k2):
+def test_unwritable_outputs_folder(moody, k2):
     (moody / "outputs").write_text("in the way")
     before = tree(moody)
 
@@ -542,7 +542,7 @@ def test_an_unwritable_folder(moody, k2):
     assert tree(moody) == before
 
 
-def test_outputs_that_lead_outside_are_not_written_to(moody, k2, tmp_path):
+def test_outputs_linked_outside_need_allow_outside(moody, k2, tmp_path):
     (tmp_path / "elsewhere").mkdir()
     (moody / "outputs").symlink_to(tmp_path / "elsewhere")
 
@@ -567,8 +567,8 @@ def interrupt(fake: Any, k2: Any, index: int) -> Any:
     return result
 
 
-def test_an_interrupted_run_is_gone_on_with_by_the_line_that_is_printed(moody, k2, fake, monkeypatch):
-    """From wherever it is typed, and whatever the project's folder is called."""
+def test_printed_resume_command_resumes_the_interrupted_run(moody, k2, fake, monkeypatch):
+    """From another folder, with a project folder whose name needs quoting, and with a later run in between."""
     project = moody.rename(moody.parent / "my mood")
     monkeypatch.chdir(moody.parent)
 
@@ -592,7 +592,7 @@ def test_an_interrupted_run_is_gone_on_with_by_the_line_that_is_printed(moody, k
     assert k2(*shlex.split(line)[1:]).stdout == "my mood/outputs/0002-fox-and-1-more/an-owl-at-night-7.png\n"
 
 
-def test_pictures_made_again_and_interrupted_are_counted(moody, k2, fake):
+def test_interrupted_rerun_counts_its_pictures(moody, k2, fake):
     folder = Path(k2("render", "--batch", "2").stdout.splitlines()[0]).parent
     made: list[int] = []
 
@@ -606,8 +606,8 @@ def test_pictures_made_again_and_interrupted_are_counted(moody, k2, fake):
     assert said.endswith("Interrupted: 2 of 5 rendered again, 2 of them identical.\n")
 
 
-def test_resume_finishes_what_was_planned(moody, k2, fake):
-    """Interrupted, edited, resumed: the pictures are those of the undisturbed run."""
+def test_resume_finishes_the_run_as_planned(moody, k2, fake):
+    """Interrupted, project file edited, resumed: the pictures are those of an uninterrupted run."""
     k2("render", "--batch", "2")
     undisturbed = moody / "outputs" / "0001-fox-and-1-more"
     result = interrupt(fake, k2, 3)
@@ -625,7 +625,7 @@ def test_resume_finishes_what_was_planned(moody, k2, fake):
     assert k2("render", "--resume", "--quiet").stderr == ""
 
 
-def test_a_run_interrupted_before_its_first_picture_is_gone_on_with(moody, k2, fake):
+def test_run_interrupted_before_its_first_picture_can_be_resumed(moody, k2, fake):
     k2("render", "-p", "tea")
 
     said = interrupt(fake, k2, 0).stderr
@@ -643,7 +643,7 @@ def test_a_run_interrupted_before_its_first_picture_is_gone_on_with(moody, k2, f
     assert k2("render", "--resume").stderr == f"{folder}: the run is complete.\n"
 
 
-def test_a_dry_run_of_a_finished_run_says_so(moody, k2):
+def test_dry_run_of_a_complete_run_says_so(moody, k2):
     k2("render")
 
     shown = k2("render", "--resume", "--dry-run")
@@ -653,13 +653,13 @@ def test_a_dry_run_of_a_finished_run_says_so(moody, k2):
     assert k2("render", "--resume", "--dry-run", "--quiet").stderr == ""
 
 
-def test_a_finished_run_of_one_picture_lacks_no_sheet(moody, k2):
+def test_complete_run_of_one_picture_needs_no_sheet(moody, k2):
     k2("render", "-p", "tea")
 
     assert k2("render", "--resume").stderr == "outputs/0001-tea: the run is complete.\n"
 
 
-def test_ctrl_c_while_the_run_is_claimed_keeps_the_plan_and_says_so(moody, k2, monkeypatch):
+def test_ctrl_c_while_creating_the_run_folder_keeps_the_plan(moody, k2, monkeypatch):
     rename = Path.rename
 
     def press(path: Path, target: Path) -> Path:
@@ -674,8 +674,8 @@ def test_ctrl_c_while_the_run_is_claimed_keeps_the_plan_and_says_so(moody, k2, m
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGHUP, 129)])
-def test_a_run_that_is_asked_to_end_says_how_to_go_on(moody, k2, fake, monkeypatch, number, code):
-    """Its cursor is shown again, too: the bar comes to its end. Whatever ran before it hears signals as it did."""
+def test_terminated_run_says_how_to_resume(moody, k2, fake, monkeypatch, number, code):
+    """The progress bar ends, which shows the cursor again. Afterwards the earlier signal handler is restored."""
     stream = fake.stream
 
     def end(self, specs, on_step=None):
@@ -683,7 +683,7 @@ def test_a_run_that_is_asked_to_end_says_how_to_go_on(moody, k2, fake, monkeypat
         return stream(self, specs, on_step)
 
     monkeypatch.setattr(fake, "stream", end)
-    outside = signal.signal(number, signal.SIG_DFL)  # nohup, for one, has a process ignore some
+    outside = signal.signal(number, signal.SIG_DFL)  # nohup, for one, makes a process ignore some
     try:
         result = k2("render", code=code)
         after = signal.getsignal(number)
@@ -695,7 +695,7 @@ def test_a_run_that_is_asked_to_end_says_how_to_go_on(moody, k2, fake, monkeypat
     assert after == signal.SIG_DFL
 
 
-def test_no_run_is_to_be_gone_on_with_of_which_nothing_is_left(moody, k2, monkeypatch):
+def test_closed_pipe_after_the_last_picture_suggests_no_resume(moody, k2, monkeypatch):
     def leave(line: str) -> None:
         raise BrokenPipeError(errno.EPIPE, "Broken pipe")
 
@@ -705,8 +705,8 @@ def test_no_run_is_to_be_gone_on_with_of_which_nothing_is_left(moody, k2, monkey
     assert left == "The pipe was closed: 1 of 1 pictures are in outputs/0001-owl.\n"
 
 
-def test_who_reads_no_further_leaves_a_run_that_can_be_gone_on_with(moody, k2, monkeypatch):
-    """As `k2 render | head -1` does."""
+def test_closed_pipe_leaves_a_run_that_can_be_resumed(moody, k2, monkeypatch):
+    """As with `k2 render | head -1`."""
 
     def leave(line: str) -> None:
         raise BrokenPipeError(errno.EPIPE, "Broken pipe")
@@ -720,8 +720,8 @@ def test_who_reads_no_further_leaves_a_run_that_can_be_gone_on_with(moody, k2, m
     assert k2("render", "--resume", "--run", "1").stdout == f"{there}/an-owl-at-night-7.png\n"
 
 
-def test_results_that_find_no_room_leave_a_run_that_can_be_gone_on_with(moody, k2, monkeypatch):
-    """As `k2 render > /dev/full` does; nothing is left of a run of one picture."""
+def test_unwritable_standard_output_leaves_a_run_that_can_be_resumed(moody, k2, monkeypatch):
+    """As with `k2 render > /dev/full`; after a run of one picture, nothing is left to resume."""
 
     def fill(line: str) -> None:
         raise Unwritable("Standard output cannot be written.", hint="Send the results somewhere else.")
@@ -744,7 +744,7 @@ def test_results_that_find_no_room_leave_a_run_that_can_be_gone_on_with(moody, k
         ("", "Finish the rest as planned: k2 render --resume"),
     ],
 )
-def test_a_run_that_fails_after_a_picture_says_how_it_goes_on(moody, k2, fake, hint, told):
+def test_run_that_fails_after_a_picture_says_how_to_resume(moody, k2, fake, hint, told):
     fake.stop = stop_at(1, K2Error("The model is broken.", hint=hint))
     assert k2("render", code=1).stderr.endswith(f"Error: The model is broken.\nHint:  {told}\n")
     fake.stop = staticmethod(lambda at: None)
@@ -752,7 +752,7 @@ def test_a_run_that_fails_after_a_picture_says_how_it_goes_on(moody, k2, fake, h
 
 
 @pytest.mark.parametrize("error", [K2Error("The model is broken."), MemoryError()])
-def test_a_run_that_fails_before_its_first_picture_leaves_nothing(moody, k2, fake, error):
+def test_run_that_fails_before_its_first_picture_leaves_nothing(moody, k2, fake, error):
     before = tree(moody)
     fake.stop = stop_at(0, error)
 
@@ -762,7 +762,7 @@ def test_a_run_that_fails_before_its_first_picture_leaves_nothing(moody, k2, fak
     assert tree(moody) == before
 
 
-def test_ctrl_c_while_a_picture_is_written_finishes_it_and_says_so(moody, k2, monkeypatch):
+def test_ctrl_c_while_writing_a_picture_finishes_it_first(moody, k2, monkeypatch):
     replace, placed = os.replace, []
 
     def press(draft: Path, path: Path) -> None:
@@ -779,7 +779,7 @@ def test_ctrl_c_while_a_picture_is_written_finishes_it_and_says_so(moody, k2, mo
     assert "Interrupted: 1 of 2 pictures are in outputs/0001-fox-and-1-more." in result.stderr
 
 
-def test_a_run_stopped_before_its_sheet_gets_it(moody, k2, fake):
+def test_resume_adds_a_missing_sheet(moody, k2, fake):
     k2("render")
     folder = moody / "outputs" / "0001-fox-and-1-more"
     undisturbed = tree(folder)
@@ -792,7 +792,7 @@ def test_a_run_stopped_before_its_sheet_gets_it(moody, k2, fake):
     assert tree(folder) == undisturbed and fake.loaded == []
 
 
-def test_no_page_of_a_sheet_is_called_as_a_picture_may_be(moody, k2, monkeypatch):
+def test_sheet_pages_never_share_a_name_with_a_picture(moody, k2, monkeypatch):
     monkeypatch.setattr(sheet, "PER_SHEET", 2)
     made = k2("render", "-p", "sheet", "--seed", "1", "--batch", "5", "--size", "64x96")
     assert "5 pictures and 3 contact sheets in outputs/0001-sheet" in made.stderr
@@ -805,7 +805,7 @@ def test_no_page_of_a_sheet_is_called_as_a_picture_may_be(moody, k2, monkeypatch
     assert {Image.open(folder / name).size for name in pictures} == {(64, 96)}
 
 
-def test_a_sheet_says_what_its_pictures_have_in_common(moody, k2, monkeypatch):
+def test_sheet_subtitle_has_what_its_pictures_share(moody, k2, monkeypatch):
     told = []
 
     def note(entries: list[sheet.Entry], title: str, subtitle: str, **form: Any) -> Any:
@@ -818,7 +818,7 @@ def test_a_sheet_says_what_its_pictures_have_in_common(moody, k2, monkeypatch):
     (moody / "styles" / "dusk.toml").write_text('keywords = ["dusk"]\n')
     k2("render", "--steps", "4", "--guidance", "0", "--style", "dusk=0.5")
     k2("render", "--matrix", "steps=4,8", "--style", "dusk=0.5")
-    k2("render", "--matrix", "guidance=0,1.5", "--matrix", "style.dusk=0,1")  # there the captions tell
+    k2("render", "--matrix", "guidance=0,1.5", "--matrix", "style.dusk=0,1")  # the captions say these
     k2("render", "--steps", "1")
     k2("render", "--guidance-until", "0.5", "--sampler", "ab2")
     k2("render", "--matrix", "sampler=euler,ab2", "--matrix", "guidance_until=0.5,1")
@@ -828,7 +828,7 @@ def test_a_sheet_says_what_its_pictures_have_in_common(moody, k2, monkeypatch):
     k2("render", *masked, "--mask", "32x16+8+16")
     k2("render", *masked, "--mask", "dot.png", "--matrix", "seed=1,2", "--matrix", "denoise=0.5,1")
     (moody / "k2.toml").write_text(PROJECT.replace('name = "fox"', "style.dusk = 1"))
-    k2("render", "--steps", "4")  # of one prompt alone
+    k2("render", "--steps", "4")  # a style of one prompt only
 
     usual = ["mini raw", "4 steps", "guidance 2.5"]
     assert told == [
@@ -846,8 +846,8 @@ def test_a_sheet_says_what_its_pictures_have_in_common(moody, k2, monkeypatch):
 
 
 @pytest.mark.parametrize(("zone", "day"), [("Etc/GMT-14", "2026-12-01"), ("Etc/GMT+12", "2026-11-30")])
-def test_a_sheet_has_the_date_that_the_log_has(moody, k2, monkeypatch, zone, day):
-    """That of the clock on the wall; records are in UTC."""
+def test_sheet_date_is_local_as_in_the_log(moody, k2, monkeypatch, zone, day):
+    """Local time; records are in UTC."""
     subtitles = []
     monkeypatch.setattr(runs, "contact_sheets", lambda entries, title, common, **form: subtitles.append(common) or [])
     k2("render")
@@ -887,7 +887,7 @@ text = "a fox"
         }),
     ],
 )  # fmt: skip
-def test_a_strip_is_of_one_prompt_though_another_has_its_text(moody, k2, monkeypatch, asked, strips):
+def test_strips_separate_prompts_with_the_same_text(moody, k2, monkeypatch, asked, strips):
     told = []
     monkeypatch.setattr(runs, "contact_sheets", lambda entries, *_, **form: told.extend(entries) or iter(()))
     (moody / "k2.toml").write_text(TWINS)
@@ -898,8 +898,8 @@ def test_a_strip_is_of_one_prompt_though_another_has_its_text(moody, k2, monkeyp
     assert {strip[0].label: [entry.caption for entry in strip] for strip in found} == strips
 
 
-def test_resume_keeps_what_was_asked_of_files_and_sheet(moody, k2, fake):
-    """No metadata where none was wanted, and a path of styles is laid out as one."""
+def test_resume_keeps_no_embed_and_the_sheet_layout(moody, k2, fake):
+    """No metadata where none was wanted; a sweep's sheet is still laid out as a sweep."""
     (moody / "styles").mkdir()
     for name in ("dusk", "riso"):
         (moody / "styles" / f"{name}.toml").write_text(f'keywords = ["{name}"]\n')
@@ -934,7 +934,7 @@ def test_resume_keeps_what_was_asked_of_files_and_sheet(moody, k2, fake):
         ('[moodboard]\nimages = [""]\n', "the path is empty.", "Name a picture, a folder, or a glob of pictures."),
     ],
 )
-def test_what_is_found_out_when_it_is_rendered(moody, k2, toml, message, hint):
+def test_errors_found_only_when_rendering(moody, k2, toml, message, hint):
     text = (moody / "k2.toml").read_text()
     changed = text.replace("[render]\n", toml, 1) if "[render]" in toml else text + toml
     (moody / "k2.toml").write_text(changed)
@@ -943,7 +943,7 @@ def test_what_is_found_out_when_it_is_rendered(moody, k2, toml, message, hint):
     assert message in said and hint in said
 
 
-def test_an_earlier_run_is_resumed_by_its_number(moody, k2, fake):
+def test_earlier_run_is_resumed_by_number(moody, k2, fake):
     interrupt(fake, k2, 3)
     k2("render", "-p", "tea")
 
@@ -953,8 +953,8 @@ def test_an_earlier_run_is_resumed_by_its_number(moody, k2, fake):
     assert "needs --resume" in k2("render", "--run", "1", code=2).stderr
 
 
-def test_what_the_model_chose_is_chosen_again(moody, k2, fake):
-    """How weights are held may depend on the memory that is free; a run's pictures must not."""
+def test_resume_keeps_what_the_model_chose(moody, k2, fake):
+    """Precision and offload may depend on free memory; the pictures of one run must not."""
     interrupt(fake, k2, 3)
     hands.load.cache_clear()
 
@@ -963,7 +963,7 @@ def test_what_the_model_chose_is_chosen_again(moody, k2, fake):
     assert fake.held == [(None, None), ("native", "none")] and fake.loaded[1] == ("mini", "raw", "cpu", "float32")
 
 
-def test_resume_refuses_other_weights(moody, k2, fake):
+def test_resume_refuses_changed_weights(moody, k2, fake):
     interrupt(fake, k2, 3)
     box = moody.parent / "box" / "mini-vae.safetensors"
     box.write_bytes(box.read_bytes() + b" ")
@@ -971,7 +971,7 @@ def test_resume_refuses_other_weights(moody, k2, fake):
     assert "mini-vae.safetensors has changed since" in k2("render", "--resume", code=1).stderr
 
 
-def test_resume_refuses_other_references_though_no_picture_is_there_yet(moody, k2, fake):
+def test_resume_refuses_changed_references_before_any_picture(moody, k2, fake):
     (moody / "styles").mkdir()
     (moody / "styles" / "dusk.toml").write_text('[[reference]]\nimage = "a.png"\n')
     (moody / "k2.toml").write_text(PROJECT + "[style]\ndusk = 1.0\n")
@@ -983,7 +983,7 @@ def test_resume_refuses_other_references_though_no_picture_is_there_yet(moody, k
 
 
 @pytest.mark.parametrize(("old", "new"), [("schema = 1\n", "schema = 2\n"), ("[picture", "[pictures")])
-def test_what_is_no_plan_is_one_sentence(moody, k2, fake, old, new):
+def test_unreadable_plan_is_one_sentence_and_a_hint(moody, k2, fake, old, new):
     interrupt(fake, k2, 3)
     plan = moody / "outputs" / "0001-fox-and-1-more" / "run.toml"
     plan.write_text(plan.read_text().replace(old, new))
@@ -992,7 +992,7 @@ def test_what_is_no_plan_is_one_sentence(moody, k2, fake, old, new):
     assert "run.toml is not a plan that this version of k2 can read." in told and "Start a new run" in told
 
 
-def test_a_bug_keeps_its_traceback(moody, k2, fake):
+def test_bug_keeps_its_traceback(moody, k2, fake):
     fake.stop = stop_at(0, ZeroDivisionError())
 
     with pytest.raises(ZeroDivisionError):
@@ -1014,7 +1014,7 @@ def test_models_are_listed_and_described(moody, k2):
     assert "PyTorch pickle" in k2("models", "info", "x.safetensors", code=1).stderr
 
 
-def test_models_stand_below_one_another_on_a_terminal(monkeypatch, capsys):
+def test_models_list_aligns_columns_on_a_terminal(monkeypatch, capsys):
     about = {"variant": "turbo", "native": 256, "parameters": 31_305_047, "megabytes": 35.1, "source": "box"}
     named = [about | {"name": name} for name in ("mini", "a-model-of-a-longer-name")]
     monkeypatch.setattr(models, "inventory", lambda: named)
@@ -1050,7 +1050,7 @@ def test_models_stand_below_one_another_on_a_terminal(monkeypatch, capsys):
         (("--seed", "7", "--seed", "9", "--quiet"), ""),
     ],
 )
-def test_an_option_that_comes_twice_is_told(moody, k2, arguments, told):
+def test_warns_about_options_given_twice(moody, k2, arguments, told):
     (moody / "styles").mkdir()
     for name in ("dusk", "sea"):
         (moody / "styles" / f"{name}.toml").write_text('keywords = ["dusk"]\n')
@@ -1063,7 +1063,7 @@ def test_an_option_that_comes_twice_is_told(moody, k2, arguments, told):
     assert [style["strength"] for style in json.loads(last)["style"]] == [0.5]
 
 
-def test_signs_of_other_tools_are_told_once_of_prompts_and_of_what_they_avoid(moody, k2):
+def test_warns_once_about_other_tools_syntax_in_prompt_and_avoid(moody, k2):
     said = k2(
         "render", "--dry-run", "-p", "a (fox:1.4), ((red)) --ar 3:2", "-p", "__animal__", "--avoid", "[snow]"
     ).stderr
@@ -1076,8 +1076,8 @@ def test_signs_of_other_tools_are_told_once_of_prompts_and_of_what_they_avoid(mo
 
 
 @pytest.mark.parametrize("name", ["a\nb", "a\tb", "a\x1b[2J", "a\n"])
-def test_a_project_has_its_name_on_one_line(moody, k2, name):
-    """Its path is a line of results, and of what is said to be typed next."""
+def test_new_refuses_control_characters_in_a_project_name(moody, k2, name):
+    """Its path is one line of the results, and part of the command to type next."""
     before = tree(moody)
 
     refused = k2("new", name, code=1)
@@ -1100,8 +1100,8 @@ def test_a_project_has_its_name_on_one_line(moody, k2, name):
         (["models", "export", "mini", ""], "TARGET"),
     ],
 )
-def test_a_place_without_a_name_is_not_here(moody, k2, arguments, name):
-    """As "$PROJECT" is, where the variable is unset."""
+def test_empty_paths_are_usage_errors(moody, k2, arguments, name):
+    """Not the current folder: "$PROJECT" is empty when the variable is unset."""
     before = tree(moody)
 
     refused = k2(*arguments, code=2)
@@ -1111,8 +1111,8 @@ def test_a_place_without_a_name_is_not_here(moody, k2, arguments, name):
     assert tree(moody) == before
 
 
-def test_every_path_is_known_to_be_a_place():
-    """By its metavar, as help shows it."""
+def test_every_path_parameter_is_in_places():
+    """By its metavar, the name that help shows."""
     apps = [app, *(group.typer_instance for group in app.registered_groups)]
     found = set()
     for command in (info.callback for each in apps for info in each.registered_commands):
@@ -1125,8 +1125,8 @@ def test_every_path_is_known_to_be_a_place():
 
 
 @pytest.mark.parametrize(("there", "asked"), [("NFD", "NFC"), ("NFC", "NFD")])
-def test_a_place_is_found_however_its_accents_are_written(moody, k2, there, asked):
-    """Some systems and archives write them apart."""
+def test_paths_are_found_in_either_unicode_normal_form(moody, k2, there, asked):
+    """Some systems and archives store accents as separate characters."""
     folder = moody.rename(moody.with_name(unicodedata.normalize(there, "Süß")))
     os.chdir(folder.parent)
     project = ("--project", unicodedata.normalize(asked, "Süß"))
@@ -1148,12 +1148,12 @@ def test_a_place_is_found_however_its_accents_are_written(moody, k2, there, aske
     assert [path.name for path in folder.parent.glob("S*")] == [folder.name] and (folder / "page").exists()
 
 
-def test_a_project_without_a_name_is_none(moody, k2):
+def test_new_refuses_an_empty_name_and_an_existing_project(moody, k2):
     assert "The project's name is empty." in k2("new", "", code=1).stderr
     assert f"{moody} is already a k2 project." in k2("new", ".", code=1).stderr
 
 
-def test_a_new_project_that_is_one_already_is_gone_on_with(k2, tmp_path, monkeypatch):
+def test_new_on_an_existing_project_says_how_to_continue(k2, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     k2("new", "my mood")
     told = k2("new", "my mood", code=1).stderr
@@ -1164,14 +1164,14 @@ def test_a_new_project_that_is_one_already_is_gone_on_with(k2, tmp_path, monkeyp
 @pytest.mark.parametrize(
     ("size", "broken"), [("128x128", False), ("192x112", False), ("192x128", False), ("256x128", True), ("64x64", True)]
 )
-def test_a_size_that_the_model_cannot_paint_is_told(moody, k2, size, broken):
+def test_warns_about_sizes_far_from_the_native_one(moody, k2, size, broken):
     said = k2("render", "--size", size, "--dry-run").stderr
 
     assert (f"{size} is far from the model's native 128x128: expect broken pictures." in said) is broken
     assert "far from" not in k2("render", "--size", size, "--dry-run", "--quiet").stderr
 
 
-def test_a_model_of_many_sizes_is_taken_at_its_word(moody, k2):
+def test_size_warning_depends_on_what_the_weights_declare(moody, k2):
     about = {"kind": "dit", "variant": "raw"}
     write_weights(library.BOX / "mini-raw.safetensors", about)
     assert "far from" not in k2("render", "--size", "64x64", "--dry-run").stderr
@@ -1181,7 +1181,7 @@ def test_a_model_of_many_sizes_is_taken_at_its_word(moody, k2):
         assert ("far from" in k2("render", "--size", size, "--dry-run").stderr) is far
 
 
-def test_weights_that_say_no_variant_are_told(moody, k2):
+def test_warns_about_weights_that_declare_no_variant(moody, k2):
     file, silent = "dreamy_v12.safetensors", "does not say whether it is Raw or Turbo"
     write(moody / file, transformer())
     told = f"{file} {silent}; k2 assumes Raw, or Turbo with --turbo."
@@ -1198,7 +1198,7 @@ def test_weights_that_say_no_variant_are_told(moody, k2):
     assert not k2("models", "info", "dreamy_turbo.safetensors").stderr and not k2("models", "info", "mini").stderr
 
 
-def test_doctor_finds_what_is_broken(moody, k2):
+def test_doctor_finds_damaged_weights(moody, k2):
     (moody / "styles").mkdir()
     (moody / "styles" / "dusk.toml").write_text('keywords = ["dusk"]\n')
     healthy = k2("doctor")
@@ -1212,7 +1212,7 @@ def test_doctor_finds_what_is_broken(moody, k2):
     assert "mini-raw.safetensors is damaged" in k2("doctor", code=1).stdout
 
 
-def test_doctor_cuts_no_word_on_a_terminal():
+def test_doctor_wraps_between_words():
     found = doctor.examine()
     lines = doctor.describe(found, 60).splitlines()
 
@@ -1221,12 +1221,12 @@ def test_doctor_cuts_no_word_on_a_terminal():
     assert len(lines) > len(found["notes"]) and any(line.startswith(" " * 11) for line in lines)
 
 
-def test_one_line_is_one_prompt_whatever_else_breaks_lines(moody, k2):
+def test_unicode_line_separators_do_not_split_prompts(moody, k2):
     shots = k2("render", "--dry-run", "--json", "-", input="a pear\u2028of glass\r\na plum\n").stdout.splitlines()
     assert [json.loads(shot)["prompt"]["text"] for shot in shots] == ["a pear of glass", "a plum"]
 
 
-def test_a_path_is_never_taken_for_an_option(moody, k2):
+def test_paths_with_a_leading_dash_are_not_options(moody, k2):
     assert "cd ./-dash && k2 render" in k2("new", "--", "-dash").stderr
     (moody / "-empty").mkdir()
     assert "Hint:  Create one: k2 new ./-empty\n" in k2("render", "--", "-empty", code=1).stderr
@@ -1238,7 +1238,7 @@ def test_a_path_is_never_taken_for_an_option(moody, k2):
     assert k2("style", "add", "dash", "--", "-x.png").stdout == "styles/dash.toml\n"
 
 
-def test_a_prompt_is_never_taken_for_an_option(moody, k2, fake):
+def test_prompts_with_a_leading_dash_are_not_options(moody, k2, fake):
     hint = k2("render", "--", "-5 degrees", code=1).stderr.strip().partition("Hint:  Give a prompt with -p: ")[2]
     assert hint == "k2 render -p '-5 degrees'"
 
@@ -1258,8 +1258,8 @@ def test_a_prompt_is_never_taken_for_an_option(moody, k2, fake):
         (r'a \"fox\\"', r"""'a \"fox\\"'""", r'"a \\\"fox\\\\\""'),
     ],
 )
-def test_what_k2_advises_can_be_typed_into_the_shell_at_hand(word, linux, windows, monkeypatch):
-    """cmd.exe hands single quotes on as a part of the word."""
+def test_quoting_suits_the_shell_of_the_platform(word, linux, windows, monkeypatch):
+    """cmd.exe passes single quotes on as part of the word."""
     monkeypatch.setattr(sys, "platform", "linux")
     assert quote(word) == linux
     monkeypatch.setattr(sys, "platform", "win32")
@@ -1267,7 +1267,7 @@ def test_what_k2_advises_can_be_typed_into_the_shell_at_hand(word, linux, window
 
 
 @pytest.mark.parametrize(("word", "meant"), [("fox", "--only fox"), ("a blue owl", "-p 'a blue owl'")])
-def test_a_word_in_a_projects_place_is_a_prompt(moody, k2, fake, word, meant):
+def test_prompt_given_in_place_of_a_project_gets_a_hint(moody, k2, fake, word, meant):
     hint = k2("render", word, code=1).stderr.strip().rpartition("k2 render ")[2]
     assert hint == meant
 
@@ -1286,8 +1286,8 @@ def test_a_word_in_a_projects_place_is_a_prompt(moody, k2, fake, word, meant):
         (False, 18, "it does not fit in memory"),
     ],
 )
-def test_doctor_says_what_has_to_be_streamed(monkeypatch, bf16, free, said):
-    """A processor that multiplies no bf16 holds the numbers that are computed with in twice the bytes."""
+def test_doctor_says_which_models_must_be_streamed(monkeypatch, bf16, free, said):
+    """A processor that cannot multiply bf16 holds the weights it computes with in twice the bytes."""
     monkeypatch.setattr("model.plan.native_bf16", lambda device: bf16)
     monkeypatch.setattr("model.plan.free_memory", lambda device: free << 30)
     found = doctor.examine()
@@ -1295,18 +1295,18 @@ def test_doctor_says_what_has_to_be_streamed(monkeypatch, bf16, free, said):
     (plan,) = [plan for plan in found["plans"] if plan["model"] == "krea-2 (12.9B)"]
     notes = [note for note in found["notes"] if note.startswith("krea-2")]
     assert [said in note for note in notes] == [True] * bool(said)
-    if notes:  # 25 GB in the time of 12.9e9 multiplications and additions for each of 64 x 64 tokens
+    if notes:  # 25 GB in the time that 12.9e9 multiplications and additions take for each of 64 x 64 tokens
         rate = float(re.search(r"reads (\d+) MB/s keeps up", notes[0])[1])
         gflops = found["gflops"]["bfloat16" if bf16 else "float32"]
         assert rate == pytest.approx(25e3 / (2 * 12.9 * 64 * 64 / gflops), rel=0.1, abs=1)
     assert (plan["offload"] == "all") == bool(said)
-    assert plan["blocks_gb"] == pytest.approx(25, rel=0.05)  # on disk, in how many bits they are held or not
+    assert plan["blocks_gb"] == pytest.approx(25, rel=0.05)  # on disk, whatever precision they are held in
     sizes = list(plan["ways_gb"].values())
     assert sizes == sorted(sizes, reverse=True) and plan["ways_gb"]["int4, offload text"] < (13 if bf16 else 18)
 
 
 @pytest.mark.parametrize(("told", "said"), [(True, " GB, 20 GB free\n"), (False, " GB, about 20 GB free\n")])
-def test_doctor_says_where_it_estimates(moody, k2, monkeypatch, told, said):
+def test_doctor_marks_estimated_memory(moody, k2, monkeypatch, told, said):
     monkeypatch.setattr("model.plan.machine_memory", lambda: (32 * 10**9, 20 * 10**9, told))
     monkeypatch.setattr("model.plan.free_memory", lambda device: 20 * 10**9)
     found = k2("doctor").stdout
@@ -1314,7 +1314,7 @@ def test_doctor_says_where_it_estimates(moody, k2, monkeypatch, told, said):
     assert json.loads(k2("doctor", "--json").stdout)["memory_gb"] == {"total": 32, "free": 20, "estimated": not told}
 
 
-def test_doctor_names_a_card_that_cannot_be_used(monkeypatch):
+def test_doctor_names_a_gpu_that_cannot_be_used(monkeypatch):
     card = SimpleNamespace(name="GeForce GTX 1080", total_memory=8 * 10**9)
     monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
     monkeypatch.setattr("torch.cuda.get_device_properties", lambda _: card)
@@ -1330,8 +1330,8 @@ def test_doctor_names_a_card_that_cannot_be_used(monkeypatch):
     ("cuda", "platform", "said"),
     [("13.0", "linux", "No GPU"), (None, "linux", "This PyTorch is built without CUDA"), (None, "darwin", "No GPU")],
 )
-def test_doctor_says_when_no_card_could_be_used(monkeypatch, cuda, platform, said):
-    """pip's PyTorch for Windows has no CUDA, and finds no card whatever there is."""
+def test_doctor_says_why_no_gpu_can_be_used(monkeypatch, cuda, platform, said):
+    """pip's PyTorch for Windows has no CUDA and finds no GPU even if there is one."""
     monkeypatch.setattr("torch.version.cuda", cuda)
     monkeypatch.setattr("torch.version.hip", None)
     monkeypatch.setattr(sys, "platform", platform)
@@ -1341,8 +1341,8 @@ def test_doctor_says_when_no_card_could_be_used(monkeypatch, cuda, platform, sai
     assert [note.startswith(said) for note in doctor.notes(found)] == [True]
 
 
-def test_a_lone_file_that_would_get_no_text_encoder_of_its_own_is_refused_before_anything_is_made(moody, k2):
-    """As ComfyUI has the open weights: a transformer alone, beside mini's text encoder. Or before it is rendered."""
+def test_refuses_a_lone_transformer_without_a_matching_text_encoder(moody, k2):
+    """As ComfyUI stores the open weights: a transformer alone, beside mini's text encoder. Dry runs refuse it, too."""
     write_weights(library.BOX / "mini-text.safetensors", {"kind": "text", "config": {"hidden_size": 8, "taps": [1]}})
     heard = {"txtmlp.0.scale": (2560,), "txtfusion.projector.weight": (1, 12), "first.weight": (4, 4)}
     save_file({name: np.zeros(shape, np.float32) for name, shape in heard.items()}, moody / "lone.safetensors")
@@ -1352,7 +1352,7 @@ def test_a_lone_file_that_would_get_no_text_encoder_of_its_own_is_refused_before
         assert "lone.safetensors needs 12 text layers of width 2560" in refused and "k2 models pull" in refused
 
 
-def test_a_file_that_is_no_transformer_is_refused_before_anything_is_made(moody, k2):
+def test_refuses_files_that_are_not_transformers(moody, k2):
     write_weights(moody / "words.safetensors", {"kind": "words"})
     save_file({"double_blocks.0.img_mod.lin.weight": np.zeros(2)}, moody / "flux.safetensors")
 
@@ -1363,13 +1363,13 @@ def test_a_file_that_is_no_transformer_is_refused_before_anything_is_made(moody,
     assert not (moody / "outputs").exists()
 
 
-def test_doctor_looks_at_a_project_that_is_named(moody, k2, tmp_path, monkeypatch):
+def test_doctor_examines_the_project_given(moody, k2, tmp_path, monkeypatch):
     monkeypatch.chdir(moody.parent)
     assert "moody: 2 prompts" in k2("doctor", "--project", moody).stdout
     assert "There is no" in k2("doctor", "--project", "gone", code=1).stdout
 
 
-def test_a_model_that_is_not_there_is_blamed_on_its_line(moody, k2):
+def test_missing_model_is_reported_with_its_line(moody, k2):
     (moody / "k2.toml").write_text(PROJECT.replace("[render]\n", '[render]\nmodel = "mimi"\n'))
     error = k2("render", code=1).stderr
     assert 'There is no model "mimi" here.' in error and "k2.toml, line 5: " in error
@@ -1389,7 +1389,7 @@ def test_doctor_finds_a_filter_that_cannot_be_loaded(moody, k2, monkeypatch):
     assert 'The output filter "eyes" failed: no module named eyes.' in k2("doctor", code=1).stdout
 
 
-def test_a_run_with_a_model_from_elsewhere_is_gone_on_with_by_the_line_that_is_printed(moody):
+def test_resume_command_allows_a_model_outside_the_project(moody):
     from k2cli.models import Held
     from k2cli.outputs import Run
     from k2cli.several import go_on
@@ -1401,7 +1401,7 @@ def test_a_run_with_a_model_from_elsewhere_is_gone_on_with_by_the_line_that_is_p
     assert line("/else/where.safetensors") == "k2 render --resume --run 1 --allow-outside"
 
 
-def test_the_console_script_speaks_to_two_streams(moody):
+def test_console_script_keeps_the_two_streams_apart(moody):
     """The real process: errors and version, with nothing patched."""
     version = subprocess.run([K2, "--version"], capture_output=True, text=True, check=True)
     assert version.stdout.startswith("k2 ") and version.stderr == ""
@@ -1412,7 +1412,7 @@ def test_the_console_script_speaks_to_two_streams(moody):
 
 
 @pytest.mark.parametrize("way", ["script", "module"])
-def test_ctrl_c_is_silent_from_the_first_import_on(tmp_path, way):
+def test_ctrl_c_during_imports_prints_no_traceback(tmp_path, way):
     root = Path(__file__).parents[1]
     scripts = tomllib.loads((root / "pyproject.toml").read_text("utf-8"))["project"]["scripts"]
     module, _, name = scripts["k2"].partition(":")
@@ -1436,7 +1436,7 @@ def test_threads_do_not_spin_unless_asked_to(before: dict[str, str], after: str)
     assert ran.stdout.strip() == after
 
 
-def test_the_pictures_of_the_run_before_are_told_to_be_the_same(moody, k2):
+def test_says_when_pictures_are_the_same_as_the_last_run(moody, k2):
     first = k2("render").stderr
     again, other, more = k2("render"), k2("render", "--seed", "8"), k2("render", "--seed", "8", "--batch", "2")
     once, twice = (k2("render", "-p", "tea") for _ in range(2))
@@ -1450,7 +1450,7 @@ def test_the_pictures_of_the_run_before_are_told_to_be_the_same(moody, k2):
     assert "The same picture" not in k2("render", "-p", "tea").stderr
 
 
-def test_a_run_by_another_name_is_no_run_before(moody, k2):
+def test_renamed_run_folder_is_not_the_last_run(moody, k2):
     first = Path(k2("render").stdout.splitlines()[0]).parent
     first.rename(first.with_name("for the client"))
     k2("render"), k2("render", "--seed", "9")

@@ -1,4 +1,4 @@
-"""A run on a Ray cluster: by a stand-in that keeps its actors in this process, and by Ray itself where it is here."""
+"""Runs on a Ray cluster: with a stand-in that keeps its actors in this process, and with Ray itself if installed."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class RaySystemError(RayError):
 
 
 class NotBegun(RayError):
-    """As Ray's error of an actor that dies when it is made."""
+    """Like Ray's error for an actor that dies while it is created."""
 
     actor_init_failed = True
 
@@ -48,7 +48,7 @@ class RayTaskError(RayError):
 
 
 class StandIn(ModuleType):
-    """As much of Ray as is used. A call is made when it is waited for; the calls of some numbers kill their actor."""
+    """As much of Ray as is used. Calls run when their result is fetched; some, by number, kill their actor."""
 
     exceptions = SimpleNamespace(RayError=RayError, RayTaskError=RayTaskError, RaySystemError=RaySystemError)
 
@@ -58,7 +58,7 @@ class StandIn(ModuleType):
         self.at: str | None = None
         self.room: dict[str, float] = {"CPU": cores}
         self.patience: list[float | None] = []
-        self.alive = True  # the node of this machine
+        self.alive = True  # this machine's node
 
     def init(self, address: str, **options: Any) -> None:
         if address == "nowhere":
@@ -120,7 +120,7 @@ class Call:
 
 @pytest.fixture
 def painted(moody, fake, monkeypatch) -> Path:
-    """A project whose four pictures are four batches, with a style of a reference."""
+    """A project whose four pictures are four batches, with a style made from a reference."""
     monkeypatch.setattr(fake, "batches", lambda self, specs: [1] * len(specs))
     (moody / "styles").mkdir()
     Image.new("RGB", (64, 64), "navy").save(moody / "a.png")
@@ -129,7 +129,7 @@ def painted(moody, fake, monkeypatch) -> Path:
 
 
 @pytest.mark.parametrize("deadly", [(), (1,), (2, 5), (7,), (6, 9, 12)])
-def test_what_a_cluster_makes_is_what_one_process_makes(painted, k2, monkeypatch, deadly):
+def test_cluster_makes_the_same_pictures_as_one_process(painted, k2, monkeypatch, deadly):
     ray = StandIn(3, deadly)
     monkeypatch.setitem(sys.modules, "ray", ray)
     options = ("render", "--quiet", "--batch", "2", "--style", "dusk=0.5")
@@ -142,7 +142,7 @@ def test_what_a_cluster_makes_is_what_one_process_makes(painted, k2, monkeypatch
     assert made(local) == made(spread_out) and len(made(local)) == 4
     assert {path.name for path in local.iterdir()} == {path.name for path in spread_out.iterdir()}
     assert ray.at is None
-    if not deadly:  # once a hand has its place, its pictures may take as long as they do
+    if not deadly:  # once a worker has started, its pictures may take as long as they need
         assert ray.patience[0] == cluster.PATIENCE and set(ray.patience[1:]) == {None}
 
 
@@ -156,7 +156,7 @@ def test_what_a_cluster_makes_is_what_one_process_makes(painted, k2, monkeypatch
         ({}, None, 1, 0),
     ],
 )
-def test_a_hand_is_hired_for_every_gpu_or_else_for_every_core(monkeypatch, room, most, size, gpus):
+def test_one_worker_per_gpu_or_else_per_core(monkeypatch, room, most, size, gpus):
     monkeypatch.setitem(sys.modules, "ray", ray := StandIn(0))
     ray.room = room
     crew = cluster.Cluster("here", most)
@@ -164,8 +164,8 @@ def test_a_hand_is_hired_for_every_gpu_or_else_for_every_core(monkeypatch, room,
     assert (crew.size, crew.needs) == (size, {"num_cpus": 1, "num_gpus": gpus})
 
 
-def test_actors_are_kept_from_line_to_line(painted, k2, monkeypatch):
-    """And what a project brings is sent for each."""
+def test_streaming_keeps_actors_between_lines(painted, k2, monkeypatch):
+    """What the project brings is sent with each line."""
     ray = StandIn(2)
     monkeypatch.setitem(sys.modules, "ray", ray)
     monkeypatch.setattr(stream, "lines", lambda: iter([b"a pear", b"a plum"]))
@@ -177,8 +177,8 @@ def test_actors_are_kept_from_line_to_line(painted, k2, monkeypatch):
     assert ray.hired == 2 and ray.at is None
 
 
-def test_nothing_of_a_project_stays_where_its_hands_were(painted, k2, monkeypatch, tmp_path):
-    """They are killed in the end, and would not clear up by themselves."""
+def test_workers_leave_no_project_files_behind(painted, k2, monkeypatch, tmp_path):
+    """They are killed at the end, so they cannot clean up themselves."""
     monkeypatch.setitem(sys.modules, "ray", StandIn(2))
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "far"))
     (tmp_path / "far").mkdir()
@@ -188,7 +188,7 @@ def test_nothing_of_a_project_stays_where_its_hands_were(painted, k2, monkeypatc
     assert not list((tmp_path / "far").glob("k2-*"))
 
 
-def test_trouble_is_one_sentence(painted, k2, monkeypatch):
+def test_errors_are_one_sentence(painted, k2, monkeypatch):
     monkeypatch.setitem(sys.modules, "ray", StandIn(2))
     assert "No Ray cluster answers at nowhere: no answer." in k2("render", "--ray", "nowhere", code=1).stderr
     assert 'There is no device "cuda:99".' in k2("render", "--ray", "here", "--device", "cuda:99", code=1).stderr
@@ -202,7 +202,7 @@ def test_trouble_is_one_sentence(painted, k2, monkeypatch):
     assert not (painted / "outputs").exists()
 
 
-def test_a_cluster_that_does_not_answer_is_told_once_for_all_projects(painted, k2, monkeypatch):
+def test_unreachable_cluster_is_reported_once_for_all_projects(painted, k2, monkeypatch):
     monkeypatch.setitem(sys.modules, "ray", StandIn(2))
     other = painted.parent / "other"
     other.mkdir()
@@ -215,7 +215,7 @@ def test_a_cluster_that_does_not_answer_is_told_once_for_all_projects(painted, k
 
 
 @pytest.mark.parametrize("form", ["127.0.0.1:{}", "localhost:{}", "ray://127.0.0.1:{}"])
-def test_where_nobody_answers_is_known_before_ray_tries(form):
+def test_unreachable_address_fails_before_ray_connects(form):
     with socket.create_server(("127.0.0.1", 0)) as server:
         address = form.format(server.getsockname()[1])
         cluster.knock(address)
@@ -224,13 +224,13 @@ def test_where_nobody_answers_is_known_before_ray_tries(form):
 
 
 @pytest.mark.parametrize("address", ["[::1]:1", "::1:1", "127.0.0.1:70000", "no host:1", f"{'x' * 70}.org:1"])
-def test_an_address_that_leads_nowhere_is_one_sentence(address):
+def test_invalid_addresses_get_one_sentence(address):
     with pytest.raises(K2Error, match="No Ray cluster answers at "):
         cluster.knock(address)
 
 
 @pytest.mark.parametrize("address", ["auto", "local", "ray://somewhere", ""])
-def test_an_address_without_a_port_is_left_to_ray(address):
+def test_addresses_without_a_port_are_left_to_ray(address):
     cluster.knock(address)
 
 
@@ -247,8 +247,8 @@ def test_an_address_without_a_port_is_left_to_ray(address):
         ),
     ],
 )
-def test_why_a_hand_is_lost_is_what_ray_says_last(painted, k2, monkeypatch, error, said):
-    """And one on a machine without k2 is not blamed on memory."""
+def test_reason_for_a_lost_worker_is_the_last_line_of_rays_error(painted, k2, monkeypatch, error, said):
+    """A worker on a machine without k2 is not blamed on memory."""
 
     def get(self, call, timeout=None):
         raise error
@@ -260,13 +260,13 @@ def test_why_a_hand_is_lost_is_what_ray_says_last(painted, k2, monkeypatch, erro
 
 
 @pytest.mark.parametrize("place", ["wait", "get"])
-def test_a_connection_that_is_lost_leaves_a_run_to_be_gone_on_with(painted, k2, monkeypatch, place):
+def test_lost_connection_leaves_a_run_that_can_be_resumed(painted, k2, monkeypatch, place):
     ray = StandIn(1)
     monkeypatch.setitem(sys.modules, "ray", ray)
     reach = getattr(ray, place)
 
     def lose(*arguments, **options):
-        if ray.calls > 3:  # a hand's place, how it is ready, and a picture
+        if ray.calls > 3:  # starting the worker, learning that it is ready, and a picture
             raise RaySystemError("System error: Broken pipe")
         return reach(*arguments, **options)
 
@@ -282,8 +282,8 @@ def test_a_connection_that_is_lost_leaves_a_run_to_be_gone_on_with(painted, k2, 
     assert len(k2("render", "--resume", "--quiet").stdout.splitlines()) < 4
 
 
-def test_a_node_of_this_machine_that_dies_is_a_connection_that_is_lost(painted, k2, monkeypatch):
-    """Nothing more may be asked of it."""
+def test_dead_node_on_this_machine_counts_as_a_lost_connection(painted, k2, monkeypatch):
+    """Nothing more may be asked of the cluster then."""
     monkeypatch.setitem(sys.modules, "ray", ray := StandIn(1, deadly=(4,)))
     ray.alive = False
 
@@ -296,7 +296,7 @@ def test_a_node_of_this_machine_that_dies_is_a_connection_that_is_lost(painted, 
     assert ray.hired == 1
 
 
-def test_files_travel_and_their_order_stays(tmp_path):
+def test_packed_files_keep_their_order(tmp_path):
     for name in ("a.png", "b.png", "l.safetensors"):
         (tmp_path / name).write_text(name)
     references, lora = (Reference(tmp_path / "b.png"), Reference(tmp_path / "a.png")), tmp_path / "l.safetensors"
@@ -312,7 +312,7 @@ def test_files_travel_and_their_order_stays(tmp_path):
     assert moved(far, {here: home for home, here in places.items()}.__getitem__) == spec
 
 
-def test_an_adapters_settings_travel_with_it(tmp_path, monkeypatch):
+def test_adapter_settings_are_packed_with_the_adapter(tmp_path, monkeypatch):
     names = ("adapter_config.json", "adapter_model.safetensors", "ink.png")
     for name in names:
         (tmp_path / name).write_text(name)
@@ -324,14 +324,14 @@ def test_an_adapters_settings_travel_with_it(tmp_path, monkeypatch):
 
     places = unpack(pack(specs), tmp_path / "there")
 
-    assert sorted(read) == [tmp_path / name for name in names]  # each once
+    assert sorted(read) == [tmp_path / name for name in names]  # each only once
     assert {path.name for path in places.values()} == set(names)
     assert settings_beside(moved(specs[0], places.__getitem__).loras[0].path) == places[tmp_path / names[0]]
 
 
 @needs_weights
-def test_ray_itself_with_a_node_that_dies(tmp_path):
-    """Two nodes of this machine; one of them is killed in mid-run."""
+def test_real_ray_survives_a_dying_node(tmp_path):
+    """Two nodes on this machine; one of them is killed mid-run."""
     pytest.importorskip("ray", reason="Ray is not installed: the extra `ray`")
     from ray.cluster_utils import Cluster
 

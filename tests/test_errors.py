@@ -1,4 +1,4 @@
-"""What a user can mend ends in a sentence wherever it comes from."""
+"""Errors that users can fix end in one sentence, wherever they come from."""
 
 from __future__ import annotations
 
@@ -20,34 +20,34 @@ from model.errors import K2Error, reported
         (FileNotFoundError(2, "No such file or directory", "judge"), "Error: judge: No such file or directory."),
     ],
 )
-def test_a_module_that_is_run_ends_in_a_sentence(error, told):
+def test_fixable_errors_end_in_one_sentence(error, told):
     with pytest.raises(SystemExit) as ended, reported():
         raise error
     assert ended.value.code == told  # which Python writes to standard error, and exits with 1
 
 
 @pytest.mark.parametrize("error", [ValueError("a bug"), OSError("of no file")])
-def test_a_bug_keeps_its_traceback(error):
+def test_bug_keeps_its_traceback(error):
     with pytest.raises(type(error)), reported():
         raise error
 
 
 def called(module: str, *arguments: str) -> int | str | None:
-    """The exit code of `python -m model.train.MODULE`, run in this process: it would import PyTorch anew."""
+    """The exit code of `python -m model.train.MODULE`, run in this process: a new one would import PyTorch again."""
     with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit) as ended, warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # that it is imported already
+        warnings.simplefilter("ignore")  # that the module is imported already
         patch.setattr(sys, "argv", ["", *arguments])
         runpy.run_module(f"model.train.{module}", run_name="__main__", alter_sys=True)
     return ended.value.code
 
 
 @pytest.mark.parametrize("module", ["data", "judge", "release", "samples"])
-def test_a_module_that_is_called_wrongly_says_how_it_is_called(module, tmp_path, monkeypatch, capsys):
+def test_wrong_arguments_print_the_usage(module, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     assert called(module, *(["x"] if module in ("data", "judge") else [])) == 2
     assert capsys.readouterr().err.startswith("usage: ")
 
 
-def test_encoding_without_data_says_how_to_get_some(tmp_path, monkeypatch):
+def test_encoding_without_data_says_how_to_build_it(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert str(called("encode", "256")).splitlines()[-1] == "Hint:  Build it with: python -m model.train.data"

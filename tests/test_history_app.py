@@ -1,4 +1,4 @@
-"""`k2 log`, `k2` alone, and what the shell completes."""
+"""`k2 log`, `k2 show`, `k2` alone, and shell completion."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ ASCII = "LC_ALL=C PYTHONUTF8=0 PYTHONCOERCECLOCALE=0"
 LOCALE = "Use a UTF-8 locale: export LC_ALL=C.UTF-8"
 
 
-def test_the_log_in_a_pipe_is_a_line_a_picture(moody, k2):
+def test_log_in_a_pipe_is_one_line_per_picture(moody, k2):
     many_pictures(moody / "outputs", 4, per_run=2)
 
     assert k2("log").stdout.splitlines()[1:3] == [
@@ -31,8 +31,8 @@ def test_the_log_in_a_pipe_is_a_line_a_picture(moody, k2):
     ]
 
 
-def test_pictures_stand_in_the_order_they_were_asked_for(moody, k2):
-    """Several a second, made together and saved in turn."""
+def test_log_keeps_the_order_of_prompts(moody, k2):
+    """With several pictures per second, rendered together and saved one after another."""
     k2("render", "-p", "a whale", "-p", "an apple", "-p", "a boat", "--batch", "3", "--steps", "1", "--size", "64x64")
     names = [Path(line.split("\t")[0]).stem for line in k2("log").stdout.splitlines()]
 
@@ -42,8 +42,8 @@ def test_pictures_stand_in_the_order_they_were_asked_for(moody, k2):
 
 
 @pytest.mark.parametrize("key", ["width", "steps", "guidance", "mu"])
-def test_show_leaves_out_what_a_record_does_not_tell(moody, k2, key):
-    """Hands edit records, too."""
+def test_show_omits_settings_missing_from_the_record(moody, k2, key):
+    """Records may have been edited by hand."""
     k2("render", "-p", "a boat", "--steps", "1", "--size", "64x64")
     record = Path("outputs/0001-a-boat/a-boat-7.toml")
     record.write_text(re.sub(rf"^{key} = .*\n", "", record.read_text("utf-8"), flags=re.MULTILINE), "utf-8")
@@ -51,8 +51,8 @@ def test_show_leaves_out_what_a_record_does_not_tell(moody, k2, key):
     assert "prompt " in shown and "None" not in shown
 
 
-def test_that_a_mix_is_in_no_record_is_told(moody, k2):
-    """Nor is one that mixes mixes; a style with words of its own is."""
+def test_filtering_by_a_mix_names_its_parts(moody, k2):
+    """Records never name a mix, nor a mix of mixes, but do name a style that has words of its own."""
     styles = moody / "styles"
     styles.mkdir()
     for name in ("ink", "riso"):
@@ -72,8 +72,8 @@ def test_that_a_mix_is_in_no_record_is_told(moody, k2):
     assert k2("log", "--style", "riso", "--style", "ink").stdout.count("\n") == 1
 
 
-def test_a_run_or_a_style_that_there_is_none_of_is_told(moody, k2):
-    """A style is known by its file, or by a record where that is gone."""
+def test_filtering_by_an_unknown_run_or_style_says_so(moody, k2):
+    """A style is known from its file or, if that is gone, from a record."""
     many_pictures(moody / "outputs", 6, per_run=2)
     (moody / "styles").mkdir()
     (moody / "styles" / "riso.toml").write_text('keywords = ["riso"]\n')
@@ -90,8 +90,8 @@ def test_a_run_or_a_style_that_there_is_none_of_is_told(moody, k2):
         assert f"Hint:  {hint}\n" in k2("gallery", *options, "-o", "page", code=1).stderr
 
 
-def test_the_log_as_xargs_wants_it(moody, k2, monkeypatch):
-    """Whatever the folder above is called."""
+def test_log_null_suits_xargs(moody, k2, monkeypatch):
+    """Whatever the project folder is called."""
     odd = moody.rename(moody.with_name("two\nlines\t'"))
     many_pictures(odd / "outputs", 2)
     monkeypatch.chdir(odd.parent)
@@ -103,8 +103,8 @@ def test_the_log_as_xargs_wants_it(moody, k2, monkeypatch):
     assert "it cannot be combined with --json" in k2("log", odd, "-0", "--json", code=2).stderr
 
 
-def test_the_log_is_in_the_order_of_making(moody, k2, tmp_path):
-    """A run that was finished after later ones, and projects side by side."""
+def test_log_is_in_order_of_creation(moody, k2, tmp_path):
+    """Even for a run finished after later ones, and across several projects."""
     for root in (moody, tmp_path / "other"):
         many_pictures(root / "outputs", 6, per_run=2)
     (tmp_path / "other" / "k2.toml").write_text("")
@@ -121,7 +121,7 @@ def test_the_log_is_in_the_order_of_making(moody, k2, tmp_path):
     ]
 
 
-def test_the_log_filters(moody, k2):
+def test_log_filters(moody, k2):
     many_pictures(moody / "outputs", 6, per_run=2)
 
     def seeds(*arguments: str) -> list[str]:
@@ -129,11 +129,11 @@ def test_the_log_filters(moody, k2):
 
     assert seeds("--run", "3") == ["4", "5"]
     assert seeds("-p", "RED owl") == seeds("--style", "dusk") == ["2", "3"]
-    assert seeds("-p", "owl", "-p", "red") == seeds("-p", "red", "-p", "owl") == ["2", "3"]  # not the last one alone
+    assert seeds("-p", "owl", "-p", "red") == seeds("-p", "red", "-p", "owl") == ["2", "3"]  # not only the last option
     assert seeds("--style", "ink", "--style", "dusk") == seeds("--style", "dusk", "--style", "ink") == []
     assert seeds("--since", "2026-01-02T12:00+00:00") == ["4", "5"]
     assert seeds("--last", "3") == ["3", "4", "5"]
-    assert "The last 1 of 6 pictures.\n" in k2("log", "--last", "1").stderr  # --all does not go with it
+    assert "The last 1 of 6 pictures.\n" in k2("log", "--last", "1").stderr  # --all cannot be combined with it
     nothing = k2("log", "--since", "1m")
     assert nothing.stdout == "" and "No picture matches." in nothing.stderr
     soon = k2("log", "--since", "soon", code=2).stderr
@@ -141,16 +141,16 @@ def test_the_log_filters(moody, k2):
 
 
 @pytest.mark.parametrize("moment", ["0001-01-01", "9999-12-31T23:59:59"])
-def test_moments_at_the_ends_of_the_calendar(moody, k2, moment):
+def test_since_accepts_the_first_and_last_date(moody, k2, moment):
     many_pictures(moody / "outputs", 1)
 
     assert len(k2("log", "--since", moment).stdout.splitlines()) == (moment < "2026")
 
 
-@pytest.mark.skipif(not Path("/dev/full").exists(), reason="a device of Linux")
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="Linux only")
 @pytest.mark.parametrize("buffered", ["", "1"])
 @pytest.mark.parametrize("words", ["log", "log --json", "models list", "", "--help", "render --help", "--version"])
-def test_results_that_find_no_room(moody, words, buffered):
+def test_full_standard_output_is_one_error_with_a_hint(moody, words, buffered):
     many_pictures(moody / "outputs", 1)
     environment = os.environ | {"PYTHONUNBUFFERED": buffered}
     with open("/dev/full", "w") as full:
@@ -188,7 +188,7 @@ def test_results_that_find_no_room(moody, words, buffered):
         ("mkdir gone && cd gone && rmdir ../gone && k2 log --help", 0, ""),
     ],
 )
-def test_odd_surroundings_are_one_sentence(moody, line, code, said):
+def test_unusual_environments_get_one_sentence(moody, line, code, said):
     path = os.pathsep.join([str(K2.parent), os.environ["PATH"]])
     many_pictures(moody / "outputs", 1)
     done = subprocess.run(["bash", "-c", line], env=os.environ | {"PATH": path}, capture_output=True, text=True)
@@ -196,8 +196,8 @@ def test_odd_surroundings_are_one_sentence(moody, line, code, said):
     assert done.returncode == code and said in done.stderr and "Traceback" not in done.stderr
 
 
-def test_letters_that_another_encoding_takes_for_controls_are_no_controls(moody, k2, monkeypatch):
-    """The second byte of ă in UTF-8 is a control character in Latin-1; what is one everywhere stays one."""
+def test_letters_are_not_mistaken_for_control_characters(moody, k2, monkeypatch):
+    """The second byte of ă in UTF-8 is a control character in Latin-1. Real control characters are still refused."""
     monkeypatch.setattr(sys, "getfilesystemencoding", lambda: "iso8859-1")
 
     told = k2("render", "-p", "o c\u00c4\u0083ma\u00c8\u0099\u00c4\u0083", code=1).stderr
@@ -205,7 +205,7 @@ def test_letters_that_another_encoding_takes_for_controls_are_no_controls(moody,
     assert "A prompt contains a control character." in k2("render", "-p", "a\x1b[2J", code=1).stderr
 
 
-def test_what_the_encoding_lacks_is_said_by_its_number(moody):
+def test_characters_outside_the_encoding_are_escaped(moody):
     line = [K2, "render", "-p", "caf\xe9 東京", "--dry-run"]
     done = subprocess.run(line, env=os.environ | {"PYTHONIOENCODING": "latin-1"}, capture_output=True, check=True)
 
@@ -213,8 +213,8 @@ def test_what_the_encoding_lacks_is_said_by_its_number(moody):
 
 
 @pytest.mark.parametrize("encoding", ["latin-1", "ascii", "cp1252", "utf-8"])
-def test_json_is_json_whatever_the_encoding(moody, encoding):
-    """Programs read it, and not in the encoding of a terminal that stands aside."""
+def test_json_is_valid_in_any_encoding(moody, encoding):
+    """Programs read it, regardless of the terminal's encoding."""
     line = [K2, "render", "-p", "café 東京 🦊", "--dry-run", "--json"]
     done = subprocess.run(line, env=os.environ | {"PYTHONIOENCODING": encoding}, capture_output=True, check=True)
 
@@ -222,9 +222,9 @@ def test_json_is_json_whatever_the_encoding(moody, encoding):
 
 
 @pytest.mark.parametrize("asked", [[], ["--style", "dusk=0.5", "--cohesion", "0.5", "--matrix", "steps=2,3"]])
-def test_a_record_as_json_is_what_its_render_printed(moody, k2, asked):
-    """With every key that TOML, which has no null, leaves out; which of how many it was, and what was told of its
-    prompt, is the run's alone."""
+def test_log_and_show_print_the_same_json_as_render(moody, k2, asked):
+    """Including the keys that TOML, which has no null, leaves out. Only the run's output has the position among its
+    pictures and the warnings about the prompt."""
     (moody / "styles").mkdir()
     (moody / "styles" / "dusk.toml").write_text('keywords = ["dusk"]\n')
     rendered = k2("render", *asked, "--json").stdout
@@ -241,8 +241,8 @@ def test_a_record_as_json_is_what_its_render_printed(moody, k2, asked):
     assert {"file": first["file"], **alone, **shown} == first
 
 
-def test_of_several_pictures_what_is_different_is_shown(moody, k2):
-    """A fact a line, a picture a column, and nothing that they have in common."""
+def test_show_of_several_pictures_lists_their_differences(moody, k2):
+    """One fact per line, one picture per column, and nothing that they have in common."""
     (moody / "styles").mkdir()
     (moody / "refs").mkdir()
     reference = moody / "refs" / "night.png"
@@ -258,7 +258,7 @@ def test_of_several_pictures_what_is_different_is_shown(moody, k2):
         return [line.split("\t") for line in k2("show", *files).stdout.splitlines()]
 
     head, *facts = rows(plain, worn)
-    assert head == ["", plain, worn]  # both are called alike
+    assert head == ["", plain, worn]  # full paths, as both have the same name
     assert {name for name, *_ in facts} == {"steps", "style night", "file refs/night.png"}
     assert ["style night", "", "0.5, auto"] in facts
     assert rows(worn, stronger)[1:] == [["style night", "0.5, auto", "0.9, auto"]]
@@ -266,7 +266,7 @@ def test_of_several_pictures_what_is_different_is_shown(moody, k2):
     assert name == "file refs/night.png" and len({*hashes}) == 2
 
 
-def test_pictures_that_were_made_alike(moody, k2):
+def test_show_compares_pixels_of_pictures_made_alike(moody, k2):
     first, second = (k2("render", "--only", "fox").stdout.strip() for _ in range(2))
     made = k2("show", first, second)
 
@@ -281,7 +281,7 @@ def test_pictures_that_were_made_alike(moody, k2):
     assert made.stdout.splitlines()[1:] == ["seed\t7\t8"] and made.stderr == "Their pixels are the same.\n"
 
 
-def test_of_all_that_lies_in_a_run_the_sheet_is_left_out(moody, k2):
+def test_show_and_rerun_skip_the_contact_sheet(moody, k2):
     k2("render")
     run = moody / "outputs" / "0001-fox-and-1-more"
     pictures = sorted(run.glob("*.png"))
@@ -296,7 +296,7 @@ def test_of_all_that_lies_in_a_run_the_sheet_is_left_out(moody, k2):
     assert "sheet.png is a contact sheet." in k2("rerun", run / "sheet.png", code=1).stderr
 
 
-def test_what_is_different_of_many_pictures_is_told_in_whole_words(moody, k2, monkeypatch, capsys):
+def test_comparison_of_many_pictures_keeps_words_whole(moody, k2, monkeypatch, capsys):
     animals = ("squirrel", "badger", "hedgehog", "lighthouse", "crocodile", "kingfisher", "dragonfly")
     made = [k2("render", "-p", f"a sleeping {animal}").stdout.strip() for animal in animals]
     monkeypatch.setenv("COLUMNS", "80")
@@ -310,7 +310,7 @@ def test_what_is_different_of_many_pictures_is_told_in_whole_words(moody, k2, mo
     assert all(re.search(rf" {animal}( |$)", "\n".join(lines), re.MULTILINE) for animal in animals)
 
 
-def test_what_is_different_is_a_table_on_a_terminal(moody, k2, monkeypatch, capsys):
+def test_comparison_on_a_terminal_is_a_table(moody, k2, monkeypatch, capsys):
     made = [k2("render", "-p", "an owl " * 20, "--seed", seed).stdout.strip() for seed in ("3", "4")]
     monkeypatch.setenv("COLUMNS", "60")
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
@@ -323,15 +323,15 @@ def test_what_is_different_is_a_table_on_a_terminal(moody, k2, monkeypatch, caps
     assert max(map(len, table)) <= 60 and table[-1].split() == ["seed", "3", "4"]
     left, right = table[-1].index("3"), table[-1].index("4")
     heads = ["".join(line[start:end].strip() for line in table[:-1]) for start, end in ((left, right), (right, None))]
-    assert heads == [Path(each).name for each in made]  # whole, on as many lines as it takes
+    assert heads == [Path(each).name for each in made]  # in full, on as many lines as needed
 
 
 @pytest.mark.parametrize("number", [float("nan"), float("inf")])
-def test_what_is_printed_as_json_is_json(number):
+def test_nan_and_infinity_become_null_in_json(number):
     assert to_json({"a": [number, 1.5], "b": {"c": number}}) == '{"a": [null, 1.5], "b": {"c": null}}'
 
 
-def test_the_log_of_many_projects(moody, k2, tmp_path):
+def test_log_of_several_projects(moody, k2, tmp_path):
     many_pictures(moody / "outputs", 1)
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "k2.toml").write_text("")
@@ -345,8 +345,8 @@ def test_the_log_of_many_projects(moody, k2, tmp_path):
     ]
 
 
-def test_the_log_on_a_terminal_is_a_table_of_a_screenful(moody, monkeypatch, capsys):
-    """The prompts are cut to the width; one that holds rich's own markup is shown as it stands."""
+def test_log_on_a_terminal_is_a_table_of_one_screenful(moody, monkeypatch, capsys):
+    """Prompts are cut to the width; rich markup in them is shown literally."""
     many_pictures(moody / "outputs", 40, per_run=20, text="[bold]a very long prompt[/bold] " + "word " * 40)
     monkeypatch.setattr("sys.stdout.isatty", lambda: True)
     monkeypatch.setenv("COLUMNS", "100")
@@ -361,8 +361,8 @@ def test_the_log_on_a_terminal_is_a_table_of_a_screenful(moody, monkeypatch, cap
     assert "The last 30 of 40 pictures; --all lists them all." in err
 
 
-def test_the_log_on_a_narrow_terminal_keeps_what_tells_pictures_apart(moody, monkeypatch, capsys):
-    """The name of a run took the room of what stood below it, down to seeds of three letters."""
+def test_log_on_a_narrow_terminal_keeps_names_and_seeds(moody, monkeypatch, capsys):
+    """Once, a long run name took the room of the columns below it and cut seeds to three characters."""
     many_pictures(moody / "outputs", 4, per_run=2)
     (moody / "outputs" / "0002-owl").rename(moody / "outputs" / "0002-a-name-as-long-as-the-prompt-it-is-made-of")
     monkeypatch.setattr("sys.stdout.isatty", lambda: True)
@@ -400,7 +400,7 @@ def test_the_log_on_a_narrow_terminal_keeps_what_tells_pictures_apart(moody, mon
     ]
 
 
-def test_the_log_leaves_room_for_prompts_beside_long_names(moody, monkeypatch, capsys):
+def test_log_leaves_room_for_prompts_beside_long_names(moody, monkeypatch, capsys):
     many_pictures(moody / "outputs", 1)
     (moody / "outputs" / "0001-fox" / "fox-0.png").rename(moody / "outputs" / "0001-fox" / f"{'owl' * 14}.png")
     (moody / "outputs" / "0001-fox" / "fox-0.toml").rename(moody / "outputs" / "0001-fox" / f"{'owl' * 14}.toml")
@@ -412,7 +412,7 @@ def test_the_log_leaves_room_for_prompts_beside_long_names(moody, monkeypatch, c
     assert "a red fox" in capsys.readouterr().out
 
 
-def test_the_log_tells_the_cells_of_a_comparison_apart(moody, monkeypatch, capsys, k2):
+def test_log_tells_matrix_cells_apart(moody, monkeypatch, capsys, k2):
     k2("render", "-p", "a fox", "--matrix", "steps=1,2", "--matrix", "guidance=0,1", "--size", "64x64", "--quiet")
     monkeypatch.setattr("sys.stdout.isatty", lambda: True)
     monkeypatch.setenv("COLUMNS", "100")
@@ -424,8 +424,8 @@ def test_the_log_tells_the_cells_of_a_comparison_apart(moody, monkeypatch, capsy
     assert "steps 2 · guidance 1  a fox" in rows[3]
 
 
-def test_the_log_tells_a_long_comparison_apart_on_eighty_columns(moody, monkeypatch, capsys, k2):
-    """By the ends of names, and by what is compared, in a line of its own; weights in as many digits as on sheets."""
+def test_log_tells_sweep_cells_apart_in_80_columns(moody, monkeypatch, capsys, k2):
+    """By the ends of names, and by weights on a line of their own, with as many digits as on sheets."""
     (moody / "styles").mkdir()
     for style in ("night", "warm", "sticker"):
         (moody / "styles" / f"{style}.toml").write_text(f'keywords = ["{style}"]\n')
@@ -443,8 +443,8 @@ def test_the_log_tells_a_long_comparison_apart_on_eighty_columns(moody, monkeypa
     assert "night 0.67" in lines[2] and "666" not in "".join(lines)
 
 
-def test_the_log_names_a_style_that_is_called_as_the_prompt_is(moody, monkeypatch, capsys, k2):
-    """Only rows of older records begin with the prompt, which is not said twice."""
+def test_log_names_a_style_with_the_name_of_the_prompt(moody, monkeypatch, capsys, k2):
+    """Only in older records do rows begin with the prompt; it is not repeated."""
     Path("styles").mkdir()
     Path("styles/fox.toml").write_text('keywords = ["russet"]\n')
     made = k2("render", "-p", "fox", "--matrix", "style.fox=0,1", "--matrix", "seed=1,2", "--quiet").stdout.split()
@@ -463,7 +463,7 @@ def test_the_log_names_a_style_that_is_called_as_the_prompt_is(moody, monkeypatc
     ]
 
 
-def test_a_long_prompt_is_shown_below_itself_and_no_word_is_cut(moody, monkeypatch, capsys):
+def test_show_wraps_long_prompts_between_words(moody, monkeypatch, capsys):
     many_pictures(moody / "outputs", 1, text="evening light over quiet hills " * 8)
     monkeypatch.setattr("sys.stdout.isatty", lambda: True)
     monkeypatch.setenv("COLUMNS", "60")
@@ -476,7 +476,7 @@ def test_a_long_prompt_is_shown_below_itself_and_no_word_is_cut(moody, monkeypat
     assert second == " " * 12 + "over quiet hills evening light over quiet hills"
 
 
-def test_pictures_are_dated_by_the_clock_of_whoever_looks(moody, monkeypatch, k2):
+def test_show_prints_dates_in_local_time(moody, monkeypatch, k2):
     import time
 
     many_pictures(moody / "outputs", 1)
@@ -491,8 +491,8 @@ def test_pictures_are_dated_by_the_clock_of_whoever_looks(moody, monkeypatch, k2
     assert "created     2026-01-01 14:00:00+14:00\n" in shown
 
 
-def test_the_log_needs_no_settings_that_can_be_read(moody, k2, tmp_path):
-    """And goes on past a folder that is no project."""
+def test_log_works_with_a_broken_project_file(moody, k2, tmp_path):
+    """It also continues past a folder that is not a project."""
     many_pictures(moody / "outputs", 1)
     (moody / "k2.toml").write_text("[render\n")
     (tmp_path / "other").mkdir()
@@ -509,7 +509,7 @@ def test_damaged_and_lost_records_are_counted(moody, k2, record):
     many_pictures(moody / "outputs", 2)
     run = moody / "outputs" / "0001-fox"
     (run / "run.toml").write_text("")
-    (run / "sheet.png").write_bytes(b"")  # which has none
+    (run / "sheet.png").write_bytes(b"")  # has no record
     (run / "fox-0.toml").write_text(record) if record else (run / "fox-0.toml").unlink()
 
     result = k2("log")
@@ -534,7 +534,7 @@ def test_k2_alone_in_a_project_says_where_you_are(moody, k2):
     assert "runs      1, the last 0001-fox" in later and "k2 show outputs/0001-fox/fox-2.png" in later
 
 
-def test_k2_alone_tells_what_all_pictures_have_in_common(moody, k2):
+def test_k2_alone_shows_settings_of_all_pictures(moody, k2):
     toml = moody / "k2.toml"
     assert "cohesion" not in k2().stdout and "moodboard" not in k2().stdout
     toml.write_text(
@@ -549,7 +549,7 @@ def test_k2_alone_tells_what_all_pictures_have_in_common(moody, k2):
     assert 'there is no style "badge"' in k2(code=1).stderr
 
 
-def test_outputs_may_lie_elsewhere_once_for_all(moody, k2, tmp_path, monkeypatch):
+def test_k2_allow_outside_permits_outputs_elsewhere(moody, k2, tmp_path, monkeypatch):
     (tmp_path / "elsewhere").mkdir()
     (moody / "outputs").symlink_to(tmp_path / "elsewhere")
 
@@ -562,7 +562,7 @@ def test_outputs_may_lie_elsewhere_once_for_all(moody, k2, tmp_path, monkeypatch
     k2(code=1), k2("log", code=1)
 
 
-def test_k2_alone_tells_of_a_run_that_is_not_finished(moody, k2, fake):
+def test_k2_alone_mentions_an_unfinished_run(moody, k2, fake):
     def stop(at: int) -> None:
         if at == 1:
             raise KeyboardInterrupt
@@ -584,7 +584,7 @@ def test_k2_alone_tells_of_a_run_that_is_not_finished(moody, k2, fake):
     assert "--resume" not in k2().stdout and " of 3 " not in k2().stdout
 
 
-def test_where_there_is_no_picture_yet_a_stopped_run_is_gone_on_with(moody, k2, fake):
+def test_log_without_pictures_suggests_resuming_a_stopped_run(moody, k2, fake):
     assert k2("log").stderr == "No pictures yet. Make some: k2 render\n"
 
     def stop(at: int) -> None:
@@ -597,18 +597,18 @@ def test_where_there_is_no_picture_yet_a_stopped_run_is_gone_on_with(moody, k2, 
         assert k2(command).stderr == "No pictures yet. Make some: k2 render --resume\n"
 
 
-def test_a_run_whose_bad_pictures_were_deleted_is_finished(moody, k2):
+def test_run_with_deleted_pictures_counts_as_complete(moody, k2):
     k2("render")
     (moody / "outputs" / "0001-fox-and-1-more" / "fox-7.png").unlink()
 
     assert "--resume" not in k2().stdout and " of 2 " not in k2().stdout
-    assert "fox-7.png" in k2("render", "--resume").stdout  # whoever asks for it gets it
+    assert "fox-7.png" in k2("render", "--resume").stdout  # still rendered on request
 
 
 @pytest.mark.parametrize(
     "plan", [b"", b"[", b"\xff", b'[[picture]]\nfile = "\xff.png"\n', b'[[picture]]\nfile = "../x.png"\n']
 )
-def test_k2_alone_bears_a_damaged_plan(moody, k2, plan):
+def test_k2_alone_copes_with_a_damaged_plan(moody, k2, plan):
     folder = moody / "outputs" / "0001-fox"
     folder.mkdir(parents=True)
     (folder / "run.toml").write_bytes(plan)
@@ -619,8 +619,8 @@ def test_k2_alone_bears_a_damaged_plan(moody, k2, plan):
     assert "--resume" not in k2().stdout
 
 
-def test_what_k2_advises_fits_a_terminal_of_eighty(moody, k2, fake):
-    """The name of a picture may be longer than what the other lines say together."""
+def test_k2_alone_fits_80_columns(moody, k2, fake):
+    """Except for a long picture path, whose description goes on the next line."""
     k2("render", "-p", "a quiet evening in the hills above the sea", "-p", "an owl")
 
     lines = k2().stdout.partition("\n\n")[2].splitlines()
@@ -629,7 +629,7 @@ def test_what_k2_advises_fits_a_terminal_of_eighty(moody, k2, fake):
     assert " " * 23 + "show what it was made from" in lines
 
 
-def test_k2_alone_imports_no_network(moody, k2, fake):
+def test_k2_alone_does_not_import_torch(moody, k2, fake):
     k2("render")
     code = """if True:
         import sys
@@ -643,7 +643,7 @@ def test_k2_alone_imports_no_network(moody, k2, fake):
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
-def test_k2_alone_elsewhere_is_the_help(k2, tmp_path, monkeypatch):
+def test_k2_alone_outside_a_project_prints_the_help(k2, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
 
     assert "Usage:" in k2().stdout
@@ -662,7 +662,7 @@ def test_k2_alone_elsewhere_is_the_help(k2, tmp_path, monkeypatch):
         (["render", "--model", "mni"], 'Did you mean "mini"?'),
     ],
 )
-def test_a_slip_of_the_hand_is_answered_with_the_nearest_name(moody, k2, arguments, hint):
+def test_typos_get_the_nearest_name(moody, k2, arguments, hint):
     (moody / "styles").mkdir()
     (moody / "styles" / "dusk.toml").write_text('keywords = ["dusk"]\n')
 
@@ -690,8 +690,8 @@ def test_a_slip_of_the_hand_is_answered_with_the_nearest_name(moody, k2, argumen
         ("train outputs/", {"outputs/0001-fox/", "outputs/0002-owl/"}),
     ],
 )
-def test_the_shell_completes_names(moody, typed, offered):
-    """As bash asks, of the real process. What a shell would run, in a project of somebody else's, is not offered."""
+def test_shell_completes_names(moody, typed, offered):
+    """As bash asks, with the real process. Names in someone else's project that a shell would execute are left out."""
     (moody / "styles").mkdir()
     for name in ("dusk", "riso", "d$(touch x)", "riso;x"):
         (moody / "styles" / f"{name}.toml").write_text('keywords = ["x"]\n')
@@ -705,7 +705,7 @@ def test_the_shell_completes_names(moody, typed, offered):
     assert set(done.stdout.split()) == offered, done.stderr
 
 
-def test_the_shell_waits_for_nothing_heavy():
+def test_completion_does_not_import_torch():
     code = """if True:
         import sys
         from k2cli.complete import complete_method, complete_setting
@@ -721,7 +721,7 @@ def python_path() -> dict[str, str]:
     return {"PYTHONPATH": os.environ["PYTHONPATH"]} if "PYTHONPATH" in os.environ else {}
 
 
-def test_some_of_the_pictures_never_take_the_place_of_the_whole_gallery(moody, k2):
+def test_selection_never_replaces_the_whole_gallery(moody, k2):
     many_pictures(moody / "outputs", 2)
     k2("gallery")
     before = (moody / "gallery/index.html").read_bytes()
@@ -730,7 +730,7 @@ def test_some_of_the_pictures_never_take_the_place_of_the_whole_gallery(moody, k
     assert (moody / "gallery/index.html").read_bytes() == before
 
 
-def test_what_is_compared_is_named_by_its_picture(moody, k2):
+def test_rerun_check_of_a_record_prints_its_picture(moody, k2):
     k2("render", "-p", "a boat", "--steps", "1", "--size", "64x64")
     made = "outputs/0001-a-boat/a-boat-7"
     assert k2("rerun", f"{made}.toml", "--check").stdout == f"{made}.png\n"
@@ -746,7 +746,7 @@ def test_what_is_compared_is_named_by_its_picture(moody, k2):
         (["width"], "size", []),
     ],
 )
-def test_of_what_a_record_lacks_nothing_is_told(moody, k2, lacking, fact, told):
+def test_show_omits_lines_without_a_recorded_value(moody, k2, lacking, fact, told):
     record = Path(k2("render", "-p", "tea", "--batch", "1").stdout.strip()).with_suffix(".toml")
     lines = record.read_text().splitlines(keepends=True)
     record.write_text("".join(line for line in lines if line.partition(" = ")[0] not in lacking))

@@ -1,4 +1,4 @@
-"""Run folders: numbers never shared, and nothing left of what came to nothing."""
+"""Run folders: numbers are never shared, and failed runs leave nothing behind."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ def claim_many(folder: Path, name: str, count: int) -> list[str]:
     return [Run.claim(folder, name).folder.name for _ in range(count)]
 
 
-def test_runs_count_up_past_what_is_there(tmp_path):
+def test_run_numbers_continue_after_the_highest(tmp_path):
     for name in ("0007-fox", "12-no-run", "notes", "10000-late"):
         (tmp_path / name).mkdir()
 
     assert Run.claim(tmp_path, "owl").folder.name == "10001-owl"
 
 
-def test_the_last_run_is_that_of_the_highest_number(tmp_path):
-    """Which by name would be 9999."""
+def test_last_run_has_the_highest_number(tmp_path):
+    """By name, 9999 would sort last."""
     for name in ("9999-fox", "10000-owl"):
         Run(tmp_path / name).folder.mkdir()
         (tmp_path / name / "run.toml").touch()
@@ -37,8 +37,8 @@ def test_the_last_run_is_that_of_the_highest_number(tmp_path):
     assert Run.last(tmp_path).folder.name == "10000-owl"
 
 
-def test_a_link_hides_no_run(tmp_path):
-    """It leads to what was made elsewhere, or before, and going on with it could not end well."""
+def test_linked_runs_are_ignored(tmp_path):
+    """A link leads to a run made elsewhere or earlier, which could not be resumed properly."""
     for folder in ("outputs/0001-fox", "elsewhere/0002-owl"):
         (tmp_path / folder).mkdir(parents=True)
         (tmp_path / folder / "run.toml").touch()
@@ -48,8 +48,8 @@ def test_a_link_hides_no_run(tmp_path):
     assert Run.last(tmp_path / "outputs", 2) is None
 
 
-def test_a_number_that_another_has_just_named_is_left_to_it(tmp_path, monkeypatch):
-    """Where locks do not work, two may both come to make 0001."""
+def test_number_just_taken_by_another_run_is_skipped(tmp_path, monkeypatch):
+    """Where locks do not work, two processes may both create 0001."""
     mkdir = Path.mkdir
 
     def slower(path: Path) -> None:
@@ -71,7 +71,7 @@ def test_processes_never_share_a_number(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted(claimed)
 
 
-def test_a_run_that_came_to_nothing_leaves_nothing(tmp_path):
+def test_failed_run_without_pictures_leaves_nothing(tmp_path):
     with pytest.raises(ZeroDivisionError), Run.claim(tmp_path / "outputs", "fox") as run:
         write({run["run.toml"]: b"planned"})
         raise ZeroDivisionError
@@ -79,8 +79,8 @@ def test_a_run_that_came_to_nothing_leaves_nothing(tmp_path):
     assert tree(tmp_path) == {}
 
 
-def test_a_discarded_run_lays_no_hand_on_another_of_its_name(tmp_path):
-    """Its number is free again: whoever claims it next keeps it when the first run ends."""
+def test_discarded_run_leaves_a_new_run_of_its_name_alone(tmp_path):
+    """Its number is free again; whoever claims it next keeps it when the first run ends."""
     with pytest.raises(ZeroDivisionError), Run.claim(tmp_path / "outputs", "fox") as run:
         run.discard()
         other = Run.claim(tmp_path / "outputs", "fox", {"run.toml": b"planned"})
@@ -90,7 +90,7 @@ def test_a_discarded_run_lays_no_hand_on_another_of_its_name(tmp_path):
     assert tree(tmp_path / "outputs") == {"0001-fox": None, "0001-fox/run.toml": b"planned"}
 
 
-def test_an_interrupted_run_keeps_its_plan(tmp_path):
+def test_interrupted_run_keeps_its_plan(tmp_path):
     with pytest.raises(KeyboardInterrupt), Run.claim(tmp_path / "outputs", "fox", {"run.toml": b"planned"}) as run:
         raise KeyboardInterrupt
     with pytest.raises(KeyboardInterrupt), Run.claim(tmp_path / "outputs", "owl"):
@@ -100,7 +100,7 @@ def test_an_interrupted_run_keeps_its_plan(tmp_path):
     Run(run.folder).lock()
 
 
-def test_a_run_interrupted_before_it_has_its_name_leaves_nothing(tmp_path, monkeypatch):
+def test_run_interrupted_before_it_is_named_leaves_nothing(tmp_path, monkeypatch):
     def press(path: Path, target: Path) -> None:
         raise KeyboardInterrupt
 
@@ -112,7 +112,7 @@ def test_a_run_interrupted_before_it_has_its_name_leaves_nothing(tmp_path, monke
 
 
 @pytest.mark.parametrize("suffix", [".png", ".webp", ".jpg"])
-def test_a_run_with_a_picture_stays(tmp_path, suffix):
+def test_failed_run_with_a_picture_stays(tmp_path, suffix):
     with pytest.raises(ZeroDivisionError), Run.claim(tmp_path / "outputs", "fox", {"run.toml": b"planned"}) as run:
         run.save("fox-7", b"picture", b"record", suffix)
         raise ZeroDivisionError
@@ -120,7 +120,7 @@ def test_a_run_with_a_picture_stays(tmp_path, suffix):
     assert tree(run.folder) == {f"fox-7{suffix}": b"picture", "fox-7.toml": b"record", "run.toml": b"planned"}
 
 
-def test_a_run_with_a_blocked_picture_stays(tmp_path):
+def test_failed_run_with_a_blocked_picture_stays(tmp_path):
     with pytest.raises(ZeroDivisionError), Run.claim(tmp_path / "outputs", "fox", {"run.toml": b"planned"}) as run:
         run.block("fox-7", b"record")
         raise ZeroDivisionError
@@ -128,11 +128,11 @@ def test_a_run_with_a_blocked_picture_stays(tmp_path):
     assert tree(run.folder) == {"fox-7.blocked.toml": b"record", "run.toml": b"planned"}
 
 
-def test_a_picture_that_is_not_there_would_be_a_png(tmp_path):
+def test_missing_picture_defaults_to_png(tmp_path):
     assert Run(tmp_path).picture("fox-7").name == "fox-7.png"
 
 
-def test_a_file_in_the_way_is_one_sentence(tmp_path):
+def test_file_in_place_of_outputs_is_one_sentence(tmp_path):
     (tmp_path / "outputs").write_text("a file")
 
     with pytest.raises(K2Error, match=r"outputs.* cannot be written: Not a directory\.") as caught:
@@ -140,7 +140,7 @@ def test_a_file_in_the_way_is_one_sentence(tmp_path):
     assert caught.value.hint == "A file is where a folder belongs: move it away."
 
 
-def test_outputs_may_lie_on_a_drive_that_is_not_mounted(tmp_path):
+def test_outputs_linked_to_an_unmounted_drive(tmp_path):
     (tmp_path / "outputs").symlink_to(tmp_path / "drive" / "outputs")
 
     for ask in (lambda folder: Run.claim(folder, "fox"), Run.last, history.runs_of):
@@ -149,22 +149,22 @@ def test_outputs_may_lie_on_a_drive_that_is_not_mounted(tmp_path):
         assert caught.value.hint == "Is its drive mounted?"
 
 
-@pytest.mark.skipif(os.geteuid() == 0, reason="nothing is forbidden to root")
-def test_a_folder_without_permission_is_one_sentence(tmp_path):
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
+def test_folder_without_permission_is_one_sentence(tmp_path):
     tmp_path.chmod(0o500)
 
     with pytest.raises(K2Error, match="permission denied"):
         Run.claim(tmp_path / "outputs", "fox")
 
 
-def test_a_run_is_resumed_by_one_process_at_a_time(tmp_path):
+def test_run_is_resumed_by_one_process_at_a_time(tmp_path):
     with Run.claim(tmp_path, "fox") as run, pytest.raises(K2Error, match="being rendered by another process"):
         Run(run.folder).lock()
     with Run(run.folder) as again:
         again.lock()
 
 
-def test_a_file_system_without_locks_keeps_nobody_from_a_run(tmp_path, monkeypatch):
+def test_file_system_without_locks_does_not_block_runs(tmp_path, monkeypatch):
     def flock(handle: int, how: int) -> None:
         raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
 
@@ -175,7 +175,7 @@ def test_a_file_system_without_locks_keeps_nobody_from_a_run(tmp_path, monkeypat
     Run(run.folder).lock()
 
 
-def test_a_plan_is_there_as_soon_as_its_run_has_a_name(tmp_path, monkeypatch):
+def test_plan_exists_before_the_run_gets_its_name(tmp_path, monkeypatch):
     seen = []
     rename = Path.rename
 
@@ -189,14 +189,14 @@ def test_a_plan_is_there_as_soon_as_its_run_has_a_name(tmp_path, monkeypatch):
 
 
 def leave_behind(folder: Path, half: Path) -> None:
-    """A process that dies between claiming a number and naming its run, with a file half written elsewhere."""
+    """A process that dies between claiming a number and naming its run, with another file half written."""
     draft, handle = new_draft(half)
     os.write(handle, b"half")
     assert next_number(folder).is_dir() and draft.exists()
     os._exit(9)
 
 
-def test_what_a_dead_process_left_is_gone_at_the_next_start_and_the_living_keep_theirs(tmp_path):
+def test_next_start_removes_only_leftovers_of_dead_processes(tmp_path):
     run = Run.claim(tmp_path, "fox")
     mine, handle = new_draft(run.folder)
     dead = multiprocessing.get_context("fork").Process(target=leave_behind, args=(tmp_path, run.folder))
@@ -204,7 +204,7 @@ def test_what_a_dead_process_left_is_gone_at_the_next_start_and_the_living_keep_
     dead.join()
     assert dead.exitcode == 9 and len(list(run.folder.iterdir())) == 2 and (tmp_path / "0002").exists()
 
-    outputs.SWEPT.clear()  # as in a process that has only just started
+    outputs.SWEPT.clear()  # as in a process that has just started
     second = Run.claim(tmp_path, "owl")
 
     assert list(run.folder.iterdir()) == [mine]
@@ -212,8 +212,8 @@ def test_what_a_dead_process_left_is_gone_at_the_next_start_and_the_living_keep_
     os.close(handle)
 
 
-def test_nothing_is_cleared_away_beside_a_process_that_stands_still(tmp_path, monkeypatch):
-    """It may be about to name the number that it holds."""
+def test_nothing_is_removed_while_another_process_holds_the_folder(tmp_path, monkeypatch):
+    """That process may be about to name the number that it holds."""
     monkeypatch.setattr(outputs, "PATIENCE", 0.0)
     (tmp_path / "0001").mkdir()
 
@@ -223,8 +223,8 @@ def test_nothing_is_cleared_away_beside_a_process_that_stands_still(tmp_path, mo
     assert (tmp_path / "0001").is_dir()
 
 
-def test_a_number_that_a_living_process_holds_is_not_cleared_away(tmp_path):
-    """It did not wait any longer for one that stood still, and is about to name it."""
+def test_number_held_by_a_living_process_is_not_removed(tmp_path):
+    """It gave up waiting for a stalled process, and is about to name its run."""
     (tmp_path / "0001").mkdir()
 
     with opened(tmp_path / "0001", FOLDER) as handle:
@@ -233,7 +233,7 @@ def test_a_number_that_a_living_process_holds_is_not_cleared_away(tmp_path):
     assert (tmp_path / "0001").is_dir()
 
 
-def test_nothing_is_cleared_away_behind_a_link(tmp_path):
+def test_nothing_is_removed_behind_a_link(tmp_path):
     half = tmp_path / "elsewhere" / ".1-0abc.draft"
     half.parent.mkdir()
     half.touch()
@@ -245,17 +245,17 @@ def test_nothing_is_cleared_away_behind_a_link(tmp_path):
     assert half.exists()
 
 
-def test_a_folder_with_a_number_and_content_is_left_alone(tmp_path):
+def test_numbered_folder_with_content_is_left_alone(tmp_path):
     (tmp_path / "0003").mkdir()
     (tmp_path / "0003" / "notes.txt").write_text("mine")
     (tmp_path / "0003" / "run.toml").touch()
-    (tmp_path / "12").mkdir()  # no run's number
+    (tmp_path / "12").mkdir()  # not a run number
 
     assert Run.claim(tmp_path, "fox").folder.name == "0004-fox"
     assert tree(tmp_path / "0003") == {"notes.txt": b"mine", "run.toml": b""} and (tmp_path / "12").is_dir()
 
 
-def test_drafts_are_looked_for_once_a_process(tmp_path, monkeypatch):
+def test_leftover_drafts_are_swept_once_per_process(tmp_path, monkeypatch):
     looked: list[str] = []
     monkeypatch.setattr(outputs, "sweep", lambda folder: looked.append(folder.name))
     Run.claim(tmp_path / "outputs", "fox", {"run.toml": b""})

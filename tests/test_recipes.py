@@ -1,4 +1,4 @@
-"""The README's recipes for the shell, make and cron, run as they stand there; the pictures are flat colours."""
+"""The README's recipes for the shell, make and cron, run exactly as written; the pictures are flat colours."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ app.main()
 
 @pytest.fixture
 def shell(tmp_path):
-    """A folder with two projects and a pool of prompts, and `k2` on the path: all of it but the network."""
+    """A folder with two projects and a pool of prompts, and `k2` on the path, complete except for the network."""
     box, tools = tmp_path / "box", tmp_path / "tools"
     box.mkdir()
     tools.mkdir()
@@ -63,7 +63,7 @@ def shell(tmp_path):
     return run
 
 
-def test_recipes_of_the_shell(shell):
+def test_shell_recipes(shell):
     pool, everywhere, newest, few, owls = blocks("bash")[0].strip().splitlines()
 
     assert len(shell(pool, "shuf").splitlines()) == 2
@@ -78,7 +78,7 @@ def test_recipes_of_the_shell(shell):
     assert packed == "moody/outputs/0002-fox-and-1-more/an-owl-moody-7.png\n"
 
 
-def test_the_recipe_of_a_program_that_asks_for_one_picture_after_another(shell):
+def test_recipe_for_a_program_that_streams_prompts(shell):
     fox, wrong, empty, owl = shell(blocks("bash")[1], "jq").splitlines()
 
     assert (fox, owl) == (
@@ -88,7 +88,7 @@ def test_the_recipe_of_a_program_that_asks_for_one_picture_after_another(shell):
     assert (wrong, empty) == ('A reading of "{|}" is empty.', "A prompt is empty.")
 
 
-def test_the_recipe_of_make(shell):
+def test_make_recipe(shell):
     (shell.home / "Makefile").write_text(blocks("make")[0])
 
     shell("make fox.png", "make")
@@ -98,8 +98,8 @@ def test_the_recipe_of_make(shell):
     assert "k2 render" in shell("make fox.png")
 
 
-def test_the_recipe_of_cron(shell):
-    """cron takes a % that is not escaped for the end of the line."""
+def test_cron_recipe(shell):
+    """cron ends the line at an unescaped %."""
     *when, command = blocks("cron")[0].strip().split(maxsplit=5)
     assert len(when) == 5 and not re.search(r"(?<!\\)%", command)
 
@@ -110,8 +110,8 @@ def test_the_recipe_of_cron(shell):
     assert page == "gallery/index.html" and [Path(each).stem[-2:] for each in pictures] == ["00", "00"]
 
 
-def test_the_schema_that_is_told_is_the_one_that_is_printed(shell, tmp_path):
-    """Every key of what is printed stands in the README's table, and every key of the table is printed somewhere."""
+def test_readme_lists_exactly_the_keys_printed_as_json(shell, tmp_path):
+    """Every key printed is in the README's table, and every key in the table is printed by some command."""
     table = README.split("| key | holds |")[1].split("\n\n")[0]
     told = {key for row in re.findall(r"^\| (`[^|]*) \|", table, re.MULTILINE) for key in re.findall(r"`(\w+)`", row)}
     picture = shell("k2 render --project moody --only fox --json --quiet")

@@ -1,4 +1,4 @@
-"""Output filters: what they block is seen by nobody, and a filter that fails blocks everything."""
+"""Output filters: nobody sees what they block, and a filter that fails blocks everything."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def no_roses(image, record):
     return Verdict("rose" not in record["prompt"], "roses are forbidden")
 
 
-def test_what_every_filter_allows_passes_untouched():
+def test_pictures_that_every_filter_allows_pass_unchanged():
     def vandal(image, record):
         image.paste("black", (0, 0, 8, 4))
         return Verdict(True)
@@ -38,14 +38,14 @@ def test_what_every_filter_allows_passes_untouched():
     assert picture is RED and picture.image.getpixel((0, 0)) == (255, 0, 0)
 
 
-def test_a_blocked_picture_is_black_and_says_why():
+def test_blocked_picture_is_black_and_its_record_says_why():
     picture = review(RED, {"first": allow, "botany": no_roses})
 
     assert picture.image.size == RED.image.size and picture.image.getextrema() == ((0, 0),) * 3
     assert picture.record == {**RED.record, "blocked": {"filter": "botany", "reason": "roses are forbidden"}}
 
 
-def test_filters_of_one_name_are_all_asked():
+def test_filters_with_the_same_name_are_all_applied():
     def made(word):
         def check(image, record):
             return Verdict(word != "roses", word)
@@ -56,7 +56,7 @@ def test_filters_of_one_name_are_all_asked():
         assert review(RED, map(made, words)).record["blocked"] == {"filter": "check", "reason": "roses"}
 
 
-def test_a_filter_out_of_an_iterator_sees_every_picture(tiny):  # noqa: F811
+def test_filters_from_an_iterator_see_every_picture(tiny):  # noqa: F811
     pipeline = Pipeline.load("tiny", device="cpu", filters=iter([no_roses]))
     made = []
     for _ in range(2):
@@ -66,18 +66,18 @@ def test_a_filter_out_of_an_iterator_sees_every_picture(tiny):  # noqa: F811
 
 
 @pytest.mark.parametrize("filters", [no_roses, "no_roses", [no_roses, None], {"botany": 1}, 5])
-def test_what_are_no_filters_is_refused_before_the_weights_are_read(tiny, filters):  # noqa: F811
+def test_invalid_filters_are_refused(tiny, filters):  # noqa: F811
     with pytest.raises(K2Error, match="a list of functions"):
         Pipeline.load("tiny", device="cpu", filters=filters)
 
 
 @pytest.mark.parametrize("result", [None, True, "yes"])
-def test_what_is_no_verdict_lets_nothing_through(result):
+def test_filters_must_return_a_verdict(result):
     with pytest.raises(K2Error, match="not a Verdict"):
         review(RED, {"vague": lambda image, record: result})
 
 
-def test_a_filter_that_fails_lets_nothing_through():
+def test_failing_filter_lets_nothing_through():
     def broken(image, record):
         raise RuntimeError("no weights")
 
@@ -97,7 +97,11 @@ def test_installed_packages_bring_filters(monkeypatch):
         raise ImportError("no module named nudity")
 
     points.append(SimpleNamespace(name="all", value="b:no_roses", load=lambda: no_roses))
-    assert installed() == {"all": allow, "all of b:no_roses": no_roses, "roses": no_roses}  # of two packages, both
+    assert installed() == {
+        "all": allow,
+        "all of b:no_roses": no_roses,
+        "roses": no_roses,
+    }  # the same name in two packages: both
 
     points.append(SimpleNamespace(name="nudity", value="c:check", load=missing))
     with pytest.raises(K2Error, match='"nudity" failed: no module named nudity'):
@@ -106,7 +110,7 @@ def test_installed_packages_bring_filters(monkeypatch):
 
 @pytest.fixture
 def strict(fake, monkeypatch):
-    """The painting pipeline with a filter that allows what it is told to: one letter a picture, + or -."""
+    """The fake pipeline with a filter that follows a script: one character per picture, + allows and - blocks."""
 
     def use(answers: str) -> None:
         stream, left = fake.stream, iter(answers)
@@ -117,7 +121,7 @@ def strict(fake, monkeypatch):
     return use
 
 
-def test_what_is_blocked_is_recorded_but_not_saved(moody, k2, strict):
+def test_blocked_picture_is_recorded_but_not_saved(moody, k2, strict):
     strict("+-")
 
     result = k2("render")
@@ -134,9 +138,9 @@ def test_what_is_blocked_is_recorded_but_not_saved(moody, k2, strict):
     assert "the run is complete" in k2("render", "--resume").stderr
 
 
-def test_a_run_whose_first_picture_was_blocked_is_gone_on_with(moody, k2, strict):
+def test_run_whose_first_picture_was_blocked_can_be_resumed(moody, k2, strict):
     strict("-+")
-    assert "contact sheet" not in k2("render").stderr  # of one picture it is nothing to tell of
+    assert "contact sheet" not in k2("render").stderr  # a sheet of one picture is not mentioned
     folder = moody / "outputs/0001-fox-and-1-more"
     whole = tree(folder)
     (folder / "sheet.png").unlink()
@@ -146,7 +150,7 @@ def test_a_run_whose_first_picture_was_blocked_is_gone_on_with(moody, k2, strict
     assert tree(folder) == whole
 
 
-def test_a_run_may_be_blocked_whole(moody, k2, strict):
+def test_run_may_be_blocked_entirely(moody, k2, strict):
     strict("--")
 
     lines = [json.loads(line) for line in k2("render", "--json").stdout.splitlines()]
@@ -155,7 +159,7 @@ def test_a_run_may_be_blocked_whole(moody, k2, strict):
     assert not list(moody.rglob("*.png"))
 
 
-def test_a_rerun_is_filtered_too(moody, k2, strict):
+def test_rerun_is_filtered_too(moody, k2, strict):
     strict("++-")
     path = k2("render").stdout.splitlines()[0]
 

@@ -1,4 +1,4 @@
-"""`k2 render --stream`: every line is rendered before the next is read, and one that is wrong ends nothing."""
+"""`k2 render --stream`: each line is rendered before the next is read, and a wrong line does not end the stream."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from model.errors import K2Error
 
 @pytest.fixture
 def asks(monkeypatch, fake):
-    """Somebody who asks for the next picture once the last is there; what was painted by then, line by line."""
+    """Sends the next line once the last picture is finished; returns the prompts rendered before each line."""
     painted = []
 
     def say(*wishes):
@@ -46,7 +46,7 @@ def dusky(moody):
     return moody
 
 
-def test_a_line_is_rendered_before_the_next_is_read(moody, k2, asks, fake):
+def test_line_is_rendered_before_the_next_is_read(moody, k2, asks, fake):
     painted = asks("a pear", "a {red|green} plum", "tea")
 
     made = k2("render", "--stream", "--seed", "3").stdout.splitlines()
@@ -61,18 +61,18 @@ def test_a_line_is_rendered_before_the_next_is_read(moody, k2, asks, fake):
     assert len(fake.loaded) == 1
 
 
-def test_the_weights_are_there_before_the_first_line(moody, k2, monkeypatch, fake):
+def test_weights_are_loaded_before_the_first_line(moody, k2, monkeypatch, fake):
     seen = []
     monkeypatch.setattr(stream, "lines", lambda: seen.append(len(fake.loaded)) or iter([]))
 
     k2("render", "--stream")
-    k2("render", "--stream", "--dry-run", "--turbo", code=1)  # which the box has not
+    k2("render", "--stream", "--dry-run", "--turbo", code=1)  # which is not bundled
     assert seen == [1] and not (moody / "outputs").exists()
     k2("render", "--stream", "--dry-run", "--size", "64x64")
     assert len(fake.loaded) == 1
 
 
-def test_a_line_that_goes_wrong_is_told_and_the_next_is_read(moody, k2, asks, fake):
+def test_failing_line_is_reported_and_the_next_is_read(moody, k2, asks, fake):
     def fail(index: int) -> None:
         if len(fake.seen) == 1:
             fake.stop = staticmethod(lambda index: None)
@@ -94,8 +94,8 @@ def test_a_line_that_goes_wrong_is_told_and_the_next_is_read(moody, k2, asks, fa
     assert "The plum cannot be drawn." in done.stderr and "Ask for a pear." in done.stderr
 
 
-def test_a_project_that_changes_counts_from_the_next_line_on(moody, k2, monkeypatch, fake):
-    """And a mistake in it is told of the lines that come while it is there; the weights stay where they are."""
+def test_project_changes_apply_from_the_next_line_on(moody, k2, monkeypatch, fake):
+    """A mistake in the project file fails the lines read while it is there; the weights stay loaded."""
     toml = moody / "k2.toml"
     whole = toml.read_text()
 
@@ -119,7 +119,7 @@ def test_a_project_that_changes_counts_from_the_next_line_on(moody, k2, monkeypa
     assert 'unknown key "sed" in [render].' in done.stderr and len(fake.loaded) == 1
 
 
-def test_another_model_is_loaded_for_the_line_after(moody, k2, monkeypatch, fake):
+def test_model_change_loads_it_for_the_next_line(moody, k2, monkeypatch, fake):
     write_weights(library.BOX / "mini-turbo.safetensors", {"kind": "dit", "variant": "turbo"})
     toml = moody / "k2.toml"
 
@@ -134,8 +134,8 @@ def test_another_model_is_loaded_for_the_line_after(moody, k2, monkeypatch, fake
     assert [variant for _, variant, *_ in fake.loaded] == [None, "turbo"]
 
 
-def test_lines_of_a_run_may_be_objects_too(dusky, k2, fake):
-    """Each says its own, and goes before the command line, as in a stream."""
+def test_lines_of_a_run_may_be_json_objects(dusky, k2, fake):
+    """Each has its own settings, which override the command line, as in a stream."""
     said = '{"prompt": "a pear", "seed": 40, "styles": {"dusk": -1}}\n\ntea\n{"prompt": "a fig", "size": "64x96"}\n'
     typed = ("--seed", "3", "--size", "96x64", "--style", "dusk=1")
 
@@ -159,12 +159,12 @@ def test_lines_of_a_run_may_be_objects_too(dusky, k2, fake):
         ('{"prompt": "a pear", "size": "3x3"}', "Line 1: 3x3 is out of range"),
     ],
 )
-def test_a_line_of_a_run_that_is_wrong_is_named(moody, k2, fake, said, error):
+def test_errors_name_the_line_of_a_run(moody, k2, fake, said, error):
     assert error in k2("render", "-", input=said, code=1).stderr and fake.seen == []
 
 
-def test_a_line_may_say_what_a_prompt_of_a_project_may(dusky, k2, asks, fake):
-    """It was said last, so that it goes before the command line."""
+def test_line_may_set_what_a_project_prompt_may(dusky, k2, asks, fake):
+    """It comes last, so it overrides the command line."""
     asks(
         '{"prompt": "a {red|green} pear", "seed": 40, "batch": 2, "avoid": "snow", "styles": {"dusk": -1}}',
         '{"text": "tea", "name": "cup", "aspect": "1:1", "guidance": 1}',
@@ -220,7 +220,7 @@ def test_a_line_may_say_what_a_prompt_of_a_project_may(dusky, k2, asks, fake):
         ('{"a":' * 100_000, "The line is not JSON", "Like"),
     ],
 )
-def test_what_is_wrong_with_an_object_is_told_as_of_a_project(moody, k2, asks, line, said, hint):
+def test_errors_in_an_object_read_like_those_of_a_project(moody, k2, asks, line, said, hint):
     asks(line, "a pear")
 
     answer, pear = map(json.loads, k2("render", "--stream", "--json", code=1).stdout.splitlines())
@@ -230,7 +230,7 @@ def test_what_is_wrong_with_an_object_is_told_as_of_a_project(moody, k2, asks, l
     assert pear["prompt"]["text"] == "a pear"
 
 
-def test_what_is_null_is_left_out():
+def test_null_values_are_ignored():
     line = '{"prompt": "tea", "text": null, "seed": null, "avoid": null, "styles": {"dusk": null, "ink": 1}}'
     asked = stream.asked_by(line)
     assert (asked.text, asked.settings, asked.avoid, asked.style) == ("tea", {}, "", {"ink": 1})
@@ -247,7 +247,7 @@ def test_what_is_null_is_left_out():
         "{'a'|'b'} fox", "['red'] fox", "'a': " + "-" * 9999, "'a': " + "[" * 9999,
     ],
 )  # fmt: skip
-def test_braces_brackets_and_quotes_are_a_prompts_own(line):
+def test_braces_brackets_and_quotes_may_be_part_of_a_prompt(line):
     assert stream.asked_by(line) == Prompt(line)
 
 
@@ -266,8 +266,8 @@ def test_braces_brackets_and_quotes_are_a_prompts_own(line):
         r'"prompt": "a \x fox",', r'"prompt": "a \x fox"}]', '"seed": 04,', '"prompt": "a fox"}, {"prompt": "b"',
     ],
 )  # fmt: skip
-def test_what_means_objects_is_no_picture_of_its_text(moody, k2, fake, line):
-    """Nothing that it says would count: its seed, above all."""
+def test_broken_json_is_not_rendered_as_a_prompt(moody, k2, fake, line):
+    """None of its settings would apply, above all not its seed."""
     done = k2("render", "--stream", "--json", input=f"{line}\ntea\n", code=1)
 
     wrong, tea = map(json.loads, done.stdout.splitlines())
@@ -278,22 +278,22 @@ def test_what_means_objects_is_no_picture_of_its_text(moody, k2, fake, line):
     assert len(fake.seen) == 1
 
 
-def test_an_object_that_is_spread_over_lines_makes_no_picture_of_them(moody, k2, fake):
+def test_json_spread_over_lines_renders_nothing(moody, k2, fake):
     said = json.dumps([{"prompt": "a fox", "seed": 3, "batch": 1, "styles": {"dusk": -1e-3}, "avoid": ""}], indent=2)
 
     for text in (said, said.replace('"', "'"), '{\n"prompt": "a cat", "seed": 4,\n"styles": { "sticker": 0.5 }\n}'):
         assert k2("render", "--stream", input=text, code=1).stdout == "" and fake.seen == []
 
 
-def test_options_that_lines_are_told_of_are_there():
+def test_options_named_in_hints_exist():
     named = {word for hint in stream.ELSEWHERE.values() for word in re.findall(r"--[\w-]+", hint)}
     options = {option for each in get_command(app).commands["render"].params for option in each.opts}
     assert "--style-guidance" in named and named - options == set()
 
 
 @pytest.mark.parametrize("dry", [(), ("--dry-run",)])
-def test_of_several_pictures_each_says_which_of_how_many_it_is(moody, k2, asks, tmp_path, dry):
-    """So that whoever asked knows when to stop reading; in several projects a line has them all."""
+def test_answers_number_the_pictures_of_their_line(moody, k2, asks, tmp_path, dry):
+    """The caller then knows when to stop reading; with several projects, the count spans all of them."""
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "k2.toml").write_text("")
     asks("a {red|green} pear", "tea")
@@ -304,8 +304,8 @@ def test_of_several_pictures_each_says_which_of_how_many_it_is(moody, k2, asks, 
 
 
 @pytest.mark.parametrize("how", [("--stream",), ("--stream", "--dry-run"), ("-",), ("-", "--dry-run")])
-def test_what_is_told_of_a_prompt_stands_in_its_object(moody, k2, how):
-    """A program that wants no words on standard error hears of it, too; each of its own."""
+def test_warnings_about_a_prompt_are_in_its_object(moody, k2, how):
+    """A program that ignores standard error gets them too, each for its own prompt."""
     said = k2("render", *how, "--json", "--quiet", input="a fox\na ((red)) fox\na zebu\n")
 
     fox, red, zebu = (json.loads(answer)["warnings"] for answer in said.stdout.splitlines())
@@ -315,7 +315,7 @@ def test_what_is_told_of_a_prompt_stands_in_its_object(moody, k2, how):
 
 
 @pytest.mark.parametrize("dry", [(), ("--dry-run",)])
-def test_what_is_told_of_a_size_or_of_guidance_stands_in_the_objects_that_it_holds_for(moody, k2, dry):
+def test_warnings_about_settings_are_in_the_objects_concerned(moody, k2, dry):
     about = {"kind": "dit", "variant": "raw", "native": 128, "recommended": {"steps": 8, "guidance": 0, "mu": 1.15}}
     write_weights(library.BOX / "mini-raw.safetensors", about)
     lines = '{"prompt": "a fox", "size": "64x64"}\n{"prompt": "a fox"}\n{"prompt": "a fox", "guidance": 1}\n'
@@ -332,13 +332,13 @@ def test_what_is_told_of_a_size_or_of_guidance_stands_in_the_objects_that_it_hol
     assert (sooner, later) == ([never.replace("0.5", "0.25")], [never])
 
 
-def test_standard_output_holds_pictures_and_no_more(moody, k2, asks):
+def test_standard_output_has_only_pictures(moody, k2, asks):
     asks("{|}", "tea")
 
     assert k2("render", "--stream", code=1).stdout == "outputs/0001-tea/tea-7.png\n"
 
 
-def test_a_bug_is_none_of_a_line(moody, k2, asks, fake):
+def test_unexpected_errors_end_the_stream(moody, k2, asks, fake):
     def fail(index: int) -> None:
         raise OSError(errno.EIO, "Input/output error")
 
@@ -349,7 +349,7 @@ def test_a_bug_is_none_of_a_line(moody, k2, asks, fake):
         k2("render", "--stream")
 
 
-def test_whoever_types_is_told_how_to_end(monkeypatch, capsys):
+def test_terminal_input_explains_how_to_end(monkeypatch, capsys):
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"tea\n")))
     assert [*stream.lines()] == [b"tea\n"] and capsys.readouterr() == ("", "")
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"tea\n")))
@@ -358,8 +358,8 @@ def test_whoever_types_is_told_how_to_end(monkeypatch, capsys):
     assert capsys.readouterr() == ("", "One prompt per line, rendered as it arrives; Ctrl-D ends.\n")
 
 
-def test_lines_are_what_stands_between_breaks_and_an_empty_one_is_answered(moody, k2):
-    """For otherwise whoever sent it waits for ever."""
+def test_line_breaks_separate_lines_and_empty_ones_get_an_answer(moody, k2):
+    """Otherwise whoever sent it would wait forever."""
     said = "\ufeffa pear\r\n\n  a plum of\u2028glass \n"
     done = k2("render", "--stream", "--dry-run", "--json", input=said, code=1)
 
@@ -371,8 +371,8 @@ def test_lines_are_what_stands_between_breaks_and_an_empty_one_is_answered(moody
 
 @pytest.mark.parametrize("said", ["a café", '{"prompt": "a café"}'])
 @pytest.mark.parametrize("encoding", ["utf-8", "cp1252"])
-def test_input_is_utf_8_or_else_in_the_encoding_here(moody, said, encoding):
-    """Windows speaks cp1252 to pipes, and programs at their other ends UTF-8."""
+def test_input_is_utf_8_or_else_in_the_locale_encoding(moody, said, encoding):
+    """Windows uses cp1252 for pipes, but programs at the other end write UTF-8."""
     environment = os.environ | {"PYTHONIOENCODING": "cp1252"}
     for how in ("--stream", "-"):
         line = [sys.executable, "-m", "k2cli", "render", how, "--dry-run", "--json"]
@@ -381,7 +381,7 @@ def test_input_is_utf_8_or_else_in_the_encoding_here(moody, said, encoding):
         assert {json.loads(each)["prompt"]["text"] for each in done.stdout.splitlines()} == {"a café"}
 
 
-def test_a_path_that_the_encoding_here_cannot_say_is_told_and_the_next_line_is_read(moody):
+def test_unencodable_path_is_reported_and_the_next_line_is_read(moody):
     environment = os.environ | {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
     line = [sys.executable, "-m", "k2cli", "render", "--stream", "--dry-run", "--json"]
     said = '{"prompt": "tea", "init_image": "ä.png"}\na pear\n'.encode()
@@ -393,7 +393,7 @@ def test_a_path_that_the_encoding_here_cannot_say_is_told_and_the_next_line_is_r
     assert done.returncode == 1
 
 
-def test_a_line_is_rendered_before_the_next_is_there(moody):
+def test_line_is_answered_before_the_next_is_written(moody):
     line = [sys.executable, "-m", "k2cli", "render", "--stream", "--dry-run", "--json"]
     with subprocess.Popen(line, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1) as asked:
         for wish in ("a pear", "a plum"):
@@ -402,7 +402,7 @@ def test_a_line_is_rendered_before_the_next_is_there(moody):
         asked.stdin.close()
 
 
-def test_each_line_is_led_by_the_picture_that_all_are_to_be_like(moody, k2, asks):
+def test_every_line_follows_the_like_picture(moody, k2, asks):
     made = k2("render", "--only", "fox").stdout.strip()
     asks("tea", "a pear")
 
@@ -422,7 +422,7 @@ def test_each_line_is_led_by_the_picture_that_all_are_to_be_like(moody, k2, asks
         (("--resume",), 2, "no other setting can be given"),
     ],
 )
-def test_what_no_line_could_make_right_is_refused_before_the_first(moody, k2, asks, arguments, code, said):
+def test_wrong_options_are_refused_before_the_first_line(moody, k2, asks, arguments, code, said):
     painted = asks("a pear")
 
     assert said in k2("render", "--stream", *arguments, code=code).stderr
@@ -430,7 +430,7 @@ def test_what_no_line_could_make_right_is_refused_before_the_first(moody, k2, as
 
 
 @pytest.mark.parametrize("spoilt", [b"ein L\xf6we", b'{"prompt": "ein L\xf6we"}', b"\xef\xbb\xbf\xff\xfe"])
-def test_a_line_that_is_no_text_is_told_and_the_next_is_read(moody, k2, spoilt):
+def test_undecodable_line_is_reported_and_the_next_is_read(moody, k2, spoilt):
     done = k2("render", "--stream", "--json", input=b"a pear\n" + spoilt + b"\na plum\n", code=1)
 
     pear, wrong, plum = map(json.loads, done.stdout.splitlines())
@@ -439,9 +439,9 @@ def test_a_line_that_is_no_text_is_told_and_the_next_is_read(moody, k2, spoilt):
     assert "\ufffd" in wrong["prompt"]["text"] and "Standard input is not text" in done.stderr
 
 
-@pytest.mark.skipif(not Path("/dev/full").exists(), reason="a device of Linux")
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="Linux only")
 @pytest.mark.parametrize("how", [(), ("--json",)])
-def test_it_ends_where_nobody_can_hear_of_another_line(moody, how):
+def test_unwritable_standard_output_ends_the_stream(moody, how):
     line = [sys.executable, "-m", "k2cli", "render", "--stream", "--dry-run", *how]
     with open("/dev/full", "w") as full:
         done = subprocess.run(line, input="a pear\na plum\n", stdout=full, stderr=subprocess.PIPE, text=True)
