@@ -1,4 +1,4 @@
-"""NVFP4 and MXFP8 as ComfyUI's own library writes them, read back as it reads them itself."""
+"""NVFP4 and MXFP8 as ComfyUI's own library writes them, read back as that library reads them."""
 
 from __future__ import annotations
 
@@ -34,14 +34,14 @@ def state() -> dict[str, Tensor]:
 
 
 def packed(kind: str, matrix: Tensor) -> tuple[dict[str, Tensor], Tensor]:
-    """What comfy-kitchen stores of a matrix, by the ends of its names, and what it stands for."""
+    """What comfy-kitchen stores for a matrix, by name suffix, and the matrix that it stands for."""
     layout = LAYOUTS[kind]
     numbers, how = layout.quantize(matrix)
     return layout.state_dict_tensors(numbers, how), layout.dequantize(numbers, how)
 
 
 def stored(kind: str, state: dict[str, Tensor], mark: object = None) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """A state dict as ComfyUI saves it, the blocks' matrices in few bits; and what it stands for."""
+    """A state dict as ComfyUI saves it, the blocks' matrices in few bits, and the weights it stands for."""
     saved, means = dict(state), dict(state)
     for name in [n for n, t in state.items() if n.startswith("blocks.") and t.ndim == 2]:
         ends, means[name] = packed(kind, state[name])
@@ -55,7 +55,7 @@ def stored(kind: str, state: dict[str, Tensor], mark: object = None) -> tuple[di
 
 
 @pytest.mark.parametrize(("rows", "blocks"), [(1, 1), (16, 4), (128, 4), (130, 5), (300, 96), (33, 3)])
-def test_scales_are_put_in_order(rows, blocks):
+def test_swizzled_scales_are_put_in_order(rows, blocks):
     scales = torch.randint(0, 255, (rows, blocks), dtype=torch.uint8)
     swizzled = to_blocked(scales, flatten=False)
 
@@ -66,7 +66,7 @@ def test_scales_are_put_in_order(rows, blocks):
 
 @KINDS
 @pytest.mark.parametrize("shape", [(32, 32), (160, 96), (256, 1024)])
-def test_a_matrix_is_what_its_writer_reads(kind, shape):
+def test_matrices_are_read_as_their_writer_reads_them(kind, shape):
     ends, means = packed(kind, torch.randn(shape) * torch.logspace(-6, 2, shape[0])[:, None])
     numbers, scales = in_blocks(kind, ends[""], ends["_scale"], ends.get("_scale_2"))
 
@@ -74,7 +74,7 @@ def test_a_matrix_is_what_its_writer_reads(kind, shape):
     assert torch.equal((numbers.float().view(*scales.shape, -1) * scales[..., None]).view(shape), means)
 
 
-def test_every_number_of_4_bits():
+def test_every_4_bit_number():
     codes = torch.arange(16, dtype=torch.uint8).repeat_interleave(16) << 4 | torch.arange(16, dtype=torch.uint8).repeat(
         16
     )
@@ -83,7 +83,7 @@ def test_every_number_of_4_bits():
     ours = numbers.float() * scales.repeat_interleave(16, 1)
 
     e2m1 = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6])
-    assert torch.equal(ours[0, 1::2], torch.cat([e2m1, -e2m1]))  # the lower half of a byte comes second
+    assert torch.equal(ours[0, 1::2], torch.cat([e2m1, -e2m1]))  # the low half of a byte comes second
     assert torch.equal(ours[:, 0], torch.cat([e2m1, -e2m1]))
 
 
@@ -91,7 +91,7 @@ def test_every_number_of_4_bits():
 
 
 @KINDS
-def test_a_network_is_the_weights_it_stands_for(tmp_path, state, kind):
+def test_networks_load_as_the_weights_they_stand_for(tmp_path, state, kind):
     saved, means = stored(kind, state)
     loaded, checkpoint = load_dit(native(tmp_path, saved))
 
@@ -103,7 +103,7 @@ def test_a_network_is_the_weights_it_stands_for(tmp_path, state, kind):
 
 
 @KINDS
-def test_where_marks_and_prefixes_stand(tmp_path, state, kind):
+def test_marks_in_metadata_and_prefixed_names(tmp_path, state, kind):
     saved, means = stored(kind, state, mark=False)
     layers = {name.removesuffix(".weight_scale") for name in saved if name.endswith(".weight_scale")}
     marks = {PREFIX + layer: {"format": kind, "full_precision_matrix_mult": True} for layer in layers}
@@ -117,7 +117,7 @@ def test_where_marks_and_prefixes_stand(tmp_path, state, kind):
 
 
 @KINDS
-def test_under_diffusers_names(tmp_path, state, kind):
+def test_diffusers_names(tmp_path, state, kind):
     saved, means = stored(kind, state)
     back = {id(tensor): name for name, tensor in to_diffusers(state, TINY).items() if tensor.ndim == 2}
     theirs = to_diffusers(state, TINY)
@@ -132,8 +132,8 @@ def test_under_diffusers_names(tmp_path, state, kind):
 @torch.no_grad()
 @KINDS
 @pytest.mark.parametrize("precision", ["int8", "fp8"])
-def test_in_8_bits_it_is_rounded_anew(tmp_path, state, kind, precision):
-    """Numbers whose scales are those of blocks are not those of rows."""
+def test_other_8_bit_precisions_round_again(tmp_path, state, kind, precision):
+    """Numbers scaled per block cannot be used with a scale per row."""
     saved, means = stored(kind, state)
     loaded, _ = load_dit(native(tmp_path, saved), precision=precision)
 
@@ -146,37 +146,37 @@ def test_in_8_bits_it_is_rounded_anew(tmp_path, state, kind, precision):
 
 
 @KINDS
-def test_streamed(tmp_path, state, kind):
+def test_streamed_and_resident_answers_are_equal(tmp_path, state, kind):
     path = native(tmp_path, stored(kind, state)[0])
     assert torch.equal(velocity(load_dit(path, streamed=True)[0]), velocity(load_dit(path)[0]))
 
 
 @KINDS
-def test_the_plan_is_told_of_what_is_to_be_worked_out(tmp_path, state, tiny, kind):  # noqa: F811
+def test_plan_knows_which_weights_are_packed(tmp_path, state, tiny, kind):  # noqa: F811
     parts = library.find_parts(library.find("tiny"))
     for tensors, told in ((state, False), (stored(kind, state)[0], True)):
         assert numbers_of(replace(parts, dit=native(tmp_path, tensors)), "cpu").packed is told
 
 
 @pytest.mark.parametrize(("over", "kept"), [(8, True), (-8, False)])
-def test_what_is_worked_out_is_kept_where_there_is_room(tmp_path, state, monkeypatch, over, kept):
+def test_rounded_weights_are_kept_if_there_is_room(tmp_path, state, monkeypatch, over, kept):
     told, path = [], native(tmp_path, stored("nvfp4", state)[0])
     room = sum(tensor.nbytes for tensor in load_dit(path, precision="int8")[0].blocks.state_dict().values())
     monkeypatch.setattr("model.layouts.stream", lambda *_, keep: told.append(keep))
     monkeypatch.setattr("model.layouts.free_memory", lambda device: room / SPARE + over)
     for precision in ("int8", "native"):
         load_dit(path, precision=precision, streamed=True)
-    assert told == [kept, False]  # what is exact would take twice the room
+    assert told == [kept, False]  # at native precision they would take twice the room
 
 
 @pytest.mark.parametrize(("bytes_", "pinned_as"), [(1, 1), (64, 64), (65, 128), (3 << 20, 4 << 20)])
-def test_what_is_kept_for_a_card_comes_in_powers_of_two(bytes_, pinned_as):
+def test_pinned_memory_for_a_gpu_comes_in_powers_of_two(bytes_, pinned_as):
     tensor = torch.empty(bytes_, dtype=torch.uint8)
     assert [kept_bytes(tensor, torch.device(name)) for name in ("cuda", "cpu")] == [pinned_as, bytes_]
 
 
 @pytest.mark.parametrize("short", [True, False])
-def test_what_cannot_be_pinned_is_copied_as_it_is(monkeypatch, short):
+def test_tensors_that_cannot_be_pinned_are_used_as_they_are(monkeypatch, short):
     def pin_memory(tensor: Tensor) -> Tensor:
         if short:
             raise torch.AcceleratorError("CUDA error: out of memory")
@@ -187,21 +187,21 @@ def test_what_cannot_be_pinned_is_copied_as_it_is(monkeypatch, short):
 
 
 @KINDS
-def test_what_is_told_of_a_file_is_of_the_network(tmp_path, state, kind):
-    """Two numbers a byte make no narrower network: nor is one the less under its licence."""
+def test_description_counts_the_networks_parameters_not_the_bytes(tmp_path, state, kind):
+    """Two numbers per byte do not make the network narrower, and its licence still covers it."""
     plain, few = (library.describe(native(tmp_path, tensors)) for tensors in (state, stored(kind, state)[0]))
 
     assert few["shape"] == plain["shape"] and few["parameters"] == plain["parameters"]
     assert ("NVFP4" if kind == "nvfp4" else "F8_E4M3") in few["precision"]
 
 
-# ---- what is refused ----------------------------------------------------------------------------
+# ---- refusals -----------------------------------------------------------------------------------
 
 ONE = "blocks.0.attn.wq."
 
 
 def changed(saved: dict[str, Tensor], **ends: object) -> dict[str, Tensor]:
-    """The same with other tensors of one layer; None takes one away."""
+    """The same with other tensors for one layer; None removes one."""
     new = {ONE + end: tensor for end, tensor in ends.items()}
     return {name: tensor for name, tensor in (saved | new).items() if tensor is not None}
 
@@ -209,7 +209,10 @@ def changed(saved: dict[str, Tensor], **ends: object) -> dict[str, Tensor]:
 @pytest.mark.parametrize(
     ("ends", "said"),
     [
-        ({"comfy_quant": None}, 'unexplained "weight_scale_2" beside it'),  # other tools pack the other way round
+        (
+            {"comfy_quant": None},
+            'unexplained "weight_scale_2" beside it',
+        ),  # other tools pack the halves the other way round
         ({"weight_scale": None}, "nvfp4 without scales"),
         ({"weight_scale": torch.ones(256, 16)}, "nvfp4 with scales of F32"),
         ({"weight_scale": torch.ones(128, 16).to(torch.float8_e4m3fn)}, "nvfp4 with scales of F8_E4M3 [128, 16]"),
@@ -223,11 +226,11 @@ def changed(saved: dict[str, Tensor], **ends: object) -> dict[str, Tensor]:
         ({"weight": None}, "without their weights"),
     ],
 )
-def test_what_cannot_be_read_right(tmp_path, state, ends, said):
+def test_refuses_what_cannot_be_read_correctly(tmp_path, state, ends, said):
     assert said in refused(native(tmp_path, changed(stored("nvfp4", state)[0], **ends)))
 
 
-def test_powers_of_2_are_kept_as_such(tmp_path, state):
+def test_mxfp8_scales_must_be_powers_of_2(tmp_path, state):
     saved, means = stored("mxfp8", state)
     scale = saved[f"{ONE}weight_scale"]
     assert_means(load_dit(native(tmp_path, changed(saved, weight_scale=scale.view(torch.uint8))))[0], means)
@@ -236,7 +239,7 @@ def test_powers_of_2_are_kept_as_such(tmp_path, state):
     assert "mxfp8 with a scale of the whole" in refused(native(tmp_path, changed(saved, weight_scale_2=torch.ones(()))))
 
 
-def test_marks_that_contradict_each_other(tmp_path: Path, state):
+def test_refuses_contradicting_marks(tmp_path: Path, state):
     saved, _ = stored("nvfp4", state)
     save_file(
         saved,

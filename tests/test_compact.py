@@ -1,4 +1,4 @@
-"""Transformers as one file in few bits: what loading would have made of them, once for all."""
+"""Transformers saved as one file in few bits: what loading would have made of them, done once."""
 
 from __future__ import annotations
 
@@ -39,8 +39,8 @@ def compact(folder: Path, source: Path, precision: str, variant: str | None = No
 
 @PRECISIONS
 @pytest.mark.parametrize("source", ["native", "diffusers", "fp8", "nvfp4"])
-def test_a_file_holds_what_loading_makes_of_its_source(tmp_path, state, source, precision):
-    """Bit for bit, whatever the source is stored as."""
+def test_file_holds_what_loading_makes_of_its_source(tmp_path, state, source, precision):
+    """Bit for bit, however the source is stored."""
     if source == "fp8":
         path = comfy_fp8(tmp_path, state, "weight_scale")
     else:
@@ -58,7 +58,7 @@ def test_a_file_holds_what_loading_makes_of_its_source(tmp_path, state, source, 
 
 
 @PRECISIONS
-def test_other_programs_open_it(tmp_path, state, precision):
+def test_file_layout_is_readable_by_other_programs(tmp_path, state, precision):
     made = compact(tmp_path, native(tmp_path, state), precision)
     tensors = load_file(made)
 
@@ -73,7 +73,7 @@ def test_other_programs_open_it(tmp_path, state, precision):
         assert file.metadata()["format"] == "pt"
 
 
-def test_how_far_it_is_is_told(tmp_path, state):
+def test_progress_is_reported_per_tensor(tmp_path, state):
     told: list[tuple[int, int]] = []
     write_compact(native(tmp_path, state), tmp_path / "x.safetensors", "int8", None, lambda *far: told.append(far))
 
@@ -81,8 +81,8 @@ def test_how_far_it_is_is_told(tmp_path, state):
     assert told == [(done, count) for done in range(1, count + 1)]
 
 
-def test_once_is_enough(tmp_path, state):
-    """What is in 8 bits stays as it is; streamed, it is what it is in memory."""
+def test_compacting_twice_changes_nothing(tmp_path, state):
+    """Weights already in 8 bits stay as they are; streamed, they answer as they do in memory."""
     made = compact(tmp_path, native(tmp_path, state), "int8")
     (tmp_path / "again").mkdir()
     again = compact(tmp_path / "again", made, "int8")
@@ -92,10 +92,10 @@ def test_once_is_enough(tmp_path, state):
     assert torch.equal(whole, streamed)
 
 
-def test_what_weights_say_of_themselves_goes_along(tmp_path, state):
+def test_metadata_of_the_weights_is_kept(tmp_path, state):
     about = {"kind": "dit", "variant": "turbo", "native": 64, "recommended": {"steps": 4}, "shapes": ["64x96"]}
     save(tmp_path / "a.safetensors", state, about)
-    made = compact(tmp_path, tmp_path / "a.safetensors", "int8", "raw")  # which the weights know better
+    made = compact(tmp_path, tmp_path / "a.safetensors", "int8", "raw")  # the weights know better
 
     told = open_checkpoint(made).metadata
     assert {key: told[key] for key in about} == about and told["config"]["width"] == TINY.width
@@ -104,7 +104,7 @@ def test_what_weights_say_of_themselves_goes_along(tmp_path, state):
     assert library.variant_of(plain) == "turbo"
 
 
-def test_pictures_of_it(tiny, tmp_path, monkeypatch):  # noqa: F811
+def test_compact_files_render_the_same_pictures(tiny, tmp_path, monkeypatch):  # noqa: F811
     helpers, spec = library.helpers("tiny"), RenderSpec("a red fox", seed=3)
     monkeypatch.setattr(library, "helpers", lambda name: helpers)
     for precision in ("int8", "fp8", "int4"):
@@ -116,7 +116,7 @@ def test_pictures_of_it(tiny, tmp_path, monkeypatch):  # noqa: F811
         assert ours.image.tobytes() == kept.image.tobytes()
 
 
-def test_whole_or_not_at_all(tmp_path, state, monkeypatch):
+def test_file_is_written_whole_or_not_at_all(tmp_path, state, monkeypatch):
     source, target = native(tmp_path, state), tmp_path / "out" / "x.safetensors"
     with pytest.raises(K2Error, match="exists already"):
         write_compact(source, source, "int8", None)
@@ -144,7 +144,7 @@ def test_whole_or_not_at_all(tmp_path, state, monkeypatch):
     ("precision", "lies"),
     [("int8", torch.bfloat16), ("fp8", torch.bfloat16), ("int4", torch.bfloat16), ("fp8", torch.float8_e4m3fn)],
 )
-def test_weights_that_hold_what_is_no_number_are_not_rounded(tmp_path, state, precision, lies):
+def test_weights_with_nan_are_not_rounded(tmp_path, state, precision, lies):
     broken = state["blocks.0.attn.wq.weight"].clone()
     broken[3, 5] = float("nan")
     source = native(tmp_path, state | {"blocks.0.attn.wq.weight": broken.to(lies)})
@@ -154,7 +154,7 @@ def test_weights_that_hold_what_is_no_number_are_not_rounded(tmp_path, state, pr
     assert not (tmp_path / f"{precision}.safetensors").exists()
 
 
-def test_the_command(tiny, k2, tmp_path, monkeypatch):  # noqa: F811
+def test_models_export_command(tiny, k2, tmp_path, monkeypatch):  # noqa: F811
     monkeypatch.chdir(tmp_path)
     asked = ("models", "export", "tiny", "--turbo", "x.safetensors", "--precision", "int8")
 

@@ -1,4 +1,4 @@
-"""DoRA: its definition in double precision, by rows and by columns, over any product and weights; PEFT's answers."""
+"""DoRA: its definition in double precision, by rows and by columns, over any product and weights; parity with PEFT."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def model() -> Krea2:
 
 
 def magnitudes(model: Krea2, form: str, seed: int = 0) -> Matrices:
-    """For every linear layer lengths that are up to half more or less than its own: [out, 1] or [1, in]."""
+    """Magnitudes for every linear layer, up to half more or less than its own norms: [out, 1] or [1, in]."""
     generator = torch.Generator().manual_seed(seed)
     found = {}
     for name, layer in linears(model).items():
@@ -47,7 +47,7 @@ def magnitudes(model: Krea2, form: str, seed: int = 0) -> Matrices:
 
 
 def decomposed(weights: Matrices, updates: Matrices, lengths: Matrices, form: str) -> dict[str, Tensor]:
-    """The definition, as what is added to each matrix: m (W + U) / ‖W + U‖ − W."""
+    """The definition, as the difference added to each matrix: m (W + U) / ‖W + U‖ − W."""
     changes = {}
     for name, length in lengths.items():
         weight = weights[f"{name}.weight"].double()
@@ -64,7 +64,7 @@ def lora(model: Krea2, layout: str, form: str, seed: int = 0) -> tuple[dict[str,
     for name, length in lengths.items():
         if "down" in next(iter(state)):
             state[called(layout, name, "dora_scale").removesuffix(".weight")] = length
-        else:  # PEFT's is a vector, and there is none for columns
+        else:  # PEFT's is a vector, and it has none for columns
             state[called(layout, name, "lora_magnitude_vector")] = length.flatten() if form == "rows" else length
     updates = {name: up.double() @ down.double() for name, (down, up) in pairs.items()}
     return state, decomposed(model.state_dict(), updates, lengths, form)
@@ -75,7 +75,7 @@ def lora(model: Krea2, layout: str, form: str, seed: int = 0) -> tuple[dict[str,
 
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_every_layout_is_the_definition(tmp_path, model, layout, form):
+def test_every_layout_matches_the_definition(tmp_path, model, layout, form):
     state, changes = lora(model, layout, form)
     adapter = read_lora(write(tmp_path, state), model)
 
@@ -85,8 +85,8 @@ def test_every_layout_is_the_definition(tmp_path, model, layout, form):
     assert relative_error(velocity(model, (adapter, 1)), expected) < 1e-4
 
 
-def test_ai_toolkit_calls_it_magnitude(tmp_path, model):
-    """Its norm is without alpha, which is the rank or not stated: then it is PEFT's, and else another."""
+def test_ai_toolkit_magnitudes(tmp_path, model):
+    """Its norm omits alpha. If alpha is the rank or not stated, that is PEFT's norm; otherwise it is another one."""
     state, changes = lora(model, "ComfyUI", "rows")
     state = {name.replace("lora_magnitude_vector.weight", "magnitude"): tensor for name, tensor in state.items()}
     module = "diffusion_model.blocks.0.attn.wq"
@@ -100,7 +100,7 @@ def test_ai_toolkit_calls_it_magnitude(tmp_path, model):
     assert "a DoRA whose norm omits alpha" in refused(tmp_path, model, scaled)
 
 
-def test_a_norm_is_taken_once_and_not_for_every_batch(tmp_path, model, monkeypatch):
+def test_norms_are_taken_once_not_for_every_batch(tmp_path, model, monkeypatch):
     state, _ = lora(model, "PEFT", "rows")
     adapter = read_lora(write(tmp_path, state), model)
     taken: list[nn.Linear] = []
@@ -115,8 +115,8 @@ def test_a_norm_is_taken_once_and_not_for_every_batch(tmp_path, model, monkeypat
 @torch.no_grad()
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("weight", [-2.0, -0.3, 0.0, 0.5, 2.0])
-def test_a_weight_scales_the_difference(tmp_path, model, form, weight):
-    """Layer by layer; 0 is the layer itself, to the bit, and so is what is taken off."""
+def test_weight_scales_the_difference(tmp_path, model, form, weight):
+    """Layer by layer; at weight 0, and after removal, the layer's answer is unchanged to the bit."""
     state, changes = lora(model, "LyCORIS", form)
     adapter = read_lora(write(tmp_path, state), model)
     for name, layer in linears(model).items():
@@ -134,7 +134,7 @@ def test_a_weight_scales_the_difference(tmp_path, model, form, weight):
 
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("kind", ["LoHa", "LoKr"])
-def test_over_other_products(tmp_path, model, form, kind):
+def test_over_loha_and_lokr_products(tmp_path, model, form, kind):
     """LyCORIS decomposes whatever it trains."""
     found = hadamard_factors(model) if kind == "LoHa" else factors(model, "w2")
     lengths = magnitudes(model, form)
@@ -151,8 +151,8 @@ def test_over_other_products(tmp_path, model, form, kind):
 
 
 @pytest.mark.parametrize("nested", [False, True])
-def test_several_in_any_order(tmp_path, model, nested):
-    """The norm is that of the untouched matrix and a DoRA's own update, whatever else lies over the layer."""
+def test_several_adapters_in_any_order(tmp_path, model, nested):
+    """The norm is that of the original matrix plus the DoRA's own update, whatever else is applied to the layer."""
     rows, by_rows = lora(model, "kohya", "rows", seed=1)
     columns, by_columns = lora(model, "OneTrainer", "columns", seed=2)
     pairs, bias = random_pairs(model, seed=3), torch.randn(TINY.width)
@@ -178,8 +178,8 @@ def test_several_in_any_order(tmp_path, model, nested):
     assert nested or all(torch.equal(answers[0], each) for each in answers)
 
 
-def test_queries_keys_and_values_as_one(tmp_path, model):
-    """Rows part as the matrices do. What one column of three matrices is long together cannot be told apart."""
+def test_fused_queries_keys_and_values(tmp_path, model):
+    """Rows split as the matrices do. A norm of one column across three matrices cannot be split."""
     names = [f"blocks.0.attn.{each}" for each in ("wq", "wk", "wv")]
     whole = torch.cat([model.get_submodule(name).weight for name in names])
     down, up, lengths = torch.randn(4, TINY.width) * 0.1, torch.randn(len(whole), 4), torch.rand(len(whole), 1) + 0.5
@@ -198,16 +198,16 @@ def test_queries_keys_and_values_as_one(tmp_path, model):
     state |= {f"{beside}.lora_A.weight": torch.ones(1, TINY.width), f"{beside}.lora_B.weight": torch.zeros(out, 1)}
     own = model.get_submodule(names[1]).weight.norm(dim=1)
     state |= {f"{module}.lora_magnitude_vector": lengths.flatten(), f"{beside}.lora_magnitude_vector": own}
-    adapter = read_lora(write(tmp_path, state), model)  # of no effect, like its magnitude, which is the layer's own
+    adapter = read_lora(write(tmp_path, state), model)  # no effect, nor has its magnitude, which is the layer's own
     assert relative_error(velocity(model, (adapter, 1)), velocity(with_differences(model, 1, expected))) < 1e-4
     state[f"{beside}.lora_B.weight"] = torch.ones(out, 1)
     assert "twice, on its own and in" in refused(tmp_path, model, state)
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_a_magnitude_beside_a_fused_layer(tmp_path, model, form):
-    """The layer's own norm changes nothing, and neither does that of its like in few bits or distilled. Another was
-    trained: it would be lost in silence."""
+def test_magnitude_beside_a_fused_layer(tmp_path, model, form):
+    """The layer's own norm changes nothing, nor does that of the same layer in few bits or distilled. Any other was
+    trained, and would be lost silently."""
     layer, module = model.blocks[0].attn.wv, "transformer_blocks.0.attn.to_qkv"
     beside, out, own = module.replace("qkv", "v"), layer.out_features, layer.weight.norm(dim=FORMS[form], keepdim=True)
     rows = sum(getattr(model.blocks[0].attn, each).out_features for each in ("wq", "wk", "wv"))
@@ -231,8 +231,8 @@ def test_a_magnitude_beside_a_fused_layer(tmp_path, model, form):
 
 
 @pytest.mark.parametrize("precision", ["native", "int8"])
-def test_a_magnitude_beside_a_fused_layer_that_is_streamed(tmp_path, model, precision):
-    """Its block is read for the comparison, and goes on as it was."""
+def test_magnitude_beside_a_fused_layer_that_is_streamed(tmp_path, model, precision):
+    """Its block is read for the comparison, and is streamed as before afterwards."""
     layer, module = model.blocks[1].attn.wv, "transformer_blocks.1.attn.to_qkv"
     own = layer.weight.norm(dim=1, keepdim=True)
     rows = sum(getattr(model.blocks[1].attn, each).out_features for each in ("wq", "wk", "wv"))
@@ -244,7 +244,7 @@ def test_a_magnitude_beside_a_fused_layer_that_is_streamed(tmp_path, model, prec
         load_dit(tmp_path / "wide.safetensors", streamed=each, precision=precision)[0] for each in (False, True)
     )
     before = velocity(held)
-    assert torch.equal(velocity(streamed), before)  # whose first block is on its way again
+    assert torch.equal(velocity(streamed), before)  # its first block is being read again already
 
     messages = [refused(tmp_path, each, state | {f"{beside}.dora_scale": own * 0.7}) for each in (held, streamed)]
     path = write(tmp_path, state | {f"{beside}.dora_scale": own})
@@ -256,8 +256,8 @@ def test_a_magnitude_beside_a_fused_layer_that_is_streamed(tmp_path, model, prec
     assert torch.equal(velocity(streamed), before)
 
 
-def test_a_magnitude_that_was_trained_alone(tmp_path, model):
-    """Over a product of noughts it changes the layer all the same, where there is no other for it."""
+def test_magnitude_trained_alone(tmp_path, model):
+    """Over a product of zeros, it still changes the layer if the layer has no other update."""
     layer = model.blocks[0].attn.wk
     out, lengths = layer.out_features, torch.rand(layer.out_features, 1) + 0.5
     nothing = {"lora_A.weight": torch.ones(1, TINY.width), "lora_B.weight": torch.zeros(out, 1)}
@@ -269,8 +269,8 @@ def test_a_magnitude_that_was_trained_alone(tmp_path, model):
     assert relative_error(velocity(model, (adapter, 1)), velocity(with_differences(model, 1, expected))) < 1e-4
 
 
-def test_a_kronecker_product_for_three(tmp_path, model):
-    """Each of the three takes its rows of the product, for its norm too."""
+def test_kronecker_product_over_fused_layers(tmp_path, model):
+    """Each of the three layers takes its rows of the product, for its norm too."""
     names = [f"blocks.0.attn.{each}" for each in ("wq", "wk", "wv")]
     weights = [model.get_submodule(name).weight for name in names]
     whole, module = torch.cat(weights), "transformer_blocks.0.attn.to_qkv"
@@ -291,7 +291,7 @@ def test_a_kronecker_product_for_three(tmp_path, model):
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("precision", ["int8", "fp8", "int4"])
 def test_over_weights_in_few_bits(tmp_path, model, monkeypatch, precision, form):
-    """The norm is that of the dequantised matrix: exactly, where tokens are not rounded."""
+    """The norm is that of the dequantised matrix; the answer is exact if tokens are not rounded."""
     save(tmp_path / "wide.safetensors", model.state_dict(), {})
     small, _ = load_dit(tmp_path / "wide.safetensors", precision=precision)
     assert any(name.startswith("blocks.") for name in few_bit_layers(small))
@@ -308,8 +308,8 @@ def test_over_weights_in_few_bits(tmp_path, model, monkeypatch, precision, form)
 
 
 @torch.no_grad()
-def test_a_fast_product_stays_the_only_one(tmp_path, model, monkeypatch):
-    """By rows the layer's own answer is all that is needed of its matrix, after the norm."""
+def test_int8_product_runs_once_per_call(tmp_path, model, monkeypatch):
+    """By rows, the layer's own answer is all that is needed of its matrix, once the norm is known."""
     save(tmp_path / "wide.safetensors", model.state_dict(), {})
     small, _ = load_dit(tmp_path / "wide.safetensors", precision="int8")
     adapter = read_lora(write(tmp_path, lora(model, "kohya", "rows")[0]), small)
@@ -323,7 +323,7 @@ def test_a_fast_product_stays_the_only_one(tmp_path, model, monkeypatch):
     assert calls == [layer, layer]
 
 
-def test_a_streamed_network_is_changed_as_a_resident_one(tmp_path, model):
+def test_streamed_and_resident_networks_change_alike(tmp_path, model):
     path = write(tmp_path, lora(model, "PEFT", "rows")[0])
     save(tmp_path / "model.safetensors", model.state_dict(), {})
     for precision in ("native", "int8"):
@@ -348,8 +348,8 @@ def test_in_half_precision(tmp_path, model):
 
 @torch.no_grad()
 @pytest.mark.parametrize("form", FORMS)
-def test_small_changes_of_length_are_not_lost_in_bf16(form):
-    """1.001 is 1 there."""
+def test_small_magnitude_changes_survive_bf16(form):
+    """In bf16, 1.001 rounds to 1."""
     layer, x = nn.Linear(64, 48, bias=False).bfloat16(), torch.randn(5, 64).bfloat16()
     length = 1.001 * layer.weight.float().norm(dim=FORMS[form], keepdim=True)
     dora = Dora(LowRank(torch.zeros(1, 64), torch.zeros(48, 1), magnitude=length), 1.0)
@@ -358,8 +358,8 @@ def test_small_changes_of_length_are_not_lost_in_bf16(form):
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_a_norm_is_taken_part_by_part(monkeypatch, form):
-    """No matrix is there as a whole in fp32."""
+def test_norms_are_taken_in_parts(monkeypatch, form):
+    """No whole matrix exists in fp32."""
     layer, up, down = nn.Linear(64, 37).requires_grad_(False).bfloat16(), torch.randn(37, 3), torch.randn(3, 64)
     update = LowRank(down, up, scale=0.5, magnitude=torch.ones(37, 1) if form == "rows" else torch.ones(1, 64))
     expected = 1 / (layer.weight.double() + 0.5 * (up @ down).double()).norm(dim=FORMS[form], keepdim=True)
@@ -372,7 +372,7 @@ def test_a_norm_is_taken_part_by_part(monkeypatch, form):
 
 
 @pytest.mark.parametrize("precision", ["int8", "int4"])
-def test_a_norm_over_few_bits_is_taken_part_by_part(monkeypatch, precision):
+def test_norms_over_few_bits_are_taken_in_parts(monkeypatch, precision):
     small = few_bit_layer(torch.randn(40, 64) * torch.logspace(-3, 2, 40)[:, None], precision)
     update = LowRank(torch.randn(3, 64), torch.randn(40, 3), magnitude=torch.ones(40, 1))
     whole = gain_of(small, update)
@@ -380,7 +380,7 @@ def test_a_norm_over_few_bits_is_taken_part_by_part(monkeypatch, precision):
     torch.testing.assert_close(gain_of(small, update), whole, rtol=1e-5, atol=0)
 
 
-def test_rows_of_noughts_stay_so():
+def test_rows_of_zeros_stay_zero():
     layer = nn.Linear(4, 3, bias=False)
     with torch.no_grad():
         layer.weight.zero_()
@@ -388,7 +388,7 @@ def test_rows_of_noughts_stay_so():
     assert torch.equal(gain, torch.zeros(3, 1))
 
 
-# ---- what is refused ----------------------------------------------------------------------------
+# ---- refusals -----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -403,12 +403,12 @@ def test_rows_of_noughts_stay_so():
         ("blocks.0.attn.wq.dora_scale.second", (), "product: blocks.0.attn.wq.dora_scale.second"),
     ],
 )
-def test_absurd_magnitudes(tmp_path, model, key, shape, what):
+def test_refuses_impossible_magnitudes(tmp_path, model, key, shape, what):
     state = pair("blocks.0.attn.wq", width=64) | {key: torch.ones(shape)}
     assert what in refused(tmp_path, model, state)
 
 
-def test_a_vector_is_never_of_columns(tmp_path, model):
+def test_vectors_are_never_column_magnitudes(tmp_path, model):
     layer = model.blocks[0].mlp.up
     assert layer.in_features != layer.out_features
     state = {"lora_A": torch.ones(2, layer.in_features), "lora_B": torch.ones(layer.out_features, 2)}
@@ -417,8 +417,8 @@ def test_a_vector_is_never_of_columns(tmp_path, model):
     assert "its magnitude of blocks.0.mlp.up" in message
 
 
-def test_magnitudes_of_what_is_not_decomposed(tmp_path, model):
-    """Whole differences, norms; and one magnitude twice."""
+def test_refuses_magnitudes_without_a_low_rank_update(tmp_path, model):
+    """Full differences and norm layers; also two magnitudes for one layer, and one with NaN."""
     length = {"blocks.0.attn.wq.dora_scale": torch.ones(64, 1)}
     whole = {"blocks.0.attn.wq.diff": torch.ones(64, 64)}
     assert "the magnitude of blocks.0.attn.wq" in refused(tmp_path, model, whole | length)
@@ -431,8 +431,8 @@ def test_magnitudes_of_what_is_not_decomposed(tmp_path, model):
     assert "NaN or infinite" in refused(tmp_path, model, broken)
 
 
-def test_a_dora_that_lost_its_magnitudes(tmp_path, model):
-    """PEFT states it apart. Taken for a LoRA, its picture would be another."""
+def test_dora_without_its_magnitudes_is_refused(tmp_path, model):
+    """PEFT states in the metadata that it is a DoRA. Read as a LoRA, it would render another picture."""
     stated = json.dumps({"transformer.use_dora": True, "transformer.lora_alpha": 4})
     state = pair("blocks.0.attn.wq", width=64)
     message = refused(tmp_path, model, state, lora_adapter_metadata=stated)
@@ -441,13 +441,13 @@ def test_a_dora_that_lost_its_magnitudes(tmp_path, model):
     read_lora(write(tmp_path, state, lora_adapter_metadata=stated), model)
 
 
-# ---- beside PEFT --------------------------------------------------------------------------------
+# ---- parity with PEFT ---------------------------------------------------------------------------
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("saved_by", ["PEFT", "diffusers"])
-def test_peft_answers_the_same(tmp_path: Path, model, saved_by):
-    """Over diffusers' network with the same weights; the very file that either saves."""
+def test_answers_match_peft(tmp_path: Path, model, saved_by):
+    """On diffusers' network with the same weights, with the files that PEFT and diffusers save."""
     peft = pytest.importorskip("peft")
     targets = sorted({THEIRS[name] for name in linears(model)})
     settings = peft.LoraConfig(r=3, lora_alpha=5, use_dora=True, target_modules=targets, init_lora_weights=False)
@@ -480,8 +480,8 @@ def test_peft_answers_the_same(tmp_path: Path, model, saved_by):
 # ---- in the pipeline ----------------------------------------------------------------------------
 
 
-def test_pictures_with_and_without(tmp_path, pipeline):
-    """At strength 0 the picture is the one without it, and the record says how much was matched."""
+def test_pictures_with_and_without_a_dora(tmp_path, pipeline):
+    """At strength 0 the picture is the one without it; the record says how many modules matched."""
     path = write(tmp_path, lora(pipeline.dit, "OneTrainer", "columns")[0])
     specs = [FOX, *(replace(FOX, loras=(Lora(path, weight),)) for weight in (0, 1, -2))]
     records = [picture.record for picture in pipeline.render(specs)]

@@ -1,4 +1,4 @@
-"""The proof that this is a Krea 2: diffusers opens the exported folder and paints the same picture from the noise."""
+"""Proof that this is a Krea 2: diffusers opens the exported folder and renders the same picture from the same noise."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 
 def assert_same_pictures(pipeline: Pipeline, folder: Path, spec: RenderSpec) -> None:
-    """Ours and diffusers', given the same noise: no pixel further apart than 2 of 255."""
+    """Render with k2 and diffusers from the same noise: no pixel may differ by more than 2 of 255."""
     diffusers = pytest.importorskip("diffusers")
     spec = pipeline.resolve(spec)
     ours = pipeline.render([spec])[0]
@@ -50,14 +50,14 @@ def assert_same_pictures(pipeline: Pipeline, folder: Path, spec: RenderSpec) -> 
 
 
 @pytest.mark.parametrize("variant", ["raw", "turbo"])
-def test_diffusers_paints_the_same(tiny, tmp_path, variant):  # noqa: F811
-    """Another size; with guidance a negative prompt, and prompts of different lengths in the two branches.
+def test_diffusers_renders_the_same_picture(tiny, tmp_path, variant):  # noqa: F811
+    """Another size than the native one; with guidance, a negative prompt of another length than the prompt.
 
-    Without guidance diffusers drops a negative prompt, and k2 leads the prompt away from it: so there is none here.
+    Without guidance, diffusers drops negative prompts and k2 steers the prompt away from them, so there is none.
     """
     pipeline = Pipeline.load("tiny", variant=variant, device="cpu")
     pipeline.export(tmp_path / "out")
-    pipeline.dit.side = None  # diffusers takes all weights for such as have seen many sizes
+    pipeline.dit.side = None  # diffusers treats all weights as trained at many sizes
 
     negative = "blue" if pipeline.recommended["guidance"] else ""
     spec = RenderSpec("a red fox in the snow", width=80, height=64, seed=7, negative=negative)
@@ -65,7 +65,7 @@ def test_diffusers_paints_the_same(tiny, tmp_path, variant):  # noqa: F811
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
-def test_a_constant_mu_of_ones_own(tiny, tmp_path, monkeypatch):  # noqa: F811
+def test_constant_mu_is_exported(tiny, tmp_path, monkeypatch):  # noqa: F811
     state, about = read(tiny / "tiny-raw.safetensors")
     for path in tiny.iterdir():
         (tmp_path / path.name).write_bytes(path.read_bytes())
@@ -78,8 +78,8 @@ def test_a_constant_mu_of_ones_own(tiny, tmp_path, monkeypatch):  # noqa: F811
 
 
 @pytest.mark.parametrize("ends", [(3.0, 3.0), (0.7, 2.5)])
-def test_another_pipelines_mu(tiny, tmp_path, ends):  # noqa: F811
-    """Of weights that say nothing of themselves, as when diffusers saved them: its scheduler's, exported or not."""
+def test_mu_of_weights_without_metadata_comes_from_the_scheduler(tiny, tmp_path, ends):  # noqa: F811
+    """As diffusers saves them. The same holds after they are exported again."""
     Pipeline.load("tiny", variant="raw", device="cpu").export(tmp_path / "out")
     weights, config = (next((tmp_path / "out").glob(each)) for each in ("transformer/*.safetensors", "scheduler/*"))
     save(weights, read(weights)[0], {})
@@ -93,8 +93,8 @@ def test_another_pipelines_mu(tiny, tmp_path, ends):  # noqa: F811
     assert_same_pictures(pipeline, tmp_path / "again", spec)
 
 
-def test_taps_up_to_the_very_last_layer(tiny, tmp_path, monkeypatch):  # noqa: F811
-    """Its state is the normed one there and here."""
+def test_taps_up_to_the_last_layer(tiny, tmp_path, monkeypatch):  # noqa: F811
+    """Both diffusers and k2 use the last layer's state after the norm."""
     for path in tiny.iterdir():
         (tmp_path / path.name).write_bytes(path.read_bytes())
     state, about = read(tiny / "tiny-text.safetensors")
@@ -111,7 +111,7 @@ def test_taps_up_to_the_very_last_layer(tiny, tmp_path, monkeypatch):  # noqa: F
 
 
 def test_k2_reads_its_export(tiny, tmp_path):  # noqa: F811
-    """With the same settings, and exports it again byte for byte but for the order of two lines of metadata."""
+    """With the same settings; a second export is identical byte for byte, except for the order of the metadata."""
     pipeline = Pipeline.load("tiny", variant="turbo", device="cpu")
     pipeline.export(tmp_path / "out")
     again = Pipeline.load(str(tmp_path / "out"), device="cpu")
@@ -131,7 +131,7 @@ def test_k2_reads_its_export(tiny, tmp_path):  # noqa: F811
             assert one.read_bytes() == other.read_bytes(), one.name
 
 
-def test_a_tokenizer_that_lies_alone_is_exported(tiny, tmp_path):  # noqa: F811
+def test_tokenizer_file_without_its_folder_is_exported(tiny, tmp_path):  # noqa: F811
     Pipeline.load("tiny", device="cpu").export(made := tmp_path / "out")
     (made / "tokenizer" / "tokenizer.json").rename(made / "tokenizer.json")
     shutil.rmtree(made / "tokenizer")
@@ -141,7 +141,7 @@ def test_a_tokenizer_that_lies_alone_is_exported(tiny, tmp_path):  # noqa: F811
     assert_same_pictures(pipeline, tmp_path / "again", RenderSpec("a red fox"))
 
 
-def test_what_a_folder_says_of_its_parts_is_in_the_record(tiny, tmp_path):  # noqa: F811
+def test_record_has_hashes_of_configs_and_tokenizer(tiny, tmp_path):  # noqa: F811
     Pipeline.load("tiny", device="cpu").export(made := tmp_path / "out")
 
     files = Pipeline.load(str(made), device="cpu").hashes()
@@ -152,12 +152,12 @@ def test_what_a_folder_says_of_its_parts_is_in_the_record(tiny, tmp_path):  # no
     assert next(iter(files)).startswith("transformer/") and all(files[name] == sha256(made / name) for name in files)
 
 
-def test_an_existing_folder_is_left_alone(tiny, tmp_path):  # noqa: F811
+def test_export_refuses_an_existing_folder(tiny, tmp_path):  # noqa: F811
     with pytest.raises(K2Error, match="exists already"):
         Pipeline.load("tiny", device="cpu").export(tmp_path)
 
 
-def test_a_failed_export_leaves_nothing(tiny, tmp_path, monkeypatch):  # noqa: F811
+def test_failed_export_leaves_nothing(tiny, tmp_path, monkeypatch):  # noqa: F811
     def full(*_):
         raise OSError(28, "No space left on device")
 
@@ -168,7 +168,7 @@ def test_a_failed_export_leaves_nothing(tiny, tmp_path, monkeypatch):  # noqa: F
     assert not list(tmp_path.iterdir())
 
 
-def test_a_disk_that_fills_with_weights_leaves_not_even_the_folders_above(tiny, tmp_path, monkeypatch):  # noqa: F811
+def test_full_disk_leaves_not_even_the_parent_folders(tiny, tmp_path, monkeypatch):  # noqa: F811
     def full(*_, **__):
         raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
 
@@ -179,7 +179,7 @@ def test_a_disk_that_fills_with_weights_leaves_not_even_the_folders_above(tiny, 
 
 
 @pytest.mark.parametrize("variant", ["raw", "turbo"])
-def test_the_model_in_the_box(tmp_path, variant):
+def test_bundled_model(tmp_path, variant):
     if library.find("mini", variant) is None:
         pytest.skip(f"mini-{variant} is not in the box")
     pipeline = Pipeline.load("mini", variant=variant, device="cpu")

@@ -1,4 +1,4 @@
-"""The FLUX.2 autoencoder against diffusers' on random weights, and tiles against the whole."""
+"""The FLUX.2 autoencoder compared with diffusers' on random weights, and tiles compared with the whole picture."""
 
 from dataclasses import replace
 from fractions import Fraction
@@ -46,8 +46,8 @@ def test_config_from_diffusers(pair, request):
 
 
 @torch.no_grad()
-def test_parity(pair):
-    """Latents, packed and normalised as diffusers' pipeline does it, and pictures agree."""
+def test_parity_with_diffusers(pair):
+    """Pictures agree, and so do latents, packed and normalised as in diffusers' pipeline."""
     from diffusers.pipelines.flux2.pipeline_flux2 import Flux2Pipeline
 
     ours, theirs = pair
@@ -70,15 +70,15 @@ def test_odd_sizes_are_refused(pair):
 
 
 @pytest.mark.parametrize(("length", "tile", "overlap"), [(64, 64, 16), (65, 64, 16), (200, 64, 16), (129, 32, 31)])
-def test_tiles_cover(length, tile, overlap):
-    """Tiles reach both borders, neighbours overlap by no less than asked, and one tile fewer would not do."""
+def test_tiles_cover_the_length(length, tile, overlap):
+    """Tiles reach both borders, neighbours overlap by at least as much as asked, and one tile fewer would not do."""
     begin = starts(length, tile, overlap, unit=1)
     assert begin[0] == 0 and begin[-1] == max(0, length - tile)
     assert all(after - before <= tile - overlap for before, after in pairwise(begin))
     assert len(begin) == 1 or tile + (len(begin) - 2) * (tile - overlap) < length
 
 
-def test_no_more_than_a_tile_is_worked_on_at_a_time():
+def test_only_one_tile_is_processed_at_a_time():
     seen = set()
 
     def look(part: torch.Tensor) -> torch.Tensor:
@@ -92,7 +92,7 @@ def test_no_more_than_a_tile_is_worked_on_at_a_time():
 
 
 def test_blending_is_exact_where_tiles_agree():
-    """A map of single cells gives the same in tiles; weights fade only towards neighbours."""
+    """Maps that work cell by cell give the same result in tiles; weights fade only towards neighbours."""
     x = torch.randn(2, 3, 40, 72)
     up = torch.nn.Upsample(scale_factor=8)
     torch.testing.assert_close(tiled(up, x, 16, 4, Fraction(8)), up(x))
@@ -102,14 +102,14 @@ def test_blending_is_exact_where_tiles_agree():
 
 
 @torch.no_grad()
-def test_tiles_against_the_whole(pair):
-    """Group norms and attention see the tile instead of the picture: close to the whole, and no seam.
+def test_tiles_are_close_to_the_whole_without_a_seam(pair):
+    """Group norms and attention see the tile instead of the picture.
 
     Bounds: 10 % of the whole's norm, and the step across a tile's border no more than 1.5 times the whole's own.
     """
     ours, _ = pair
     torch.manual_seed(1)
-    latents = torch.randn(1, 32, 48, 32)  # alike everywhere, so that a tile's statistics resemble the whole's
+    latents = torch.randn(1, 32, 48, 32)  # uniform, so that a tile's statistics resemble the whole's
     whole = ours.decode(latents)
     ours.tile, ours.overlap = 192, 64
     try:
@@ -123,7 +123,7 @@ def test_tiles_against_the_whole(pair):
     assert step[127:320].amax() <= 1.5 * own.amax()
 
 
-def test_a_latent_cell_is_of_eight_pixels():
+def test_refuses_configs_without_four_scales():
     for scales in ({"block_out_channels": [32] * 3}, {"decoder_block_out_channels": [32] * 5}):
         with pytest.raises(ValueError, match="4 scales"):
             FluxVAEConfig.from_dict(scales)
@@ -134,6 +134,6 @@ def test_a_latent_cell_is_of_eight_pixels():
     [(4, 4, 1, "1"), (4, 0, 1, "1"), (5, 2, 2, "1"), (4, 1, 2, "1"), (4, 2, 1, "1/2")],
 )
 def test_impossible_tiles_are_refused(tile, overlap, unit, scale):
-    """Those without a step or an overlap, and cells of the picture that would be cut in two."""
+    """Those without a step or an overlap, and those that would cut cells of the picture in two."""
     with pytest.raises(ValueError, match="overlap"):
         tiled(torch.nn.Identity(), torch.zeros(1, 1, 9, 9), tile, overlap, Fraction(scale), unit)

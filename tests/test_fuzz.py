@@ -1,4 +1,4 @@
-"""Whatever bytes stand where k2 reads: a value, or a K2Error, within five seconds and within a gigabyte.
+"""Whatever bytes k2 reads, it returns a value or raises a K2Error, within five seconds and one gigabyte.
 
 `pytest --hypothesis-profile=long tests/test_fuzz.py` tries 20,000 cases of each.
 """
@@ -34,19 +34,19 @@ from model.library import describe
 from model.references import fitting, to_pixels
 from model.spec import Picture, RenderSpec
 
-PATIENCE = 5.0  # seconds of the processor
-ROOM = 1 << 30  # bytes beyond what the process holds when a case begins
-PEAK = Path("/proc/self/clear_refs")  # Linux: writing 5 here makes the peak of what is resident begin anew
+PATIENCE = 5.0  # seconds of CPU time
+ROOM = 1 << 30  # bytes beyond what the process holds when a case starts
+PEAK = Path("/proc/self/clear_refs")  # Linux: writing 5 here resets the peak resident size
 fuzz = settings(suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
 
 
 class Exceeded(BaseException):
-    """Not an Exception: readers of pictures turn those into K2Errors, a failing assert and a MemoryError too."""
+    """Not an Exception: picture readers turn those into K2Errors, even AssertionError and MemoryError."""
 
 
 @contextmanager
 def nothing_but_k2_errors() -> Iterator[None]:
-    """And soon, and in little room."""
+    """Within the limits of time and memory, too."""
 
     def alarm(number: int, frame: object) -> None:
         raise Exceeded(f"{PATIENCE:g} seconds")
@@ -54,7 +54,7 @@ def nothing_but_k2_errors() -> Iterator[None]:
     before = signal.signal(signal.SIGPROF, alarm)
     started = time.process_time()
     held = peak(anew=True)
-    signal.setitimer(signal.ITIMER_PROF, PATIENCE)  # counts the processor's time; others may be at work too
+    signal.setitimer(signal.ITIMER_PROF, PATIENCE)  # counts CPU time, as other processes may be busy too
     try:
         yield
     except K2Error as error:
@@ -63,36 +63,36 @@ def nothing_but_k2_errors() -> Iterator[None]:
         signal.setitimer(signal.ITIMER_PROF, 0)
         signal.signal(signal.SIGPROF, before)
         taken = peak() - held
-    if time.process_time() - started > PATIENCE:  # in one call of C code no alarm is heard before its end
+    if time.process_time() - started > PATIENCE:  # during a call into C code, no signal is handled before its end
         raise Exceeded(f"{PATIENCE:g} seconds")
     if taken > ROOM:
         raise Exceeded(f"{taken >> 20} MiB")
 
 
 def peak(anew: bool = False) -> int:
-    """The most bytes that were resident at a time, by the kernel's own count; since now on, if anew."""
+    """The peak resident bytes as counted by the kernel; if anew, the peak is reset first."""
     if not os.access(PEAK, os.W_OK):
         return 0
     if anew:
         with suppress(AttributeError):  # another C library
-            ctypes.CDLL(None).malloc_trim(0)  # what was freed earlier but kept would be taken again unseen
+            ctypes.CDLL(None).malloc_trim(0)  # memory freed but kept would be reused unnoticed
         PEAK.write_text("5")
     return next(int(line.split()[1]) << 10 for line in open("/proc/self/status") if line.startswith("VmHWM"))
 
 
 class TestTheBoundsThemselves:
-    @pytest.mark.skipif(not os.access(PEAK, os.W_OK), reason="this system does not count peaks of memory anew")
-    def test_of_memory(self):
-        """What is taken and given back before the end counts, and so does what ends in an error."""
+    @pytest.mark.skipif(not os.access(PEAK, os.W_OK), reason="this system cannot reset its memory peak")
+    def test_memory_limit(self):
+        """Memory that is freed before the end counts, and so does a case that ends in an error."""
         with nothing_but_k2_errors():
             assert bytearray(b"x") * (ROOM // 2)
         with pytest.raises(Exceeded, match="MiB"), nothing_but_k2_errors():
             assert bytearray(b"x") * (ROOM + (64 << 20))
             raise K2Error("too late")
-        with nothing_but_k2_errors():  # the peak before is forgotten
+        with nothing_but_k2_errors():  # the earlier peak is reset
             pass
 
-    def test_of_time(self, monkeypatch):
+    def test_time_limit(self, monkeypatch):
         monkeypatch.setitem(globals(), "PATIENCE", 0.2)
         with pytest.raises(Exceeded, match="seconds"), nothing_but_k2_errors():
             while True:
@@ -102,7 +102,7 @@ class TestTheBoundsThemselves:
             sum(bytes(200_000_000))
             raise K2Error("too late")
 
-    def test_of_errors(self):
+    def test_only_k2_errors_pass(self):
         with nothing_but_k2_errors():
             raise K2Error("so be it")
         with pytest.raises(ValueError), nothing_but_k2_errors():
@@ -153,7 +153,7 @@ PIECES += [b"0001-01-01T00:00:00+23:59", b"9999-12-31T23:59:59-23:59", b"nan", b
 
 
 def mangled(text: str) -> st.SearchStrategy[bytes]:
-    """A file that was right, with a piece taken out, put in, or put twice; as likely a line as anything."""
+    """A valid file with up to three changes: pieces removed, inserted, or doubled."""
     raw = text.encode()
 
     @st.composite
@@ -170,7 +170,7 @@ def mangled(text: str) -> st.SearchStrategy[bytes]:
 
 
 def written(table: dict) -> bytes:
-    """TOML of any table; what TOML cannot say becomes a text."""
+    """Any table as TOML; what TOML cannot express becomes a text."""
     try:
         return dump(table)
     except (TypeError, ValueError, AttributeError):
@@ -221,7 +221,7 @@ riso = 0.5
 
 @pytest.fixture
 def studio(moody, monkeypatch) -> Path:
-    """A project of everything, with no model that would be loaded."""
+    """A project that uses everything, without a model to load."""
 
     def look(*what: object) -> None:
         raise K2Error("Nobody looks at boards here.")
@@ -244,7 +244,7 @@ def planned(folder: Path) -> None:
 
 @fuzz
 @given(mangled(EVERYTHING) | tables | st.binary(max_size=200))
-def test_k2_toml(studio, content):
+def test_project_files(studio, content):
     (studio / "k2.toml").write_bytes(content)
     with nothing_but_k2_errors():
         planned(studio)
@@ -287,7 +287,7 @@ PLAN += "\n[[picture]]\n" + "".join(
 
 @fuzz
 @given(mangled(PLAN) | tables)
-def test_plans_of_runs(studio, content):
+def test_run_plans(studio, content):
     folder = studio / "outputs" / "0001-fox"
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "run.toml").write_bytes(content)
@@ -323,7 +323,7 @@ SEEDS = [
 
 @st.composite
 def spoilt(draw: st.DrawFn, seeds: list[bytes]) -> bytes:
-    """A file that was right, with some bytes changed, or numbers made absurd, or an end cut off."""
+    """A valid file with bytes changed, numbers made absurd, or the end cut off."""
     data = bytearray(draw(st.sampled_from(seeds)))
     for _ in range(draw(st.integers(0, 6))):
         place = draw(st.integers(0, len(data) - 1))
@@ -387,7 +387,7 @@ def json_says(value: object) -> bool:
 
 
 def gguf() -> bytes:
-    """One tensor, three fields."""
+    """A file of one tensor and three fields."""
 
     def text(value: str) -> bytes:
         return struct.pack("<Q", len(value)) + value.encode()
@@ -400,21 +400,21 @@ def gguf() -> bytes:
     return head + bytes(-len(head) % 32) + bytes(68)
 
 
-def test_the_seeds_are_right(tmp_path):
-    """Or else nothing beyond the first check would be tried."""
+def test_seeds_are_valid(tmp_path):
+    """Otherwise nothing beyond the first check would be exercised."""
     (tmp_path / "a").write_bytes(gguf())
     assert read_header(tmp_path / "a")["w"]["shape"] == [2, 32]
     for content in SEEDS:
         (tmp_path / "a").write_bytes(content)
         assert to_pixels(tmp_path / "a", 32, 32).shape == (1, 3, 32, 32)
-    usual = {"sampler": "euler", "guidance_until": 1.0}  # of a record that says nothing of them
+    usual = {"sampler": "euler", "guidance_until": 1.0}  # defaults for a record that does not have them
     assert records.parse(Toml(RECORD, "record"), Path).shot.spec == RenderSpec(**(vars(shot().spec) | usual))
     assert len(Toml(PLAN, "plan").table["picture"]) == 1
 
 
 @fuzz
 @given(safetensors() | spoilt([gguf()]) | st.binary(max_size=100))
-def test_headers_of_weights(tmp_path, content):
+def test_weight_headers(tmp_path, content):
     path = tmp_path / "a.safetensors"
     path.write_bytes(content)
     for read in (read_header, describe):

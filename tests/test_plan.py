@@ -1,4 +1,4 @@
-"""How a model is held: what fits is taken as it is, what does not is rounded, then streamed; wishes are kept to."""
+"""How a model is held: as it is if it fits, otherwise rounded, then streamed; explicit choices are respected."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def release():
     return release_numbers()
 
 
-def test_the_open_weights_are_counted_as_they_are_published(release):
+def test_open_weights_have_their_published_size(release):
     assert release.inside + release.outside == pytest.approx(12.9e9, rel=0.01)
     assert release.text + release.others == pytest.approx(4.0e9, rel=0.05)
     assert (release.blocks, release.layers, release.width) == (28, 35, 6144)
@@ -56,20 +56,20 @@ def test_the_open_weights_are_counted_as_they_are_published(release):
         (7.5, ("int8", "all")),
     ],
 )
-def test_exact_before_rounded_and_resident_before_streamed(release, free, way):
+def test_prefers_exact_to_rounded_and_resident_to_streamed(release, free, way):
     chosen = choose(replace(release, on_card=True), free * GB, dtype="bfloat16")
     assert (chosen.precision, chosen.offload) == way
     assert chosen.fits(free * GB)
 
 
 @pytest.mark.parametrize("free", [3, 8, 14])
-def test_what_is_streamed_to_a_processor_is_never_rounded_unasked(release, free):
-    """It would be at every step: there is no other memory to keep it in."""
+def test_streaming_on_a_processor_never_rounds_unasked(release, free):
+    """It would round again at every step, as there is no other memory to keep the result in."""
     chosen = choose(release, free * GB, dtype="float32")
     assert (chosen.precision, chosen.offload) == ("native", "all")
 
 
-def test_what_is_asked_for_is_kept_to(release):
+def test_explicit_choices_are_respected(release):
     for precision in PRECISIONS:
         for offload in OFFLOADS:
             chosen = choose(release, GB, dtype="bfloat16", precision=precision, offload=offload)
@@ -79,8 +79,8 @@ def test_what_is_asked_for_is_kept_to(release):
     assert choose(release, 30 * GB, dtype="bfloat16", eight="fp8").precision == "fp8"
 
 
-def test_needs_are_weights_in_memory_and_a_picture_in_the_making(release):
-    """Of what is streamed, the blocks in hand; the picture costs the same however the weights are held."""
+def test_needs_are_the_weights_held_plus_a_picture(release):
+    """Of streamed parts, only the blocks in use count; the picture costs the same however the weights are held."""
     n, rest = release, release.outside + release.others
 
     def picture(numbers: Numbers) -> int:
@@ -95,38 +95,40 @@ def test_needs_are_weights_in_memory_and_a_picture_in_the_making(release):
             held = size * inside * n.inside + 2 * (text * n.text + rest)
             assert needs(n, "bfloat16", precision, offload) == pytest.approx(held + picture(n), abs=8)
     assert needs(n, "float32", "native", "none") == 2 * needs(n, "bfloat16", "native", "none")
-    mixed = replace(n, stored="int8", wide=n.inside // 4)  # which stay as they are where the others do
+    mixed = replace(n, stored="int8", wide=n.inside // 4)  # these stay as they are if the others do
     assert needs(mixed, "bfloat16", "int8", "none") - needs(n, "bfloat16", "int8", "none") == mixed.wide
     assert needs(mixed, "bfloat16", "fp8", "none") == needs(n, "bfloat16", "fp8", "none")
-    tokens = (n.native // 16) ** 2  # two rows of which, guided, hold both halves of a feed-forward
+    tokens = (n.native // 16) ** 2  # with guidance, two rows of them hold both halves of a feed-forward
     assert picture(n) > 2 * 2 * tokens * 2 * n.hidden
     assert 3 < picture(replace(n, native=2 * n.native)) / picture(n) < 4
 
 
-def test_where_nothing_fits_the_least_is_taken(release):
+def test_takes_the_smallest_if_nothing_fits(release):
     chosen = choose(replace(release, on_card=True), GB, dtype="bfloat16")
     assert chosen.offload == "all" and not chosen.fits(GB)
-    least = min(needs(release, "bfloat16", each, "all") for each in PRECISIONS if each != "int4")  # which is asked for
+    least = min(
+        needs(release, "bfloat16", each, "all") for each in PRECISIONS if each != "int4"
+    )  # int4 is only taken on request
     assert chosen.needs == least
 
 
-def test_streamed_weights_are_taken_as_they_lie_on_disk(release):
+def test_streamed_weights_keep_their_stored_precision(release):
     stored = replace(release, stored="int8")
     assert choose(stored, 6 * GB, dtype="bfloat16").precision == "int8"
 
 
-def test_streamed_weights_that_have_to_be_worked_out_are_so_once(release):
-    """In the bits that are kept in the least room; where there is room for all, they are held as any are."""
+def test_packed_streamed_weights_are_unpacked_once(release):
+    """At the precision that takes the least room to keep; if there is room for all, they are held like any other."""
     packed = replace(release, packed=True, on_card=True)
     assert choose(packed, 6 * GB, dtype="bfloat16", eight="fp8").precision == "fp8"
     assert choose(packed, 80 * GB, dtype="bfloat16") == choose(release, 80 * GB, dtype="bfloat16")
-    elsewhere = replace(packed, on_card=False)  # there is no other memory to keep it in
+    elsewhere = replace(packed, on_card=False)  # no other memory to keep them in
     assert choose(elsewhere, 6 * GB, dtype="bfloat16").precision == "native"
     assert choose(packed, 6 * GB, dtype="bfloat16", precision="native").precision == "native"
 
 
-def test_a_device_is_given_numbers_that_it_has(release):
-    """Metal has no 8-bit floats: a file of them is widened on its way, and who asks for them is told."""
+def test_device_gets_a_precision_that_it_supports(release):
+    """Metal has no 8-bit floats: files of them are widened while streaming, and asking for them is an error."""
     known, stored = known_precisions("mps"), replace(release, stored="fp8")
     assert known_precisions("cuda") == known_precisions("cpu") == PRECISIONS
 
@@ -138,18 +140,20 @@ def test_a_device_is_given_numbers_that_it_has(release):
     assert error.value.hint == "Choose native, int8 or int4."
 
 
-def test_a_small_model_is_held_as_it_is_however_little_is_free(tiny):  # noqa: F811
+def test_small_model_is_held_as_it_is_however_little_is_free(tiny):  # noqa: F811
     numbers = numbers_of(library.find_parts(library.find("tiny")), "cpu")
     chosen = choose(numbers, 0, dtype="float32")
     assert (chosen.precision, chosen.offload) == ("native", "none")
     assert choose(numbers, 0, dtype="float32", precision="int8").precision == "int8"
-    assert choose(replace(numbers, text=GB, layers=99), 0, dtype="float32").offload == "text"  # all is to be small
+    assert (
+        choose(replace(numbers, text=GB, layers=99), 0, dtype="float32").offload == "text"
+    )  # every part has to be small
     streamed = choose(replace(numbers, stored="int8"), 0, dtype="float32", offload="all")
-    assert (streamed.precision, streamed.offload) == ("native", "all")  # nothing is rounded that nobody asked for
+    assert (streamed.precision, streamed.offload) == ("native", "all")  # nothing is rounded unasked
 
 
-def test_numbers_are_those_in_the_files(tiny, tmp_path):  # noqa: F811
-    """Without those of a vision tower, which is read only where a picture is looked at."""
+def test_numbers_match_the_files(tiny, tmp_path):  # noqa: F811
+    """Without the vision tower, which is read only to look at a picture."""
     pipeline, parts = Pipeline.load("tiny", device="cpu"), library.find_parts(library.find("tiny"))
     numbers = numbers_of(parts, "cpu")
     total = sum(p.numel() for p in pipeline.dit.parameters())
@@ -161,7 +165,7 @@ def test_numbers_are_those_in_the_files(tiny, tmp_path):  # noqa: F811
     assert numbers_of(replace(parts, text=tmp_path / "seeing.safetensors"), "cpu") == numbers
 
 
-def test_what_there_is_not_is_refused(tiny):  # noqa: F811
+def test_unknown_precision_and_offload_are_refused(tiny):  # noqa: F811
     with pytest.raises(K2Error, match='no precision "int3"') as error:
         Pipeline.load("tiny", device="cpu", precision="int3")
     assert error.value.hint == "Choose native, int8, fp8 or int4."
@@ -171,7 +175,7 @@ def test_what_there_is_not_is_refused(tiny):  # noqa: F811
 
 
 def test_number_formats(monkeypatch):
-    """bf16 where the device multiplies it, narrow networks on a processor never, unless told."""
+    """bf16 if the device multiplies it, but never for narrow networks on a processor unless asked."""
     for native, expected in ((True, "bfloat16"), (False, "float32")):
         monkeypatch.setattr(plan, "native_bf16", lambda device, native=native: native)
         assert default_dtype("cpu", 6144) == expected
@@ -183,7 +187,7 @@ def test_number_formats(monkeypatch):
         pick_dtype("float64", torch.device("cpu"), 384)
 
 
-def test_what_a_processor_multiplies_fastest(monkeypatch):
+def test_native_bf16_and_8_bit_formats_of_devices(monkeypatch):
     for known, able in (({}, False), ({"avx512_bf16": True}, True), ({"amx_bf16": True, "avx512_bf16": False}, True)):
         monkeypatch.setattr(torch.cpu, "get_capabilities", lambda known=known: known)
         assert plan.native_bf16("cpu") is able
@@ -197,11 +201,11 @@ def test_what_a_processor_multiplies_fastest(monkeypatch):
 
 
 @pytest.mark.parametrize(("promised", "free"), [(30, 20), (12, 12)])
-def test_windows_says_what_memory_is_free(monkeypatch, promised, free):
-    """What the paging file has no room for is not."""
+def test_free_memory_on_windows(monkeypatch, promised, free):
+    """Memory beyond the commit limit does not count as free."""
 
     def fill(status: ctypes.Array) -> None:
-        assert ctypes.sizeof(status) == status[0] == 64  # of a MEMORYSTATUSEX; the load is in the upper half
+        assert ctypes.sizeof(status) == status[0] == 64  # a MEMORYSTATUSEX; the load is in the upper half
         status[:5] = [64 | 40 << 32, 32 * GB, 20 * GB, 50 * GB, promised * GB]
 
     windows = SimpleNamespace(kernel32=SimpleNamespace(GlobalMemoryStatusEx=fill))
@@ -210,8 +214,8 @@ def test_windows_says_what_memory_is_free(monkeypatch, promised, free):
     assert plan.machine_memory() == (32 * GB, free * GB, True)
 
 
-def test_linux_says_what_memory_is_free(monkeypatch):
-    """Of which a control group may allow less."""
+def test_free_memory_on_linux(monkeypatch):
+    """A control group may allow less."""
     monkeypatch.setattr("sys.platform", "linux")
     monkeypatch.setattr(Path, "read_text", lambda *_: "MemTotal: 9000 kB\nMemAvailable: 1000 kB\n")
     assert plan.machine_memory().free == plan.free_memory("cpu") == 1_024_000
@@ -219,14 +223,14 @@ def test_linux_says_what_memory_is_free(monkeypatch):
     assert plan.free_memory("cpu") == 5
 
 
-def test_where_a_system_does_not_say_what_is_free_two_thirds_are_taken_for_it(monkeypatch):
+def test_free_memory_is_estimated_at_two_thirds_if_unknown(monkeypatch):
     monkeypatch.setattr(Path, "read_text", lambda *_: (_ for _ in ()).throw(FileNotFoundError()))
     whole = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     assert plan.machine_memory() == (whole, whole * 2 // 3, False)
     assert plan.free_memory("cpu") == whole * 2 // 3
 
 
-def test_metal_lends_a_part_of_a_macs_memory(monkeypatch):
+def test_free_memory_on_metal(monkeypatch):
     for name, value in (("empty_cache", None), ("recommended_max_memory", 12 * GB), ("driver_allocated_memory", GB)):
         monkeypatch.setattr(torch.mps, name, lambda value=value: value)
     assert plan.free_memory("mps") == 11 * GB
@@ -236,15 +240,15 @@ def test_metal_lends_a_part_of_a_macs_memory(monkeypatch):
     ("built", "card", "able"),
     [
         ("sm_75 sm_80 sm_90 compute_90", (6, 1), False),
-        ("sm_75 sm_80 sm_90", (8, 9), True),  # binaries run on later cards of their generation
+        ("sm_75 sm_80 sm_90", (8, 9), True),  # binaries run on later GPUs of their generation
         ("sm_86 sm_90", (8, 0), False),
         ("sm_75 sm_80 sm_90", (12, 0), False),
-        ("sm_75 sm_80 sm_90 compute_90", (12, 0), True),  # PTX on any later
+        ("sm_75 sm_80 sm_90 compute_90", (12, 0), True),  # PTX runs on any later one
         ("sm_90a sm_120", (9, 0), True),
         ("", (6, 1), True),
     ],
 )
-def test_which_cards_a_build_has_kernels_for(monkeypatch, built, card, able):
+def test_kernels_of_a_build_fit_the_gpu(monkeypatch, built, card, able):
     monkeypatch.setattr(torch.cuda, "get_arch_list", built.split)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: card)
     assert has_kernels(0) is able
@@ -252,7 +256,7 @@ def test_which_cards_a_build_has_kernels_for(monkeypatch, built, card, able):
     assert has_kernels(0)
 
 
-def test_a_card_without_kernels_is_taken_by_nobody(monkeypatch):
+def test_gpu_without_kernels_is_never_picked(monkeypatch):
     for name, value in (("is_available", True), ("device_count", 2), ("current_device", 0)):
         monkeypatch.setattr(torch.cuda, name, lambda value=value: value)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "GeForce GTX 1080")
@@ -273,8 +277,8 @@ def test_a_card_without_kernels_is_taken_by_nobody(monkeypatch):
     assert str(pick_device(None)) == "cpu"
 
 
-def test_a_limit_set_for_the_process_counts(tmp_path):
-    assert limit_left(tmp_path, 5) == 5  # no such control
+def test_control_group_limit_counts(tmp_path):
+    assert limit_left(tmp_path, 5) == 5  # no such control group
     for name, text in (("max", "1000"), ("current", "700"), ("stat", "anon 1\ninactive_file 50\n")):
         (tmp_path / f"memory.{name}").write_text(text)
     assert limit_left(tmp_path, 5000) == 350
@@ -297,13 +301,13 @@ def test_a_limit_set_for_the_process_counts(tmp_path):
     ],
     ids=str,
 )
-def test_memory_that_runs_out_is_known_by_what_every_system_says(error):
+def test_out_of_memory_is_recognised_on_every_system(error):
     with pytest.raises(K2Error, match="not enough memory for a picture of 8x8"), lacking_memory("a picture of 8x8"):
         raise error
 
 
 @pytest.mark.parametrize("error", [RuntimeError("mat1 and mat2 shapes"), OSError(errno.ENOSPC, "No space left")])
-def test_other_errors_stay_what_they_are(error):
+def test_other_errors_pass_unchanged(error):
     with pytest.raises(type(error)) as raised, lacking_memory("a picture"):
         raise error
     assert raised.value is error

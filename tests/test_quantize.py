@@ -1,4 +1,4 @@
-"""Eight-bit storage: small errors, and none where it would hurt."""
+"""Eight-bit storage: small errors, and none where they would hurt."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from model.quantize import dequantise, quantise, restore, to_int8, to_rows
 
 
 def test_rows_have_their_own_scale():
-    """A row's error is bounded by its own largest number, however large its neighbours are."""
+    """A row's error is bounded by its own largest number, however large the numbers in other rows are."""
     matrix = torch.randn(256, 128) * torch.logspace(-6, 3, 256)[:, None]
     matrix[7] = 0
 
@@ -25,8 +25,8 @@ def test_quantising_again_changes_nothing():
     torch.testing.assert_close(dequantise(quantise(once)), once, rtol=1e-6, atol=0)
 
 
-def test_a_stored_scale_of_any_shape_is_one_for_each_row():
-    """As other tools write them: of a tensor or of rows, flat or as a column."""
+def test_stored_scales_of_any_shape_become_one_per_row():
+    """As other tools write them: per tensor or per row, flat or as a column."""
     rows, scales = to_int8(torch.randn(8, 4))
     for stored in (scales, scales[:, None], scales[:1], scales[0]):
         kept, each = to_rows(rows, torch.int8, stored)
@@ -38,16 +38,18 @@ def test_a_stored_scale_of_any_shape_is_one_for_each_row():
     assert torch.equal(of_convolution, scales.view(8, 1, 1, 1).expand(8, 4, 3, 3))
 
 
-def test_fp8_keeps_three_bits_of_small_numbers_too():
-    """e4m3: half a step is a sixteenth of a number, or 2^−10 of those below 2^−6."""
+def test_fp8_keeps_three_bits_of_small_numbers():
+    """e4m3: half a step is a sixteenth of a number, or 2^−10 for those below 2^−6."""
     matrix = torch.randn(64, 128) * torch.logspace(-3, 0, 128)
     rows, scales = to_rows(matrix, torch.float8_e4m3fn)
     off = (restore(rows, scales, torch.float32) - matrix).abs()
     assert (off <= torch.maximum(matrix.abs() / 16, 2**-10 * scales[:, None]) * 1.001).all()
 
 
-def test_what_stays_in_bf16():
-    state = random_model(SIZES["mini"]).state_dict() | {"table": torch.randn(256, 128)}  # no scale would be found again
+def test_small_and_sensitive_weights_stay_in_bf16():
+    state = random_model(SIZES["mini"]).state_dict() | {
+        "table": torch.randn(256, 128)
+    }  # its scale would not be found again
     stored = quantise(state)
 
     assert list(back := dequantise(stored)) == list(state)
@@ -62,7 +64,7 @@ def test_what_stays_in_bf16():
 
 
 @torch.no_grad()
-def test_the_network_hardly_notices():
+def test_network_answer_hardly_changes():
     model = random_model(SIZES["mini"])
     tokens, sigma, embeds, grid = inputs(model.config)
     exact = model(tokens, sigma, embeds, grid)
