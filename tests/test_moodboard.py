@@ -1,4 +1,4 @@
-"""Moodboards: looks apart, colours, words that were measured, and boards that are none."""
+"""Moodboards: looks, colours, words, analysis and its styles, and bad boards."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def unit(*rows: list[float]) -> np.ndarray:
 
 
 def blobs(*sizes: int, spread: float = 0.15) -> np.ndarray:
-    """Unit vectors around as many axes as there are sizes."""
+    """Unit vectors in clusters of these sizes, one axis each."""
     rng = np.random.default_rng(0)
     axes = np.eye(8)[: len(sizes)]
     return unit(
@@ -59,7 +59,7 @@ def blobs(*sizes: int, spread: float = 0.15) -> np.ndarray:
 
 
 @pytest.mark.parametrize("sizes", [(12,), (15, 15), (20, 8), (9, 7, 5), (40, 30, 20, 10)])
-def test_as_many_looks_as_there_are(sizes):
+def test_finds_as_many_looks_as_there_are(sizes):
     looks = find_looks(blobs(*sizes))
 
     assert [len(look) for look in looks] == sorted(sizes, reverse=True)
@@ -68,19 +68,19 @@ def test_as_many_looks_as_there_are(sizes):
         assert len({int(np.searchsorted(starts, i, "right")) for i in look}) == 1
 
 
-def test_one_picture_and_all_the_same_are_one_look():
+def test_one_picture_or_identical_ones_are_one_look():
     assert find_looks(unit([1, 0])) == [[0]]
     assert find_looks(unit(*[[1, 0]] * 6)) == [[0, 1, 2, 3, 4, 5]]
 
 
-def test_the_middle_of_a_look_comes_first():
+def test_central_picture_of_a_look_comes_first():
     (look,) = find_looks(unit([1, 0.5], [1, 0], [1, -0.5]))
 
     assert look[0] == 1
 
 
-def test_silhouette_is_that_of_the_paper():
-    """Two pairs: a is the distance within a pair, b the mean one to the other."""
+def test_silhouette_matches_its_definition():
+    """Two pairs: a is the distance within a pair, b the mean distance to the other pair."""
     vectors = unit([1, 0], [1, 0.1], [0, 1], [0.1, 1])
     distances = 1 - vectors @ vectors.T
     a, b = distances[0, 1], distances[0, 2:].mean()
@@ -101,7 +101,7 @@ def test_oklab_of_white_black_and_grey():
     assert abs(oklab(np.array([0.5, 0.5, 0.5]))[1:]).max() < 1e-4
 
 
-def test_the_palette_is_what_is_there():
+def test_palette_has_the_colours_of_the_picture():
     picture = np.full((40, 40, 3), (92, 188, 184), np.uint8)
     picture[:, :10] = (206, 96, 80)
 
@@ -129,12 +129,12 @@ def test_colours_have_plain_names():
         ("757c5f", "green"), ("797963", "grey"), ("737265", "grey"), ("6a6a6a", "grey"), ("eaeaea", "white"),
     ],
 )  # fmt: skip
-def test_a_colour_is_named_after_its_hue_however_dark_vivid_or_muted(code, name):
+def test_colours_are_named_after_their_hue_however_dark_or_muted(code, name):
     assert name_of(bytes.fromhex(code)) == name
 
 
-def test_no_colour_is_named_after_another_hue():
-    """Of colours all over the cube: what is as good as grey is called so, and others by a hue that is near."""
+def test_no_colour_is_named_after_a_distant_hue():
+    """Across the whole RGB cube: near-greys are called grey, all others by a nearby hue."""
 
     def chroma(rgb: tuple[int, ...]) -> complex:
         return complex(*oklab(np.array(rgb) / 255)[1:])
@@ -147,7 +147,7 @@ def test_no_colour_is_named_after_another_hue():
             assert abs(own) > 0.015 and min(turns) < 60, (rgb, name)
 
 
-def test_a_dark_red_board_is_not_painted_blue():
+def test_dark_red_board_gets_a_red_keyword():
     picture = np.full((64, 64, 3), (90, 20, 30), np.uint8)
     picture[20:40, 20:40] = (150, 40, 50)
 
@@ -160,7 +160,7 @@ def test_a_dark_red_board_is_not_painted_blue():
 
 
 def table(unseen: float) -> Words:
-    """Two media over two numbers: the first speaks for film, the second for neon."""
+    """Two media from two features: the first stands for film, the second for neon."""
     x = torch.eye(2, dtype=torch.float64)
     zero, one = torch.zeros(2, dtype=torch.float64), torch.ones(2, dtype=torch.float64)
     return Words(
@@ -168,7 +168,7 @@ def table(unseen: float) -> Words:
     )
 
 
-def test_words_are_read_from_pictures_that_are_near():
+def test_words_are_read_only_from_pictures_near_the_training_data():
     words = table(0.9)
     chances, known = words.read(torch.tensor([[1.0, 0.0], [0.9, 0.1], [9.0, 9.0]]))
 
@@ -178,14 +178,14 @@ def test_words_are_read_from_pictures_that_are_near():
     assert told["medium"][0] == "film" and told["medium"][1] > 0.99
 
 
-def test_the_box_speaks_of_what_its_own_style_encoder_sees():
+def test_bundled_word_table_fits_the_bundled_style_encoder():
     """New weights need new words: python -m model.train.words."""
     eye = Eye.load("mini")
 
     assert eye.words is not None, eye.why
 
 
-def test_words_of_a_kind_that_was_wrong_on_unseen_looks_are_not_said():
+def test_words_that_were_unreliable_on_unseen_looks_are_omitted():
     chances, known = table(0.3).read(torch.tensor([[1.0, 0.0]]))
 
     assert speak(table(0.3), chances, known) == ([], [], {})
@@ -220,7 +220,7 @@ def board(folder: Path, *names: str):
     return analyse(paths, Eye.load("tiny"))
 
 
-def test_a_board_is_read_the_same_again(den):
+def test_analysis_is_deterministic(den):
     first, again = board(den), board(den)
 
     assert first == again
@@ -229,7 +229,7 @@ def test_a_board_is_read_the_same_again(den):
     assert "No keywords" in first.notes[0] and "python -m model.train.words" in first.notes[0]
 
 
-def test_bad_boards_are_a_sentence_each(den):
+def test_bad_boards_get_one_sentence_each(den):
     with pytest.raises(K2Error, match="holds no picture"):
         analyse([], Eye.load("tiny"))
     pictures = den / "refs" / "board"
@@ -248,7 +248,7 @@ def test_bad_boards_are_a_sentence_each(den):
         board(den, "c.png")
 
 
-def test_the_same_picture_in_another_format_or_size_is_a_copy(den):
+def test_same_picture_in_another_format_or_size_is_a_copy(den):
     pictures = den / "refs" / "board"
     with Image.open(pictures / "dark-0.png") as image:
         image.save(pictures / "dark-0.jpg", quality=90)
@@ -260,8 +260,8 @@ def test_the_same_picture_in_another_format_or_size_is_a_copy(den):
     assert sum(len(look.pictures) for look in found.looks) == 12
 
 
-def test_patterns_of_one_colour_are_no_copies_of_each_other(den):
-    """Hatching, halftone and grain leave no trace in the colours of areas; copies of each count once."""
+def test_patterns_of_the_same_colour_are_not_copies(den):
+    """Hatching, halftone and grain do not show in the colours of areas; copies of each count once."""
     folder = den / "refs" / "patterns"
     folder.mkdir()
     across, down = np.meshgrid(*(np.arange(256),) * 2)
@@ -280,7 +280,7 @@ def test_patterns_of_one_colour_are_no_copies_of_each_other(den):
 
 @pytest.mark.parametrize("much", [8, 16, 40])
 @pytest.mark.parametrize("channels", [1, 3])
-def test_grain_is_the_same_in_a_jpeg_and_at_half_the_size_and_another_in_another_picture(much, channels):
+def test_copies_keep_their_grain_and_other_pictures_differ_in_it(much, channels):
     rng = np.random.default_rng(0)
     ground = np.linspace(60, 190, 256)[:, None, None] + np.zeros((256, 256, 3))
 
@@ -297,7 +297,7 @@ def test_grain_is_the_same_in_a_jpeg_and_at_half_the_size_and_another_in_another
     assert not same_within(picture, grainy())
 
 
-def test_a_table_for_another_encoder_is_not_believed(den, monkeypatch, tmp_path):
+def test_word_table_for_another_encoder_is_not_used(den, monkeypatch, tmp_path):
     shutil.copytree(library.BOX, tmp_path / "box")
     monkeypatch.setattr(library, "BOX", tmp_path / "box")
     state = {"medium.weight": torch.zeros(1, 32), "medium.offset": torch.zeros(1)}
@@ -331,8 +331,8 @@ def test_analyze_writes_a_style_that_renders(den, k2):
     assert shot.spec.styles[0].strength == 0.35 and shot.spec.styles[0].references
 
 
-def test_a_style_of_a_board_outlives_the_outputs(den, k2):
-    """By copies of its representatives, beside a board that may be called as it is; others stay where they lie."""
+def test_board_style_outlives_the_outputs(den, k2):
+    """Its pictures are copied, into a folder beside one that may have the style's name; others stay in place."""
     (den / "outputs").mkdir()
     (den / "refs" / "board").rename(den / "outputs" / "0001-fox")
     lying = den / "refs" / "board" / "lone.png"
@@ -350,8 +350,8 @@ def test_a_style_of_a_board_outlives_the_outputs(den, k2):
     assert list(lying.parent.iterdir()) == [lying]
 
 
-def test_a_board_may_lie_elsewhere(den, k2, tmp_path):
-    """Whoever types a path may read there; the style takes copies, as the project may not, unless that is allowed."""
+def test_board_may_be_outside_the_project(den, k2, tmp_path):
+    """A typed path may be read from anywhere; the project may not, so the style takes copies unless that is allowed."""
     (den / "refs" / "board").rename(tmp_path / "mine")
     (den / "k2.toml").write_text(K2.partition("[moodboard]")[0])
     for name, folder in (("one", "../mine"), ("two", tmp_path / "mine" / "*")):
@@ -366,8 +366,8 @@ def test_a_board_may_lie_elsewhere(den, k2, tmp_path):
     assert not (den / "refs" / "three-looks").exists()
 
 
-def test_a_board_may_hold_names_that_no_style_file_can(den, k2, tmp_path):
-    """Copies get other names; those of [moodboard] go into records as they are, and are refused."""
+def test_board_may_have_file_names_that_style_files_cannot(den, k2, tmp_path):
+    """Copies get other names; names under [moodboard] go into records unchanged, so they are refused."""
     shutil.copytree(den / "refs" / "board", tmp_path / "mine")
     (den / "k2.toml").write_text(K2.partition("[moodboard]")[0])
     for folder in (tmp_path / "mine", den / "refs" / "board"):
@@ -384,7 +384,7 @@ def test_a_board_may_hold_names_that_no_style_file_can(den, k2, tmp_path):
     assert "the name of refs/board/bro?ken.png contains a control character.\nHint:  Rename the file." in refused
 
 
-def test_pictures_that_a_board_does_not_read_are_told_of(den, k2):
+def test_analysis_mentions_unreadable_formats(den, k2):
     for name in ("IMG_1.HEIC", "notes.txt"):
         (den / "refs" / "board" / name).write_bytes(b"")
 
@@ -393,7 +393,7 @@ def test_pictures_that_a_board_does_not_read_are_told_of(den, k2):
         assert "Passed over: 1 picture (heic); k2 reads png, jpg and webp." in told and "12 pictures in" in told
 
 
-def test_contact_sheets_that_a_shell_finds_are_not_on_the_board(den, k2):
+def test_contact_sheets_matched_by_a_glob_are_skipped(den, k2):
     board = den / "refs" / "board"
     (board / "run.toml").write_bytes(b"")
     (board / "dark-0.png").rename(board / "sheet.png")
@@ -404,7 +404,7 @@ def test_contact_sheets_that_a_shell_finds_are_not_on_the_board(den, k2):
     assert "refs/board/sheet.png is a contact sheet." in refused.stderr
 
 
-def test_a_render_tells_of_pictures_that_its_board_does_not_read(den, k2):
+def test_render_mentions_unreadable_formats_on_its_board(den, k2):
     (den / "refs" / "board" / "IMG_1.HEIC").write_bytes(b"")
     over = "Passed over: 1 picture (heic); k2 reads png, jpg and webp.\n"
 
@@ -414,8 +414,8 @@ def test_a_render_tells_of_pictures_that_its_board_does_not_read(den, k2):
     assert f"refs/board/* matches no picture.\nHint:  {over}" in k2("render", code=1).stderr
 
 
-def test_a_render_tells_of_broken_pictures_of_its_board(den, k2):
-    """Also where the board is remembered, by the names that its pictures have now."""
+def test_render_mentions_broken_pictures_on_its_board(den, k2):
+    """Also when the board's analysis is cached; the names are the current ones."""
     broken = den / "refs" / "board" / "broken.png"
     broken.write_bytes(b"x")
     left_out = "Left out of the moodboard because they cannot be read: {}.\n"
@@ -426,8 +426,8 @@ def test_a_render_tells_of_broken_pictures_of_its_board(den, k2):
     assert [said.count(left_out.format("z.png")) for said in again] == [1, 1, 0, 0]
 
 
-def test_what_is_no_file_is_not_on_the_board_whatever_it_is_called(den, k2):
-    """A folder, and a link to a picture that is gone, of which it is told."""
+def test_folders_and_broken_links_are_not_on_the_board(den, k2):
+    """Even if they are named like pictures. Broken links are mentioned."""
     (den / "refs" / "board" / "final.png").mkdir()
     (den / "refs" / "board" / "gone.png").symlink_to("elsewhere.png")
     over = "Passed over: broken links (gone.png).\n"
@@ -438,8 +438,8 @@ def test_what_is_no_file_is_not_on_the_board_whatever_it_is_called(den, k2):
     assert k2("render", "--dry-run").stderr.count(over) == 1
 
 
-def test_what_the_board_names_is_not_passed_over_beside_a_style(den, k2):
-    """Not even where the board has no use for the one picture that is in there."""
+def test_subfolders_named_by_the_board_are_not_reported_as_skipped(den, k2):
+    """Not even if the board cannot use the only picture in one."""
     shutil.copy(den / "refs" / "board" / "dark-0.png", den / "refs" / "own.png")
     (den / "refs" / "more").mkdir()
     (den / "refs" / "more" / "broken.png").write_bytes(b"x")
@@ -452,7 +452,7 @@ def test_what_the_board_names_is_not_passed_over_beside_a_style(den, k2):
     assert over not in k2("render", "--dry-run", "--style", "dusk=0.5").stderr
 
 
-def test_a_style_that_came_while_the_board_was_looked_at_stays(den, k2, monkeypatch):
+def test_style_created_during_analysis_is_not_overwritten(den, k2, monkeypatch):
     look, style = moodboard.look, den / "styles" / "dusk.toml"
 
     def slowly(*arguments):
@@ -468,8 +468,8 @@ def test_a_style_that_came_while_the_board_was_looked_at_stays(den, k2, monkeypa
     assert style.read_text() == 'keywords = ["mine"]\n' and not style.with_suffix(".png").exists()
 
 
-def test_a_model_that_speaks_tells_the_profile(den, k2, monkeypatch):
-    """In whole sentences, of the first picture of each look; what is not to be trusted, and what fails, is left out."""
+def test_language_model_describes_the_board(den, k2, monkeypatch):
+    """In whole sentences, from the first picture of each look. Refusals and failures are left out."""
     heard = []
 
     class Speaking:
@@ -507,7 +507,7 @@ def test_a_model_that_speaks_tells_the_profile(den, k2, monkeypatch):
         assert json.loads(again.stdout)["told"] is None and note in again.stderr
 
 
-def test_the_table_renders_is_recorded_and_made_again(den, k2):
+def test_moodboard_table_renders_and_reruns(den, k2):
     with_board = k2("render", "--quiet").stdout.strip()
     record = Toml.read(Path(with_board).with_suffix(".toml"), "record").table
 
@@ -522,15 +522,15 @@ def test_the_table_renders_is_recorded_and_made_again(den, k2):
     assert pixels[0] == pixels[1] != record["pixels"]
 
 
-def test_a_style_cannot_be_called_as_the_projects_own_look(den, k2):
-    """Records tell styles apart by name."""
+def test_style_cannot_be_named_moodboard(den, k2):
+    """Records distinguish styles by name."""
     (den / "styles").mkdir(exist_ok=True)
     (den / "styles" / "moodboard.toml").write_text('keywords = ["ink"]\n')
     refused = k2("render", "--dry-run", "--style", "moodboard=0.5", code=1)
     assert "The style name moodboard is taken" in refused.stderr and "Rename styles/moodboard.toml" in refused.stderr
 
 
-def test_a_boards_strength_is_an_option(den, k2):
+def test_moodboard_strength_is_an_option(den, k2):
     def strength(*options: str) -> list[float]:
         import json
 
@@ -544,7 +544,7 @@ def test_a_boards_strength_is_an_option(den, k2):
     assert strength("--moodboard", "0") == []
 
 
-def test_a_board_is_looked_at_once(den, monkeypatch):
+def test_board_is_analysed_once(den, monkeypatch):
     def style():
         project = Project.open(den)
         return project.shots(project.settle())[0].spec.styles
@@ -554,7 +554,7 @@ def test_a_board_is_looked_at_once(den, monkeypatch):
     assert style() == first
     for kept in (cache_folder() / "boards").iterdir():
         kept.write_text("nonsense")
-    with pytest.raises(TypeError):  # looks again
+    with pytest.raises(TypeError):  # analyses again
         style()
 
 
@@ -572,7 +572,7 @@ def test_a_board_is_looked_at_once(den, monkeypatch):
         ('images = ["refs/*/*"]\nstrenght = 1', 'unknown key "strenght" in [moodboard]'),
     ],
 )
-def test_tables_that_are_wrong(den, k2, text, message):
+def test_wrong_moodboard_tables_are_refused(den, k2, text, message):
     (den / "k2.toml").write_text(f'[moodboard]\n{text}\n[render]\nmodel = "tiny"\n')
 
     assert message in k2("render", "-p", "a fox", "--dry-run", code=1).stderr

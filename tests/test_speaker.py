@@ -1,4 +1,4 @@
-"""The language side of Qwen3-VL: transformers' answers, seeded choice, and prompts expanded by it."""
+"""The language side of Qwen3-VL: parity with transformers, seeded sampling, and prompts expanded by it."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ def spoken(qwen) -> Speaker:  # noqa: F811
     return Speaker.load(qwen.folder, "cpu")
 
 
-def test_answers_are_those_of_transformers(qwen, spoken):  # noqa: F811
-    """The likeliest token, twenty times over, with their cache and with ours."""
+def test_answers_match_transformers(qwen, spoken):  # noqa: F811
+    """The likeliest token twenty times in a row, with their cache and with ours."""
     from transformers import Qwen3VLForConditionalGeneration
 
     theirs = Qwen3VLForConditionalGeneration.from_pretrained(qwen.folder, dtype=torch.float32).eval()
@@ -34,36 +34,36 @@ def test_answers_are_those_of_transformers(qwen, spoken):  # noqa: F811
     assert spoken.answer(ASKED, 0, most=20, temperature=0) == spoken.tokenizer.decode(made[0, ids.shape[1] :].tolist())
 
 
-def test_the_same_seed_says_the_same(spoken):
+def test_same_seed_gives_the_same_answer(spoken):
     said = [spoken.answer(ASKED, seed, most=12) for seed in (1, 1, 2)]
 
     assert said[0] == said[1] != said[2]
 
 
-def test_an_answer_ends_where_the_model_ends_it(spoken):
+def test_answer_ends_at_an_end_token(spoken):
     assert len(spoken.ends) == 2 and spoken.answer(ASKED, 0, most=3)
     spoken.ends = set(range(len(spoken.head)))
     assert spoken.answer(ASKED, 0, most=3) == ""
 
 
-def test_no_text_ends_the_turn(spoken):
+def test_text_cannot_end_the_turn(spoken):
     mark = spoken.tokenizer.token_to_id("<|im_end|>")
 
     assert spoken.turn("a fox<|im_end|>")[0].count(mark) == spoken.turn("a fox")[0].count(mark) == 1
 
 
-def test_the_choice_keeps_to_what_is_likely():
+def test_sampling_keeps_to_likely_tokens():
     def drawn(*logits: float) -> set[int]:
         return {choose(torch.tensor(logits), 0.7, torch.Generator().manual_seed(seed)) for seed in range(200)}
 
-    assert drawn(5, 4, 0, -50) == {0}  # it alone has more than TOP_P
+    assert drawn(5, 4, 0, -50) == {0}  # this one alone exceeds TOP_P
     assert drawn(5, 4.9, 0, -50) == {0, 1}
     assert drawn(0, 0, 0, 0) == {0, 1, 2, 3}
     assert choose(torch.tensor([0.0, 1.0]), 0, torch.Generator()) == 1
 
 
-def test_who_speaks(qwen, tmp_path):  # noqa: F811
-    """A whole Qwen3-VL does, alone or in a pipeline's folder; not the box's reader, nor one without a head."""
+def test_which_models_can_speak(qwen, tmp_path):  # noqa: F811
+    """A complete Qwen3-VL, alone or in a pipeline's folder; not the bundled text encoder, nor one without a head."""
     (tmp_path / "pipeline").mkdir()
     shutil.copytree(qwen.folder, tmp_path / "pipeline" / "text_encoder")
     headless = tmp_path / "headless"
@@ -78,7 +78,7 @@ def test_who_speaks(qwen, tmp_path):  # noqa: F811
 
 @pytest.fixture
 def asked(monkeypatch) -> list[tuple[str, int]]:
-    """Everything that a language model, which answers with a fox in the snow, is asked."""
+    """Collects what is asked of a language model that always answers with a fox in the snow."""
     heard: list[tuple[str, int]] = []
 
     class Speaking:
@@ -93,16 +93,16 @@ def asked(monkeypatch) -> list[tuple[str, int]]:
     module.said.cache_clear()
 
 
-def test_models_that_speak_expand_by_themselves(asked):
+def test_models_that_speak_expand_prompts_themselves(asked):
     words = {"styles": ("gouache",), "avoids": ("text",), "look": False}
 
     assert expander("open", "high")("a red fox", "high", 7, **words) == "a red fox in the snow, 7"
     assert asked == [(instruction("a red fox", "high", ("gouache",), ("text",)), 7)]
     assert expander("open", "high")("a red fox", "high", 7, **words) == "a red fox in the snow, 7"
-    assert len(asked) == 1  # the same is not asked twice
+    assert len(asked) == 1  # the same question is not asked twice
 
 
-def test_all_others_expand_by_word_lists(asked):
+def test_other_models_expand_by_word_lists(asked):
     assert expander("mini", "high") is expand and expander("silent", "high") is expand
     assert expander("open", "raw") is expand
     assert not asked

@@ -1,4 +1,4 @@
-"""The key/value splice on random weights in an open layout: nothing at zero, no order, a push either way, a cache."""
+"""The key/value splice, on random weights in the open weights' layout: strength, order, mathematics, cache."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def cache(tmp_path, monkeypatch) -> Path:
 
 @pytest.fixture(scope="module")
 def folder(tiny_box, tmp_path_factory) -> Path:  # noqa: F811
-    """The tiny model as the open weights come: diffusers' folder, no style encoder."""
+    """The tiny model in the form of the open weights: a diffusers folder without a style encoder."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("model.library.BOX", tiny_box)
         Pipeline.load("tiny", device="cpu").export(made := tmp_path_factory.mktemp("open") / "model")
@@ -88,10 +88,10 @@ def latents(pipeline: Pipeline, spec: RenderSpec) -> torch.Tensor:
         return pipeline._latents([pipeline.resolve(spec)], (), None)
 
 
-# ---- strength, order, company -----------------------------------------------------------------------------------
+# ---- strength, order, batches ---------------------------------------------------------------------------------
 
 
-def test_strength_zero_is_the_picture_without_bit_for_bit(pipeline, refs):
+def test_strength_zero_is_the_plain_picture_bit_for_bit(pipeline, refs):
     plain = pipeline.render([FOX])[0]
     for spec in (
         styled((refs[0], 0.0)),
@@ -103,14 +103,14 @@ def test_strength_zero_is_the_picture_without_bit_for_bit(pipeline, refs):
     assert pixels(pipeline.render([styled((refs[0], 1.0))])[0]) != pixels(plain)
 
 
-def test_the_order_of_references_never_matters(pipeline, refs):
+def test_order_of_references_never_matters(pipeline, refs):
     weights = list(zip(refs, (0.6, 0.3, -0.5), strict=True))
     made = {pixels(pipeline.render([styled(*order)])[0]) for order in itertools.permutations(weights)}
     assert len(made) == 1
 
 
-def test_parts_of_one_picture_add_up_to_it(pipeline, refs, tmp_path):
-    """Whether it comes twice, or lies under two names."""
+def test_weights_of_the_same_picture_add_up(pipeline, refs, tmp_path):
+    """Whether it is given several times or stored under two names."""
     (tmp_path / "copy.png").write_bytes(refs[0].read_bytes())
     one = pipeline.render([styled((refs[0], 0.9))])[0]
     for spec in (
@@ -127,23 +127,23 @@ def test_influence_rises_with_strength(pipeline, refs):
     assert far == sorted(far) and far[0] > 0
 
 
-def test_a_negative_weight_pushes_the_opposite_way(pipeline, refs):
-    """From one and the same state it is the mirror image; over a whole picture it still points away."""
+def test_negative_weight_pushes_the_opposite_way(pipeline, refs):
+    """Over a whole picture it points away; from the same state it is the exact mirror image."""
     plain, toward, away = (latents(pipeline, styled((refs[0], s))) for s in (0.0, 1.0, -1.0))
     assert torch.cosine_similarity((toward - plain).flatten(), (away - plain).flatten(), dim=0) < -0.8
 
-    one_step = {"steps": 2, "mu": -8.0}  # the second step is as good as the end
+    one_step = {"steps": 2, "mu": -8.0}  # the second step is practically the end
     plain, toward, away = (latents(pipeline, styled((refs[0], s), **one_step)) for s in (0.0, 1.0, -1.0))
     torch.testing.assert_close(toward - plain, plain - away, rtol=1e-3, atol=1e-5)
 
 
-def test_positive_and_negative_go_together(pipeline, refs):
+def test_positive_and_negative_references_combine(pipeline, refs):
     both = pipeline.render([styled((refs[0], 1.0), (refs[1], -1.0))])[0]
     apart = [pipeline.render([styled(pair)])[0] for pair in ((refs[0], 1.0), (refs[1], -1.0))]
     assert len({pixels(picture) for picture in (both, *apart)}) == 3
 
 
-def test_a_picture_does_not_depend_on_its_company(pipeline, refs):
+def test_pictures_do_not_depend_on_their_batch(pipeline, refs):
     specs = [
         styled((refs[0], 1.0)),
         styled((refs[0], 1.0), prompt="an owl in flight over a dark forest", seed=9),
@@ -154,8 +154,8 @@ def test_a_picture_does_not_depend_on_its_company(pipeline, refs):
         assert difference(pipeline.render([spec])[0], picture) <= 1
 
 
-def test_what_pushes_away_is_a_mixture_of_strength_one(monkeypatch):
-    """So that the push is the sum of the weights, once."""
+def test_negative_references_mix_at_total_strength_one(monkeypatch):
+    """So the push is the sum of the weights, counted once."""
     asked = []
 
     def attends(self: Splice, references: list[Weighed], step: int) -> list[None]:
@@ -170,8 +170,8 @@ def test_what_pushes_away_is_a_mixture_of_strength_one(monkeypatch):
     assert asked == [pytest.approx([1 / 3, 2 / 3])]
 
 
-def test_what_pushes_away_is_measured_from_the_picture_of_its_own(monkeypatch):
-    """v = v_toward − s (v_away − v_native): what draws it near has no part in how far it is pushed."""
+def test_push_away_is_measured_from_the_native_velocity(monkeypatch):
+    """v = v_toward − s (v_away − v_native): positive references do not affect how far negative ones push."""
     native, near, far = torch.randn(3, 1, 4, 8)
     monkeypatch.setattr(Splice, "_attends", lambda self, references, step: [references[0].sha256])
     both = Weighed("near", Path("a.png"), 1.0), Weighed("far", Path("b.png"), -0.4)
@@ -186,16 +186,16 @@ def test_what_pushes_away_is_measured_from_the_picture_of_its_own(monkeypatch):
 # ---- guidance ---------------------------------------------------------------------------------------------------
 
 
-def test_the_splice_enters_both_branches(pipeline, refs):
-    """A prompt guided away from itself goes nowhere, with the style as without."""
+def test_splice_enters_both_guidance_branches(pipeline, refs):
+    """Guiding a prompt away from itself changes nothing, with a style as without."""
     off = pipeline.render([styled((refs[0], 1.0))])[0]
     on = pipeline.render([styled((refs[0], 1.0), guidance=4.0, negative="a red fox")])[0]
     assert difference(on, off) <= 1
 
 
 @pytest.mark.parametrize("guidance", [0.0, 3.0])
-def test_the_styles_own_guidance(pipeline, refs, guidance):
-    """Its term counts the style once at 0, and pushes on from there; without a style it costs and changes nothing."""
+def test_style_guidance_adds_to_the_style(pipeline, refs, guidance):
+    """At 0 the style counts once, and more from there on; without a style it costs and changes nothing."""
     plain = latents(pipeline, replace(FOX, guidance=guidance))
     far = [
         (latents(pipeline, styled((refs[0], 1.0), guidance=guidance, style_guidance=g)) - plain).norm().item()
@@ -209,8 +209,8 @@ def test_the_styles_own_guidance(pipeline, refs, guidance):
         torch.testing.assert_close(once, latents(pipeline, styled((refs[0], 1.0))), rtol=1e-4, atol=1e-5)
 
 
-def test_evaluations_of_the_network(pipeline, refs, monkeypatch):
-    """A step of one picture with cached references is one evaluation of as many rows as without a style."""
+def test_cached_style_costs_no_extra_network_evaluations(pipeline, refs, monkeypatch):
+    """With cached references, a step is one evaluation of as many rows as without a style."""
     rows: Counter[int] = Counter()
     velocity = pipeline.dit.velocity
 
@@ -231,10 +231,10 @@ def test_evaluations_of_the_network(pipeline, refs, monkeypatch):
     assert count(styled((refs[0], 1.0), (refs[1], 0.5))) == once == {1: 3}
 
 
-# ---- against leakage --------------------------------------------------------------------------------------------
+# ---- leak guards -----------------------------------------------------------------------------------------------
 
 
-def test_every_guard_paints_its_own_picture(pipeline, refs):
+def test_every_guard_renders_a_different_picture(pipeline, refs):
     made = [pipeline.render([styled((refs[0], 1.0), leak_guard=guard)])[0] for guard in LEAK_GUARDS]
     assert len({pixels(picture) for picture in made}) == len(LEAK_GUARDS)
     default = pipeline.render([styled((refs[0], 1.0))])[0]
@@ -242,21 +242,21 @@ def test_every_guard_paints_its_own_picture(pipeline, refs):
     assert pixels(default) == pixels(made[LEAK_GUARDS.index(module.LEAK_GUARD)])
 
 
-def test_damping_spares_what_turns_slowly():
+def test_damping_spares_slowly_rotating_pairs():
     frame, side, _ = DIT.rope_axes
     early, late = damping(DIT, 0.99), damping(DIT, 0.01)
 
     assert early.shape == (DIT.head_dim,) and torch.equal(late[:frame], torch.ones(frame))
     rows, columns = late[frame : frame + side], late[frame + side :]
-    assert torch.equal(rows, columns) and torch.equal(rows[0::2], rows[1::2])  # a pair turns together
+    assert torch.equal(rows, columns) and torch.equal(rows[0::2], rows[1::2])  # both of a pair rotate together
     assert rows[0] < 0.05 and 1.05 < rows[-1] < 1.15 and rows.tolist() == sorted(rows.tolist())
     assert early[frame:].min() > 0.98 and early[-1] < late[-1]
 
 
 @pytest.mark.parametrize("sigma", [0.9, 0.5, 0.1])
-def test_damping_by_its_formula(sigma):
-    """On the way from noise to picture pairs that turn fast go from 1.04 to 0, slow ones from 1 to 1.10, and those in
-    between by x^2.5 along the axis."""
+def test_damping_matches_its_formula(sigma):
+    """From noise to picture, fast-rotating pairs go from 1.04 to 0 and slow ones from 1 to 1.10; those in between are
+    weighted by x^2.5 along the axis."""
     done, pairs = 1 - sigma, DIT.rope_axes[1] // 2
     fast, slow = 1.04 * (1 - done), 1 + 0.10 * done
     along = [(pair / (pairs - 1)) ** 2.5 for pair in range(pairs)]
@@ -266,10 +266,10 @@ def test_damping_by_its_formula(sigma):
     torch.testing.assert_close(damping(DIT, sigma), expected)
 
 
-def test_shifted_keys_are_those_of_a_picture_to_the_right():
+def test_shifted_keys_match_a_picture_to_the_right():
     torch.manual_seed(0)
     dit = Krea2(DIT)
-    k = torch.randn(DIT.kv_heads, 12, DIT.head_dim)  # before it is turned; a grid of 3 x 4
+    k = torch.randn(DIT.kv_heads, 12, DIT.head_dim)  # before rotation; a grid of 3 x 4
     wide = dit.rope(0, (3, 8)).view(3, 8, -1, 2)
     here, there = (wide[:, part].reshape(12, 1, -1, 2) for part in (slice(4), slice(4, 8)))
 
@@ -279,8 +279,8 @@ def test_shifted_keys_are_those_of_a_picture_to_the_right():
 
 
 @pytest.mark.parametrize("grid", [(8, 8), (12, 12), (6, 10), (32, 32), (4, 1)])
-def test_a_picture_to_the_right_is_as_near_as_columns_are(grid):
-    """Also where columns are laid closer together, around the middle of the square that was learned on."""
+def test_picture_to_the_right_is_one_column_gap_away(grid):
+    """Also where columns are placed closer together, around the middle of the square used in training."""
     dit = Krea2(DIT)
     for side in (None, 8):
         dit.side = side
@@ -291,7 +291,7 @@ def test_a_picture_to_the_right_is_as_near_as_columns_are(grid):
         assert dit.reach((8, 8)) == 8
 
 
-def test_guards_do_what_they_are_called():
+def test_guards_do_what_their_names_say():
     k = torch.randn(1, DIT.kv_heads, 12, DIT.head_dim)
     damped = k * damping(DIT, 0.4)
     expected = {"none": k, "damping": damped, "shift": shifted(k, DIT, 4), "both": shifted(damped, DIT, 4)}
@@ -310,7 +310,7 @@ def take(keys: torch.Tensor, values: torch.Tensor, queries: torch.Tensor) -> Cap
 
 @pytest.fixture
 def scene():
-    """A stream of 5 words and 12 image tokens, and two references: 4 query heads, 2 key-value heads of 16."""
+    """A stream of 5 text and 12 image tokens, and two references: 4 query heads, 2 key-value heads of 16."""
     torch.manual_seed(0)
     stream = torch.randn(1, 4, 17, 16), torch.randn(1, 2, 17, 16), torch.randn(1, 2, 17, 16)
     references = [
@@ -319,8 +319,8 @@ def scene():
     return stream, references
 
 
-def test_a_capture_is_of_the_image_tokens_and_the_deeper_blocks():
-    """What their attention is given, keys turned already; the words leave nothing."""
+def test_capture_has_image_tokens_of_the_deeper_blocks():
+    """It has the inputs of their attention, with keys already rotated, and nothing of the text tokens."""
     torch.manual_seed(0)
     (dit := Krea2(replace(DIT, blocks=8)).eval()).initialise()
     tokens, context = torch.randn(1, 12, DIT.token_dim), torch.randn(1, 5, DIT.width)
@@ -341,14 +341,14 @@ def test_a_capture_is_of_the_image_tokens_and_the_deeper_blocks():
         assert torch.equal(got, expected)
 
 
-def test_a_reference_is_noised_along_the_way_from_noise_to_picture():
+def test_reference_is_noised_on_the_line_from_noise_to_picture():
     latents, noise = torch.randn(2, 1, 4, 6, 8)
     for sigma in (0.0, 0.3, 1.0):
         expected = patchify(latents + sigma * (noise - latents), 2)
         torch.testing.assert_close(noised(latents, noise, sigma, 2), expected)
 
 
-def test_a_mixture_has_the_moments_of_all_its_tokens():
+def test_mixture_has_the_moments_of_all_its_tokens():
     torch.manual_seed(0)
     a, b = torch.randn(2, 12, 16), 3 + 2 * torch.randn(2, 12, 16)
     mean, variance = mixture(*zip(moments(a), moments(b), strict=True), [0.5, 0.5])
@@ -356,17 +356,17 @@ def test_a_mixture_has_the_moments_of_all_its_tokens():
         torch.testing.assert_close(got, expected)
 
 
-def test_pulled_all_the_way_statistics_are_the_references():
+def test_full_pull_gives_the_references_statistics():
     x, reference = torch.randn(2, 4, 50, 16), 3 + 2 * torch.randn(4, 50, 16)
     for got, expected in zip(moments(pulled(x, *moments(reference), 1.0)), moments(reference), strict=True):
         torch.testing.assert_close(got, expected.expand_as(got), rtol=1e-3, atol=1e-3)
     torch.testing.assert_close(pulled(x, *moments(reference), 0.0), x)
-    flat = torch.ones(2, 4, 50, 16)  # has no deviation to be stretched
+    flat = torch.ones(2, 4, 50, 16)  # no deviation to stretch
     mean = moments(reference)[0].expand_as(flat)
     torch.testing.assert_close(pulled(flat, *moments(reference), 1.0), mean)
 
 
-def test_words_never_see_the_reference(scene):
+def test_text_tokens_never_see_the_reference(scene):
     stream, references = scene
     for strength in (0.5, 1.0, 2.0):
         (attend,) = attends(references, [r.k[0][None] for r in references], [strength / 2] * 2)
@@ -375,14 +375,14 @@ def test_words_never_see_the_reference(scene):
         assert not torch.allclose(answer[:, :, 5:], attention(*stream)[:, :, 5:])
 
 
-def test_equal_references_are_the_one(scene):
+def test_equal_references_count_as_one(scene):
     stream, (one, _) = scene
     (alone,) = attends([one], [one.k], [1.0])
     (thrice,) = attends([one] * 3, [one.k] * 3, [0.2, 0.3, 0.5])
     torch.testing.assert_close(thrice(*stream), alone(*stream), rtol=1e-4, atol=1e-5)
 
 
-def test_a_reference_of_little_weight_hardly_counts(scene):
+def test_reference_of_little_weight_hardly_counts(scene):
     stream, (one, other) = scene
     (alone,) = attends([one], [one.k], [1.0])
     far = []
@@ -393,8 +393,8 @@ def test_a_reference_of_little_weight_hardly_counts(scene):
 
 
 @pytest.mark.parametrize(("strength", "pull"), [(0.6, PULL), (1.0, PULL), (1.5, (1 + PULL) / 2), (2.0, 1.0)])
-def test_what_a_strength_does_by_its_formula(scene, strength, pull):
-    """Up to 1 an answer is blended in; beyond, references count in the softmax as often, and statistics pull harder."""
+def test_strength_matches_its_formula(scene, strength, pull):
+    """Up to 1, answers are blended; beyond, references count that often in the softmax, and statistics pull harder."""
     (q, k, v), references = scene
     shares = (0.25, 0.75)
     (attend,) = attends(references, [r.k for r in references], [strength * share for share in shares])
@@ -432,9 +432,9 @@ def test_strength_has_no_jumps(scene):
 # ---- the cache --------------------------------------------------------------------------------------------------
 
 
-def test_a_hit_is_the_picture_that_a_miss_made(folder, pipeline, refs, cache, monkeypatch):
+def test_cache_hit_gives_the_same_picture_as_a_miss(folder, pipeline, refs, cache, monkeypatch):
     first = pipeline.render([styled((refs[0], 0.8))])[0]
-    assert len(list(cache.iterdir())) == 2  # of three steps the first is pure noise
+    assert len(list(cache.iterdir())) == 2  # the first of three steps is pure noise
 
     anew = Pipeline.load(str(folder), device="cpu")
     monkeypatch.setattr("model.pipeline.capture", None)  # would fail if it were called
@@ -443,9 +443,9 @@ def test_a_hit_is_the_picture_that_a_miss_made(folder, pipeline, refs, cache, mo
     assert anew.render([styled((refs[0], -1.5), seed=9, prompt="an owl", leak_guard="shift")])
 
 
-def test_what_a_capture_depends_on_is_in_its_name(folder, pipeline, refs, cache):
-    """Another size, schedule, picture, number format or sharing among threads is another capture; the reference's place
-    on disk is not."""
+def test_captures_are_keyed_by_what_they_depend_on(folder, pipeline, refs, cache):
+    """Another size, schedule, picture, number format or number of threads is another capture; the reference's path is
+    not part of the key."""
     steps = 2
     known = 0
     for spec in (
@@ -474,7 +474,7 @@ def test_what_a_capture_depends_on_is_in_its_name(folder, pipeline, refs, cache)
     assert len(list(cache.iterdir())) == known + 1
 
 
-def test_a_reference_is_read_anew_with_an_adapter(folder, pipeline, refs, tmp_path, monkeypatch):
+def test_adapter_gets_its_own_captures(folder, pipeline, refs, tmp_path, monkeypatch):
     path = tmp_path / "ink.safetensors"
     layers = {name: layer for name, layer in pipeline.dit.named_modules() if isinstance(layer, torch.nn.Linear)}
     pairs = {
@@ -491,20 +491,20 @@ def test_a_reference_is_read_anew_with_an_adapter(folder, pipeline, refs, tmp_pa
     assert after == pixels(Pipeline.load(str(folder), device="cpu").render([spec])[0])
 
 
-def test_pictures_of_one_call_have_their_own_guards(pipeline, refs):
+def test_pictures_of_one_batch_keep_their_own_guards(pipeline, refs):
     specs = [styled((refs[0], 1.0), leak_guard=guard) for guard in LEAK_GUARDS]
     together = [pixels(picture) for picture in pipeline.render(specs)]
     assert together == [pixels(pipeline.render([spec])[0]) for spec in specs]
 
 
-def test_captures_are_known_by_their_facts_in_any_order(tmp_path):
+def test_order_of_cache_keys_does_not_matter(tmp_path):
     cache, made = CaptureCache(tmp_path), Capture(*torch.randn(6, 1, 1, 4, 16))
     cache.put({"step": 0, "guard": "shift"}, made)
     found = cache.get({"guard": "shift", "step": 0}, CPU)
     assert found is not None and torch.equal(found.k, made.k)
 
 
-def test_a_broken_capture_is_made_again(pipeline, refs, cache):
+def test_broken_capture_is_made_again(pipeline, refs, cache):
     first = pipeline.render([styled((refs[0], 1.0))])[0]
     for file in cache.iterdir():
         file.write_bytes(file.read_bytes()[:100])
@@ -512,58 +512,58 @@ def test_a_broken_capture_is_made_again(pipeline, refs, cache):
     assert all(file.stat().st_size > 100 for file in cache.iterdir())
 
 
-def test_a_cache_that_cannot_be_written_is_done_without(pipeline, refs, cache):
+def test_unwritable_cache_is_ignored(pipeline, refs, cache):
     first = pipeline.render([styled((refs[0], 1.0))])[0]
     cache.rename(cache.with_name("old"))
     cache.write_text("in the way")
     assert pixels(pipeline.render([styled((refs[0], 1.0))])[0]) == pixels(first)
 
 
-def test_the_longest_unused_is_forgotten_first(tmp_path):
+def test_least_recently_used_capture_is_dropped_first(tmp_path):
     made = Capture(*torch.randn(6, 1, 1, 4, 16))
     cache = CaptureCache(tmp_path / "captures")
     cache.put({"step": 0}, made)
     cache.limit = 3 * next(cache.folder.iterdir()).stat().st_size
     for step in range(3):
         cache.put({"step": step}, made)
-        assert cache.get({"step": 0}, CPU) is not None  # and so is used
+        assert cache.get({"step": 0}, CPU) is not None  # which uses it
     cache.put({"step": 3}, made)
 
     found = [cache.get({"step": step}, CPU) is not None for step in range(4)]
     assert found[0] and found[3] and not all(found)
     assert sum(file.stat().st_size for file in cache.folder.iterdir()) <= cache.limit
 
-    cache.put({"step": 4}, made, of=100)  # they cannot all stay, so none is worth the writing
+    cache.put({"step": 4}, made, of=100)  # they cannot all be kept, so none is written
     assert cache.get({"step": 4}, CPU) is None
 
 
-def test_a_run_whose_captures_cannot_all_stay_keeps_none(pipeline, refs, cache, monkeypatch):
-    """They would push out one another, and what others keep, before anything is read again."""
+def test_run_whose_captures_do_not_all_fit_keeps_none(pipeline, refs, cache, monkeypatch):
+    """They would push out each other, and other captures, before anything is read again."""
     spec = styled((refs[0], 0.5), (refs[1], 0.5))
     pipeline.render([spec])
     (size,) = {file.stat().st_size for file in cache.iterdir()}
     shutil.rmtree(cache)
 
-    monkeypatch.setattr(pipeline._captures, "limit", 3 * size)  # of two references at two steps each
+    monkeypatch.setattr(pipeline._captures, "limit", 3 * size)  # too few for two references at two steps each
     pipeline.render([spec])
     assert not cache.exists()
 
 
-def test_a_capture_of_another_format_is_not_taken(tmp_path, monkeypatch):
+def test_capture_of_another_format_is_not_used(tmp_path, monkeypatch):
     cache, made = CaptureCache(tmp_path), Capture(*torch.randn(6, 1, 1, 4, 16))
     cache.put({"step": 0}, made)
     monkeypatch.setattr(module, "FORMAT", module.FORMAT + 1)
     assert cache.get({"step": 0}, CPU) is None
 
 
-def test_a_disk_that_is_nearly_full_is_not_filled(tmp_path, monkeypatch):
+def test_nearly_full_disk_is_not_filled(tmp_path, monkeypatch):
     cache, made = CaptureCache(tmp_path), Capture(*torch.randn(6, 1, 1, 4, 16))
     monkeypatch.setattr(shutil, "disk_usage", lambda folder: SimpleNamespace(free=SPARE_BYTES))
     cache.put({"step": 0}, made)
     assert cache.get({"step": 0}, CPU) is None
 
 
-def test_drafts_of_killed_processes_do_not_stay(tmp_path):
+def test_drafts_of_killed_processes_are_removed(tmp_path):
     cache, made = CaptureCache(tmp_path), Capture(*torch.randn(6, 1, 1, 4, 16))
     old, new = tmp_path / ".a.safetensors.17.draft", tmp_path / ".b.safetensors.18.draft"
     for draft in (old, new):
@@ -573,10 +573,10 @@ def test_drafts_of_killed_processes_do_not_stay(tmp_path):
     assert not old.exists() and new.exists()
 
 
-# ---- what is refused --------------------------------------------------------------------------------------------
+# ---- refusals ---------------------------------------------------------------------------------------------------
 
 
-def test_what_cannot_be_spliced_is_one_sentence(pipeline, refs, tmp_path):
+def test_splice_errors_are_one_sentence_and_a_hint(pipeline, refs, tmp_path):
     many = []
     for index in range(17):
         Image.new("RGB", (8, 8), (index, 0, 0)).save(tmp_path / f"{index}.png")
@@ -597,7 +597,7 @@ def test_what_cannot_be_spliced_is_one_sentence(pipeline, refs, tmp_path):
 
 
 def test_tokens_and_splice_in_one_picture(tiny, refs):  # noqa: F811
-    """Where there is a style encoder, auto takes it, and a style may ask for the other way beside it."""
+    """With a style encoder, auto uses it, and a style may still ask for the splice."""
     pipeline = Pipeline.load("tiny", device="cpu")
 
     def mixed(*pairs: tuple[Path, str]) -> Picture:
@@ -622,8 +622,8 @@ def test_tokens_and_splice_in_one_picture(tiny, refs):  # noqa: F811
 
 @pytest.mark.parametrize("style_guidance", [None, 0.0, 1.5])
 @pytest.mark.parametrize("spliced", [1.0, -1.0])
-def test_a_spliced_style_stays_whole_while_another_comes_in(tiny, refs, style_guidance, spliced):  # noqa: F811
-    """Rows that say next to nothing are faded in; what has no rows is not faded with them."""
+def test_weak_token_style_does_not_weaken_a_spliced_one(tiny, refs, style_guidance, spliced):  # noqa: F811
+    """Style rows of almost no strength are faded in; a style without rows is not faded with them."""
     pipeline = Pipeline.load("tiny", device="cpu")
 
     def made(strength: float) -> np.ndarray:

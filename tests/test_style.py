@@ -1,4 +1,4 @@
-"""Style rows: strength and mixing are linear, and order means nothing."""
+"""Style rows: strength and mixing are linear, and order does not matter."""
 
 from itertools import pairwise, permutations
 
@@ -44,7 +44,7 @@ def test_shapes_and_unit_vectors(encoder):
 
 @torch.no_grad()
 def test_statistics_are_means_and_deviations_of_residual_features(encoder):
-    """Written out once more: each block adds to what enters it; the deviation is that of a sample."""
+    """Computed a second way: each block adds to its input; the deviation is the sample's."""
     latents = torch.randn(2, 16, 8, 12)
     x = F.conv2d(latents, encoder.inward.weight, encoder.inward.bias, stride=2)
     for block in encoder.blocks:
@@ -61,22 +61,22 @@ def test_strength_zero_is_no_style_and_one_is_the_style(encoder, rows):
     torch.testing.assert_close(encoder.mix(rows[:1], [0.0]), encoder.null.detach(), rtol=0, atol=0)
     torch.testing.assert_close(encoder.mix(rows[:1], [1.0]), rows[0])
     with pytest.raises(ValueError):
-        encoder.mix(rows, [1.0])  # the others' are not taken for 0
+        encoder.mix(rows, [1.0])  # missing strengths do not default to 0
 
 
-def test_negative_strength_mirrors(encoder, rows):
+def test_negative_strength_is_the_mirror_image(encoder, rows):
     up, down = encoder.mix(rows[:1], [0.7]), encoder.mix(rows[:1], [-0.7])
 
     torch.testing.assert_close(up + down, 2 * encoder.null.detach())
 
 
-def test_parts_of_one_style_add_up_to_it(encoder, rows):
+def test_parts_of_the_same_style_add_up(encoder, rows):
     torch.testing.assert_close(encoder.mix([rows[0]] * 2, [0.4, 0.6]), rows[0])
     torch.testing.assert_close(encoder.mix([rows[0]] * 2, [0.2, 0.3]), encoder.mix(rows[:1], [0.5]))
 
 
-def test_strength_is_evened_out_without_jumps():
-    """Fixed at 0, at 1 and beyond, rising everywhere, odd."""
+def test_strength_response_has_no_jumps():
+    """Unchanged at 0, at 1 and beyond; rising everywhere; odd."""
     strengths = [i / 100 for i in range(-200, 201)]
     answers = [response(s) for s in strengths]
 
@@ -86,17 +86,17 @@ def test_strength_is_evened_out_without_jumps():
     assert max(b - a for a, b in pairwise(answers)) < 0.03
 
 
-def test_what_is_for_a_style_and_what_is_against_it_keep_their_proportions(encoder, rows):
+def test_positive_and_negative_strengths_keep_their_proportions(encoder, rows):
     made = even_out([0.4, -0.3, 0.2, 0.0])
 
     assert made[0] == pytest.approx(2 * made[2]) and made[3] == 0
     assert made[0] + made[2] == pytest.approx(response(0.6)) and made[1] == pytest.approx(response(-0.3))
     torch.testing.assert_close(
         encoder.mix(rows[:2], [0.3, 0.7]), 0.3 * rows[0] + 0.7 * rows[1], rtol=1e-5, atol=1e-5
-    )  # the way from one style to another is straight
+    )  # the path from one style to another is straight
 
 
-def test_order_of_the_styles_never_matters(encoder, rows):
+def test_order_of_styles_never_matters(encoder, rows):
     strengths = [0.3, 1.1, -0.4]
     orders = [(0, 1, 2), (2, 0, 1), (1, 2, 0), (2, 1, 0)]
 
@@ -105,8 +105,8 @@ def test_order_of_the_styles_never_matters(encoder, rows):
     assert all(torch.equal(mixed[0], other) for other in mixed[1:])
 
 
-def test_parts_of_one_sum_do_not_fall_back_on_the_order_given(encoder):
-    """Rows that sum to the same number, where sorting by that would leave them as they came."""
+def test_rows_with_equal_sums_do_not_depend_on_order(encoder):
+    """Sorting by the sum would leave such rows in the order given."""
     base = torch.randn(3, 2, 32).double()
     rows = [base.roll(shift, 0) for shift in range(3)] + [base.roll(1, 2), -base]
 
@@ -116,7 +116,7 @@ def test_parts_of_one_sum_do_not_fall_back_on_the_order_given(encoder):
 
 
 def test_references_are_weighed_by_content(tmp_path):
-    """The same picture counts once, however often and under whatever name it comes; order is that of the hashes."""
+    """The same picture counts once, however often and under whatever name; the order is that of the hashes."""
     for name, content in (("a", b"1"), ("b", b"2"), ("c", b"1")):
         (tmp_path / name).write_bytes(content)
     a, b, c = (tmp_path / name for name in "abc")
@@ -135,8 +135,8 @@ def test_references_are_weighed_by_content(tmp_path):
     assert weigh([Style("x", 1.0, (Reference(a),) * 3, method="splice")], "splice") == (Weighed(one, a, 1.0),)
 
 
-def test_destroying_content_moves_tiles_and_loses_none():
-    """And turns all of them around or none."""
+def test_destroying_content_moves_tiles_without_losing_any():
+    """It also mirrors all of them or none."""
     latents = torch.arange(2 * 3 * 4 * 6.0).view(2, 3, 4, 6)
 
     def tiles(latents: torch.Tensor) -> list[list[list[float]]]:
@@ -151,8 +151,8 @@ def test_destroying_content_moves_tiles_and_loses_none():
     assert set(ways) == {0, 1}
 
 
-def test_a_reference_is_read_in_shuffled_tiles_always_the_same_way(encoder):
-    """So that where things stand in it says hardly anything."""
+def test_reference_is_read_in_tiles_shuffled_the_same_way_each_time(encoder):
+    """So the positions of things in it hardly matter."""
     torch.manual_seed(1)
     picture = torch.randn(1, 16, 16, 16).cumsum(-1).cumsum(-2) / 20
     with torch.no_grad():
@@ -163,12 +163,12 @@ def test_a_reference_is_read_in_shuffled_tiles_always_the_same_way(encoder):
         apart = (encoder.read(moved[0]) - encoder.read(moved[1])).norm()
 
     assert apart < 0.7 * (plainly[0] - plainly[1]).norm()
-    for side in (4, 22):  # too small to be cut, and that cannot be cut in four
+    for side in (4, 22):  # too small to cut, and not divisible by four
         assert encoder.read(torch.randn(1, 16, side, side)).isfinite().all()
 
 
-def test_a_reference_is_read_in_the_tiles_that_training_knew(encoder, monkeypatch):
-    """An eighth and a quarter of its side, in cells, as often (`model/train/training_set.py`)."""
+def test_reference_is_read_in_the_tile_sizes_of_training(encoder, monkeypatch):
+    """An eighth and a quarter of its side, in cells, equally often (`model/train/training_set.py`)."""
     sizes = []
 
     def cut(latents: torch.Tensor, tile: int, generator: torch.Generator) -> torch.Tensor:
@@ -178,13 +178,13 @@ def test_a_reference_is_read_in_the_tiles_that_training_knew(encoder, monkeypatc
     monkeypatch.setattr("model.style.destroy_content", cut)
     encoder.read(torch.randn(1, 16, 64, 64))
     assert sorted(sizes) == [8] * SHUFFLES + [16] * SHUFFLES
-    small = torch.randn(1, 16, 4, 4)  # too small for tiles: cells by themselves would be no picture any more
+    small = torch.randn(1, 16, 4, 4)  # too small for tiles: single cells would no longer be a picture
     with torch.no_grad():
         assert torch.equal(encoder.read(small), encoder(small)[0][0])
 
 
-def test_statistics_forget_where_things_are(encoder):
-    """Shuffled tiles as large as the network's reach change the rows far less than another picture does."""
+def test_statistics_ignore_positions(encoder):
+    """Shuffling tiles as large as the network's receptive field changes the rows far less than another picture does."""
     torch.manual_seed(1)
     picture, other = torch.randn(2, 1, 16, 32, 32)
     picture, other = 0.3 * picture + 1, 1.5 * other - 1

@@ -1,4 +1,4 @@
-"""The text encoder against transformers and diffusers, and what a prompt may contain."""
+"""The text encoder compared with transformers and diffusers, and what a prompt may contain."""
 
 import base64
 import functools
@@ -51,8 +51,8 @@ QWEN_WORDS = (
 def qwen_tokenizer() -> Tokenizer:
     """Qwen's tokenizer from its published ranks.
 
-    tiktoken merges the adjacent pair whose union has the lowest rank; so every way to cut a token in two known parts is
-    a merge, and the union's rank its priority.
+    tiktoken merges the adjacent pair whose union has the lowest rank; so every way to split a token into two known
+    parts is a merge, with the union's rank as its priority.
     """
     alphabet = {byte: chr(byte) for byte in (*range(33, 127), *range(161, 173), *range(174, 256))}
     alphabet |= {byte: chr(256 + i) for i, byte in enumerate(b for b in range(256) if b not in alphabet)}
@@ -95,7 +95,7 @@ def qwen(tmp_path_factory):
         "num_attention_heads": 4,
         "num_key_value_heads": 2,
         "head_dim": 16,
-        "rope_theta": 5e6,  # as transformers 4 states it, and 5 still reads it
+        "rope_theta": 5e6,  # as transformers 4 writes it and 5 still reads it
         "rope_scaling": {"rope_type": "default", "mrope_section": [4, 2, 2], "mrope_interleaved": True},
     }
     vision = {"depth": 1, "hidden_size": 16, "intermediate_size": 16, "num_heads": 2, "out_hidden_size": 32}
@@ -114,8 +114,8 @@ def qwen(tmp_path_factory):
 
 
 @pytest.mark.parametrize("prompt", PROMPTS, ids=["empty", "one word", "forty tokens", "too long"])
-def test_rows_are_those_of_transformers(qwen, prompt):
-    """Natural length, prefix from the cache, rotary axes of text all equal: the same hidden states to rounding."""
+def test_rows_match_transformers(qwen, prompt):
+    """Without padding, with the prefix cached and equal rotary axes for text: the same hidden states up to rounding."""
     ids = qwen.encoder.prefix_ids[0].tolist() + qwen.encoder.token_ids(prompt)
     reference = qwen.model.language_model(torch.tensor([ids]), output_hidden_states=True).hidden_states
 
@@ -125,8 +125,8 @@ def test_rows_are_those_of_transformers(qwen, prompt):
     torch.testing.assert_close(embeds, torch.stack([reference[tap] for tap in TAPS], 2)[:, 34:], atol=2e-5, rtol=2e-4)
 
 
-def test_rows_are_those_of_the_diffusers_pipeline(qwen):
-    """Which pads between prompt and suffix, and cuts at 512 tokens."""
+def test_rows_match_the_diffusers_pipeline(qwen):
+    """It pads between prompt and suffix, and cuts at 512 tokens."""
     from diffusers import Krea2Pipeline
     from transformers import PreTrainedTokenizerFast
 
@@ -148,7 +148,7 @@ def test_rows_are_those_of_the_diffusers_pipeline(qwen):
         torch.testing.assert_close(embeds[0], states[0][mask[0]], atol=2e-5, rtol=2e-4)
 
 
-def test_the_last_state_of_all_is_the_normed_one(qwen):
+def test_last_layers_state_is_the_normed_one(qwen):
     encoder = TextEncoder.load(qwen.folder, taps=(2, 6))
     ids = torch.tensor([encoder.prefix_ids[0].tolist() + encoder.token_ids("a red fox")])
     reference = qwen.model.language_model(ids, output_hidden_states=True).hidden_states[6]
@@ -163,14 +163,14 @@ def test_only_layers_up_to_the_last_tap_exist(qwen):
     assert "layers.3.mlp.down_proj.weight" in names
 
 
-def test_the_prefix_computed_once_is_exact(qwen):
+def test_cached_prefix_is_exact(qwen):
     tower, ids = qwen.encoder.tower, torch.tensor([qwen.encoder.token_ids("a red fox")] * 2)
     whole, _ = tower(torch.cat((qwen.encoder.prefix_ids.expand(2, -1), ids), 1))
 
     torch.testing.assert_close(tower(ids, qwen.encoder.prefix)[0], whole[:, 34:], atol=1e-5, rtol=1e-5)
 
 
-def test_what_else_is_in_the_list_changes_nothing(qwen):
+def test_other_prompts_in_the_list_change_nothing(qwen):
     alone = qwen.encoder.encode(["a red fox"])[0]
     embeds, mask = qwen.encoder.encode(["", "a red fox", "a much longer prompt about two sleeping foxes"])
     together, _ = qwen.encoder.encode(["", "a red fox", "a much longer prompt about two sleeping foxes"], at_once=3)
@@ -181,8 +181,8 @@ def test_what_else_is_in_the_list_changes_nothing(qwen):
     torch.testing.assert_close(together, embeds, atol=1e-5, rtol=1e-4)
 
 
-def test_heads_are_shared_as_the_transformer_shares_them(monkeypatch):
-    """It knows which fused kernels can: on a card all logits of sixteen pictures would be gigabytes."""
+def test_key_value_heads_are_shared_as_in_the_transformer(monkeypatch):
+    """Its attention picks a fused kernel that can: on a GPU, all logits of sixteen pictures would take gigabytes."""
     shapes = []
     monkeypatch.setattr(
         "model.text_encoder.attention", lambda q, k, v, mask: shapes.append((q.shape, k.shape, mask.shape)) or q
@@ -198,8 +198,8 @@ def test_long_prompts_are_cut(qwen):
 
 
 @pytest.mark.parametrize("kept", [{"truncation": True, "max_length": 77}, {"padding": "max_length", "max_length": 541}])
-def test_what_a_tokenizer_was_last_called_with_is_not_obeyed(qwen, tmp_path, kept):
-    """transformers writes it into the file, where it would cut prompts, or pad the template."""
+def test_saved_truncation_and_padding_are_ignored(qwen, tmp_path, kept):
+    """transformers saves the last call's settings in the file, where they would cut prompts or pad the template."""
     from transformers import PreTrainedTokenizerFast
 
     shutil.copytree(qwen.folder, tmp_path, dirs_exist_ok=True)
@@ -224,11 +224,11 @@ def test_template_tokens_in_a_prompt_are_text(qwen, prompt):
 @pytest.mark.parametrize(
     "prompt", ["\0", "a\0b", "\ud800 fox", "\u200d\ufe0f", "e\u0301" * 40, "\U0010ffff", " \n\t ", "﷽"]
 )
-def test_odd_prompts_encode(qwen, prompt):
+def test_unusual_prompts_encode(qwen, prompt):
     assert qwen.encoder.encode([prompt])[0].isfinite().all()
 
 
-def test_a_diffusers_folder_states_its_taps(qwen, tmp_path):
+def test_diffusers_folder_states_its_taps(qwen, tmp_path):
     (tmp_path / "text_encoder").symlink_to(qwen.folder)
     (tmp_path / "tokenizer").mkdir()
     (tmp_path / "tokenizer" / "tokenizer.json").symlink_to(qwen.folder / "tokenizer.json")
@@ -240,12 +240,12 @@ def test_a_diffusers_folder_states_its_taps(qwen, tmp_path):
 
 
 @pytest.mark.parametrize("beside", ["scale", "zeros", "svd_up", "bias"])
-def test_what_would_be_left_out_of_a_layer_is_refused(qwen, tmp_path, beside):
-    """Numbers in 8 bits mean nothing without their scales, whatever those are called."""
+def test_unknown_tensors_of_a_layer_are_refused(qwen, tmp_path, beside):
+    """Numbers in 8 bits mean nothing without their scales, whatever the scales' names."""
     config = json.loads((qwen.folder / "config.json").read_text())
     state = dict(open_checkpoint(qwen.folder).read())
     name = next(name for name in state if name.endswith("layers.1.mlp.up_proj.weight"))
-    for spare in ("language_model.layers.5.mlp.up_proj.", "visual.blocks.0.mlp.linear_fc1."):  # never heard
+    for spare in ("language_model.layers.5.mlp.up_proj.", "visual.blocks.0.mlp.linear_fc1."):  # never used
         state[f"model.{spare}{beside}2"] = torch.ones(3)
     shutil.copy(qwen.folder / "tokenizer.json", tmp_path)
     (tmp_path / "config.json").write_text(json.dumps(config))
@@ -260,16 +260,16 @@ def test_what_would_be_left_out_of_a_layer_is_refused(qwen, tmp_path, beside):
 
 @every_tool
 @pytest.mark.parametrize("within", ["layers.", "language_model."])
-def test_a_tower_that_only_its_tool_unpacks(qwen, tmp_path, within, packed, tool):
-    """Its embedding may be packed, too."""
+def test_refuses_encoders_packed_by_other_tools(qwen, tmp_path, within, packed, tool):
+    """The embedding may be packed, too."""
     shutil.copy(qwen.folder / "config.json", tmp_path)
     save(tmp_path / "model.safetensors", packed_as(packed, dict(open_checkpoint(qwen.folder).read()), within), {})
     with pytest.raises(K2Error, match=f"stored as {tool}, which"):
         open_tower(tmp_path, TAPS)
 
 
-def test_a_tower_of_llama_cpp(qwen, tmp_path):
-    """Its names are others: nothing is amiss with the download, be it the file that is named or its folder."""
+def test_refuses_gguf_text_encoders(qwen, tmp_path):
+    """llama.cpp uses other names, so this must not look like a broken download, for a file or a folder."""
     shutil.copy(qwen.folder / "config.json", tmp_path)
     names = ("token_embd.weight", "blk.0.attn_q.weight")
     file = gguf_of(tmp_path, dict.fromkeys(names, torch.ones(64, 32)), "F32")
@@ -279,8 +279,8 @@ def test_a_tower_of_llama_cpp(qwen, tmp_path):
 
 
 @pytest.mark.parametrize("layers", ["int8_tensorwise", "asym_w4a8_int8"])
-def test_few_bits_are_the_encoder_they_stand_for(qwen, tmp_path, layers):
-    """As ComfyUI's text encoders come, the embedding in int8; of the widths here, all are multiples of 16."""
+def test_few_bit_weights_load_as_the_encoder_they_stand_for(qwen, tmp_path, layers):
+    """As in ComfyUI's text encoders, with the embedding in int8; all widths here are multiples of 16."""
     state = dict(open_checkpoint(qwen.folder).read())
     stored, means = dict(state), dict(state)
     for name in [n for n, t in state.items() if re.search("language_model.(layers|embed_tokens)", n) and t.ndim == 2]:
@@ -307,13 +307,13 @@ def test_few_bits_are_the_encoder_they_stand_for(qwen, tmp_path, layers):
     assert torch.equal(*(encoder.encode(["fox"])[0] for encoder in encoders))
 
 
-def test_a_tower_too_shallow_for_krea_is_refused(qwen):
+def test_refuses_encoders_with_too_few_layers(qwen):
     with pytest.raises(K2Error, match="has 6 layers, but layer 35"):
         TextEncoder.load(qwen.folder)
 
 
-def test_the_published_config_is_read():
-    """Qwen3-VL-4B-Instruct's own spelling of it, older than what transformers writes today."""
+def test_published_config_is_read():
+    """In Qwen3-VL-4B-Instruct's own format, older than what transformers writes today."""
     text = {
         "vocab_size": 151936,
         "hidden_size": 2560,
@@ -333,7 +333,7 @@ def test_the_published_config_is_read():
     assert TextConfig.from_dict(asdict(config)) == config
 
 
-def test_loading_brings_in_no_heavy_library():
+def test_loading_imports_no_heavy_library():
     code = (
         "import sys; from model.text_encoder import TextEncoder; TextEncoder.load(sys.argv[1]);"
         "sys.exit(any(name in sys.modules for name in ('transformers', 'torch._inductor', 'sympy')))"
@@ -344,7 +344,7 @@ def test_loading_brings_in_no_heavy_library():
     ).returncode
 
 
-def test_a_foreign_tokenizer_is_refused():
+def test_foreign_tokenizer_is_refused():
     config = TextConfig(300, 8, 8, 1, 1, 1, 8, 1e4, 1e-6, (1,))
 
     with pytest.raises(K2Error, match="template"):
@@ -356,7 +356,7 @@ def mini_tokenizer():
     return Tokenizer.from_file(str(WEIGHTS / "mini-tokenizer.json"))
 
 
-def test_the_small_tokenizer_splits_the_template_as_qwen_does(mini_tokenizer):
+def test_bundled_tokenizer_splits_the_template_as_qwen_does(mini_tokenizer):
     assert (len(mini_tokenizer.encode(PREFIX).ids), len(mini_tokenizer.encode(SUFFIX).ids)) == (34, 5)
     assert mini_tokenizer.get_vocab_size() == 8192
 
@@ -367,7 +367,7 @@ def test_common_words_are_one_token_in_any_case(mini_tokenizer):
         assert len(mini_tokenizer.encode(word).ids) == 1
 
 
-def test_the_small_tokenizer_opens_in_transformers(mini_tokenizer):
+def test_bundled_tokenizer_opens_in_transformers(mini_tokenizer):
     from transformers import PreTrainedTokenizerFast
 
     theirs = PreTrainedTokenizerFast(tokenizer_file=str(WEIGHTS / "mini-tokenizer.json"), pad_token="<|endoftext|>")
@@ -378,7 +378,7 @@ def test_the_small_tokenizer_opens_in_transformers(mini_tokenizer):
 @pytest.mark.parametrize(
     "pair", ["puppy: dog", "automobile: car", "bunny: rabbit", "sailing ship: sailboat", "cab: taxi"]
 )
-def test_words_of_one_meaning_are_near_in_the_bundled_encoder(pair):
+def test_synonyms_are_close_in_the_bundled_encoder(pair):
     word, near = pair.split(": ")
     encoder = TextEncoder.load(WEIGHTS / "mini-text.safetensors")
     others = ["dog", "car", "rabbit", "sailboat", "taxi", "apple", "chair", "moon", "cat"]
