@@ -1,4 +1,4 @@
-"""Before and after a stage: paired figures whose truth is known, and the whole study at smoke size."""
+"""Before and after a training stage: paired figures with known results, and the whole study at smoke-test size."""
 
 import tomllib
 from dataclasses import asdict
@@ -25,8 +25,8 @@ def scores(columns, features, real, power, real_power):
     return Scores(dict(zip(COLUMNS, columns, strict=True)), range(len(features)), features, real, power, real_power)
 
 
-def test_a_change_is_taken_picture_by_picture():
-    """Pictures differ much from each other and change by 0.1 each: their spread is not the change's."""
+def test_changes_are_measured_per_picture():
+    """Pictures differ a lot, but each changes by 0.1: the interval is that of the change, not of the pictures."""
     before, real, right = RNG.normal(0, 1, (4, 200)), RNG.standard_normal((200, 3)), np.array([2.0, 0, 0])
     features, power = RNG.standard_normal((200, 3)) + right, RNG.random(40)
     first = scores(before, features, real, power, np.full(40, 2.0))
@@ -49,12 +49,12 @@ def test_a_change_is_taken_picture_by_picture():
         ("x::2.5", ("x", None, 2.5)),
     ],
 )
-def test_checkpoints_are_named_with_settings(said, meant):
+def test_checkpoint_names_may_carry_settings(said, meant):
     assert Checkpoint.of(said) == meant
 
 
 @pytest.mark.parametrize("said", ["raw:eight", "raw:8:2:1", "raw:8:much"])
-def test_settings_that_are_none_are_told(said):
+def test_invalid_settings_are_refused(said):
     with pytest.raises(K2Error, match="NAME:STEPS:GUIDANCE"):
         Checkpoint.of(said)
 
@@ -65,7 +65,7 @@ def test_before_and_after_from_the_command_line(workshop, monkeypatch):  # noqa:
     monkeypatch.setattr(evaluate, "PROMPTS", 2)
     monkeypatch.setattr(evaluate, "GRAINY", 2)
     items = Catalog.items
-    monkeypatch.setattr(Catalog, "items", lambda self, split: items(self, "train"))  # so few hold nothing out
+    monkeypatch.setattr(Catalog, "items", lambda self, split: items(self, "train"))  # too few items to hold any out
     judge = RUNS / "judge" / "judge-3.safetensors"
     ablation.main(judge, RUNS / "study", ["raw:2", "base:2", "raw:2"], 6, "float32")
 
@@ -77,8 +77,8 @@ def test_before_and_after_from_the_command_line(workshop, monkeypatch):  # noqa:
     assert all(same[name] == {"value": 0, "low": 0, "high": 0} for name in (*COLUMNS, "grain"))
 
 
-def test_a_run_is_rendered_as_it_would_be_shipped(workshop, monkeypatch):  # noqa: F811
-    """The box's own weights as a run: the same bits, through 8 bits and back."""
+def test_training_run_renders_as_it_would_after_release(workshop, monkeypatch):  # noqa: F811
+    """The bundled weights saved as a training run: the same pictures, as they go through 8 bits and back."""
     with_box(BOX, monkeypatch)
     weights = {f"ema.{name}": tensor for name, tensor in states.box().items()}
     place = {

@@ -1,4 +1,4 @@
-"""The study of pictures that begin with others, on a painter who keeps a known part of them."""
+"""The study of pictures that start from an init image, with a painter that keeps a known part of it."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from model.train.begin_study import Study, became, distance, mended
 
 
 class Keeps(Painter):
-    """Keeps what there was up to a share, then paints what is asked for; in a region always."""
+    """Keeps the init image below a denoise of 0.6, then paints the prompt; inside a mask, always repaints."""
 
     def render(self, specs):
         made = []
@@ -34,7 +34,7 @@ def study(tmp_path) -> Study:
     return Study(Keeps(), Rims(), list(SUBJECTS), tmp_path, None, len(SUBJECTS))
 
 
-def test_what_a_picture_is_read_as_is_counted_share_by_share(study):
+def test_subjects_are_counted_for_each_denoise_share(study):
     found = became(study)
 
     assert found["before"]["was"]["value"] == 1
@@ -44,14 +44,14 @@ def test_what_a_picture_is_read_as_is_counted_share_by_share(study):
         assert [found[share][key]["value"] for key in ("is", "was", "gone")] == [1, 0, 1]
 
 
-def test_half_a_picture_made_anew(study):
+def test_masked_half_is_repainted(study):
     found = mended(study)
 
-    assert found["before"]["value"] == 1 and found["after"]["value"] < 0.5  # as half of it is its opposite
+    assert found["before"]["value"] == 1 and found["after"]["value"] < 0.5  # half of it is inverted
     assert found["gone"]["value"] > 0.1
 
 
-def test_a_distance_is_that_of_levels():
+def test_distance_is_in_pixel_levels():
     one = np.zeros((4, 4, 3), np.uint8)
 
     assert distance(one, one) == 0

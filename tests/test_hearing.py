@@ -1,4 +1,4 @@
-"""Hearing: what captions are wrapped in, what learns from it, and how Turbo gets it."""
+"""The hearing stage: what captions are wrapped in, which weights learn from it, and how Turbo gets them."""
 
 from pathlib import Path
 
@@ -29,7 +29,7 @@ def wilderness():
     return Wilderness({subject.name: subject for subject in read_subjects()}, Thesaurus())
 
 
-def test_a_caption_keeps_its_words_among_strange_ones(wilderness):
+def test_captions_keep_their_words_among_strange_ones(wilderness):
     rng = np.random.default_rng(0)
     made = [
         wilderness.wild("a red fox on a teal background, pencil drawing", ("fox", "red fox"), rng) for _ in range(200)
@@ -40,7 +40,7 @@ def test_a_caption_keeps_its_words_among_strange_ones(wilderness):
     assert len(set(made)) > 150 and np.mean([len(caption.split()) for caption in made]) > 13
 
 
-def test_strange_words_name_no_look_and_no_subject(wilderness):
+def test_strange_words_name_neither_looks_nor_subjects(wilderness):
     looks = known_words()
     names = {word for subject in read_subjects() for word in subject.name.split() if len(word) > 2}
 
@@ -48,7 +48,7 @@ def test_strange_words_name_no_look_and_no_subject(wilderness):
     assert len(wilderness.words) > 3000 and not looks & set(wilderness.words) and not names & set(wilderness.words)
 
 
-def test_a_second_thing_is_another_and_stands_behind_the_first(wilderness):
+def test_second_subject_follows_the_first(wilderness):
     rng, fox = np.random.default_rng(0), ("fox", "red fox")
     made = [wilderness.crowd("a red fox, pencil drawing", fox, rng) for _ in range(200)]
 
@@ -59,7 +59,7 @@ def test_a_second_thing_is_another_and_stands_behind_the_first(wilderness):
     assert wilderness.crowd("", fox, rng) == ""
 
 
-def test_strange_words_are_put_in_in_one_place(wilderness):
+def test_strange_words_are_inserted_in_one_place(wilderness):
     rng, plain = np.random.default_rng(0), "an owl, pencil drawing"
     before = behind = 0
     for _ in range(200):
@@ -72,7 +72,7 @@ def test_strange_words_are_put_in_in_one_place(wilderness):
     assert wilderness.insert("", ("owl",), rng) == ""
 
 
-def test_some_strange_words_are_in_pieces(wilderness):
+def test_some_strange_words_are_made_of_pieces(wilderness):
     rng = np.random.default_rng(0)
     words = [wilderness.strange(rng) for _ in range(1000)]
     pieces = [word for word in words if word not in wilderness.vocabulary]
@@ -80,11 +80,11 @@ def test_some_strange_words_are_in_pieces(wilderness):
     assert 120 < len(pieces) < 280 and all(word in wilderness.words for word in words if word not in pieces)
 
 
-def test_an_empty_caption_stays_empty(wilderness):
+def test_empty_caption_stays_empty(wilderness):
     assert wilderness.wild("", ("fox",), np.random.default_rng(0)) == ""
 
 
-def test_only_the_way_in_of_the_text_learns_and_turbo_hears_by_the_same_change(workshop):  # noqa: F811
+def test_only_text_input_layers_learn_and_turbo_merges_the_change(workshop):  # noqa: F811
     base()
     run("student", "turbo", 'method = "guidance"\nteacher = "base"\n')
     run("heard", "hearing", 'teacher = "base"\nstrangers = 1.0\nreferences = 1.0\nswapped = 16\n')
@@ -100,7 +100,7 @@ def test_only_the_way_in_of_the_text_learns_and_turbo_hears_by_the_same_change(w
         torch.testing.assert_close(tensor, student[name] + heard[name] - before[name], msg=name)
 
 
-def test_keys_that_mean_nothing_to_a_stage_are_refused():
+def test_refuses_keys_without_meaning_for_the_stage():
     for stage, cls, more in (("hearing", Recipe, {}), ("turbo", TurboRecipe, {"method": "guidance"})):
         shared = {"name": "x", "size": 64, "steps": 4, "batch": 4, "lr": 1e-3, "muon_lr": 1e-3, "mu": 0.0}
         for key, value in {
@@ -128,8 +128,8 @@ def test_pretraining_can_wrap_captions_too(workshop):  # noqa: F811
     assert words(1.0) > words(0.0) + 3
 
 
-def test_what_is_asked_plainly_is_no_loss(monkeypatch):
-    """A student that is the teacher still answers as the teacher does; strange rows make the difference to learn."""
+def test_plain_captions_cause_no_loss(monkeypatch):
+    """A student equal to its teacher answers as the teacher does; only strange rows leave something to learn."""
     monkeypatch.setitem(PRESETS, "tiny", TINY)
     torch.manual_seed(0)
     teacher = Trainee(TINY, 3)
@@ -149,16 +149,16 @@ def test_what_is_asked_plainly_is_no_loss(monkeypatch):
     assert share(plain, whole) == pytest.approx(0, abs=1e-10)
     assert share(longer, padded) > 1e-4
     assert share(plain, whole, "swapped") == 0 and share(longer, padded, "swapped") > 1e-4
-    padded[:, 5:] = False  # rows that are masked are not heard at all
+    padded[:, 5:] = False  # masked rows have no influence
     assert share(longer, padded) == pytest.approx(0, abs=1e-8)
 
 
-def test_rows_of_other_words_are_to_become_those_of_the_plain_ones():
-    """What both captions share goes row by row; of what differs, each row goes to the mean."""
-    end = [90, 91, 92, 93, 94]  # the template's
+def test_rows_of_other_words_align_with_the_plain_ones():
+    """What both captions share is aligned row by row; where they differ, each row goes to the mean."""
+    end = [90, 91, 92, 93, 94]  # the template's ending
 
     def rows(said, meant):
-        """Which rows become which, those of the end left out: they become themselves."""
+        """Which rows become which, without the end, whose rows become themselves."""
         maps = align([*said, *end], [*meant, *end])
         assert torch.equal(maps[len(said) :, len(meant) :], torch.eye(5)) and (maps.sum(1) - 1).abs().max() < 1e-6
         return [row.nonzero().flatten().tolist() for row in maps[: len(said)]]
@@ -167,12 +167,12 @@ def test_rows_of_other_words_are_to_become_those_of_the_plain_ones():
     assert rows([7, 1, 2, 8], [7, 3, 8]) == [[0], [1], [1], [2]]  # two tokens for one
     assert rows([7, 1, 8], [7, 2, 3, 4, 8]) == [[0], [1, 2, 3], [4]]
     assert rows([1, 1, 2], [1, 1, 2]) == [[0], [1], [2]]
-    assert rows([7, 8], [7, 5, 8]) == [[0], [2]]  # nothing stands for a word that was left out
-    assert rows([7, 4, 5, 8], [7, 8]) == [[0], [1], [1], [1]]  # a love heart: a heart
+    assert rows([7, 8], [7, 5, 8]) == [[0], [2]]  # no row stands for an omitted word
+    assert rows([7, 4, 5, 8], [7, 8]) == [[0], [1], [1], [1]]  # a love heart becomes a heart
     assert rows([7, 8, 5], [7, 8]) == [[0], [1], [1]]
 
 
-def test_most_captions_go_no_further_than_the_way_in(workshop):  # noqa: F811
+def test_most_captions_pass_only_the_text_input_layers(workshop):  # noqa: F811
     settings = {"name": "tiny", "size": 64, "steps": 4, "batch": 2, "lr": 1e-3, "muon_lr": 1e-3, "mu": 0.0}
     hears = Recipe(**settings, network=NETWORK, swapped=40, whole=4, pool=8)
     data = training_set(hears, "cpu")
@@ -184,19 +184,19 @@ def test_most_captions_go_no_further_than_the_way_in(workshop):  # noqa: F811
     assert len(other["said"]) == len(other["meant"]) == 40
     assert hearing.model.dit.side == hearing.teacher.dit.side == data.side
     assert not torch.equal(whole["said"], other["said"])
-    assert hearing.batch(8)["said"] is whole["said"]  # the text encoder's part is done once
+    assert hearing.batch(8)["said"] is whole["said"]  # the text encoder runs only once
     drawn = [len(batch["latents"]) for batch in map(hearing.batch, range(8)) if "latents" in batch]
     assert drawn == [2, 2] and sum(drawn) == 8 * hearing.pictures()
 
     real = other["said_mask"]
-    assert other["meant"][real].square().sum(-1).min() > 0  # every real row has something to become
+    assert other["meant"][real].square().sum(-1).min() > 0  # every real row has a target
     assert not other["meant"][~real].any()
     before = hearing.loss(other)[1]["swapped"]
     plain = other | {"said": other["said"].roll(1, 0), "said_mask": real.roll(1, 0)}
-    assert 0 < before < hearing.loss(plain)[1]["swapped"]  # captions of one another are further off
+    assert 0 < before < hearing.loss(plain)[1]["swapped"]  # other rows' captions are further off
 
 
-def test_captions_that_are_to_stay_plain_go_through_the_way_in_too(workshop):  # noqa: F811
+def test_plain_captions_pass_the_text_input_layers_too(workshop):  # noqa: F811
     settings = {"name": "tiny", "size": 64, "steps": 4, "batch": 2, "lr": 1e-3, "muon_lr": 1e-3, "mu": 0.0}
 
     def off(**more):
@@ -212,8 +212,8 @@ def test_captions_that_are_to_stay_plain_go_through_the_way_in_too(workshop):  #
     assert 8 < off(plain=0.5).sum() < 32 < off().sum()
 
 
-def test_a_captions_features_do_not_depend_on_its_company(workshop):  # noqa: F811
-    """A run that goes on begins with nothing kept, so that other captions are encoded together."""
+def test_caption_features_do_not_depend_on_the_batch(workshop):  # noqa: F811
+    """A resumed run starts with an empty cache, so other captions are encoded together."""
     shared = {"name": "tiny", "size": 64, "steps": 4, "batch": 16, "lr": 1e-3, "muon_lr": 1e-3, "mu": 0.0}
     wrapped = PretrainRecipe(**shared, repeats=1, strangers=0.9)
     data = training_set(wrapped, "cpu")

@@ -1,4 +1,4 @@
-"""The study of hearing, on painters whose hearing is known."""
+"""The study of how well prompts are understood, with painters whose vocabulary is known."""
 
 import sys
 
@@ -14,7 +14,7 @@ from model.train.strangers import Wording
 
 
 class Listener(Painter):
-    """Paints the subject and the look that it hears of: by the data's own words, or by other words too."""
+    """Paints the subject and look named in the prompt: in the data's own words only, or in other words too."""
 
     def __init__(self, wide: bool):
         super().__init__()
@@ -35,7 +35,7 @@ class Listener(Painter):
 
 
 def heard(prompt, known):
-    """What the first known phrase of a prompt means, the longest that begins there."""
+    """What the first known phrase of a prompt means; of several that begin there, the longest."""
     words = f" {' '.join(prompt.replace(',', ' ').split())} "
     found = [each for each in known if f" {each} " in words]
     return known.get(min(found, key=lambda each: (words.index(f" {each} "), -len(each)), default=None), "?")
@@ -46,7 +46,7 @@ def look_colour(key):
 
 
 class Shown(Drawings):
-    """Pictures whose rim is the colour of their medium, or of their drawing set where they have none."""
+    """Pictures whose rim is the colour of their medium or, if they have none, of their drawing set."""
 
     def picture(self, item):
         return draw(
@@ -64,7 +64,7 @@ def study():
     return made
 
 
-def test_who_hears_all_words_draws_all_subjects_and_looks(study):
+def test_painter_who_knows_all_words_scores_fully(study):
     found = hearing_study.names(study(True))
     assert all(each["value"] == 1 for each in found.values()) and found["taught"]["of"] > 20
 
@@ -73,7 +73,7 @@ def test_who_hears_all_words_draws_all_subjects_and_looks(study):
     assert likeness["unsaid"]["value"] < 0.99
 
 
-def test_who_knows_the_datas_words_only_is_told_by_the_others(study):
+def test_other_words_expose_a_painter_who_knows_only_the_datas(study):
     found = hearing_study.names(study(False))
     for kind in ("taught", "untaught"):
         assert found[kind]["value"] < 0.5 and found[f"own names of the {kind}"]["value"] == 1
@@ -83,14 +83,14 @@ def test_who_knows_the_datas_words_only_is_told_by_the_others(study):
     assert likeness["other words"]["value"] < 0.99
 
 
-def test_captions_of_all_kinds_are_asked_for(study):
+def test_all_kinds_of_captions_are_tested(study):
     wide, narrow = hearing_study.strangers(study(True)), hearing_study.strangers(study(False))
     assert narrow["plain"]["value"] == narrow["crowded"]["value"] == 1
     assert narrow["other words"]["value"] < 0.9 < wide["wrapped"]["value"]
     assert wide["plain"]["value"] == wide["other words"]["value"] == 1
 
 
-def test_who_hears_the_last_thing_is_told_by_crowded_captions(study, monkeypatch):
+def test_crowded_captions_expose_a_painter_of_the_last_subject(study, monkeypatch):
     def last(prompt, known):
         found = [each for each in known if f" {each} " in f" {prompt.replace(',', ' ')} "]
         return known.get(max(found, key=prompt.rindex, default=None), "?")

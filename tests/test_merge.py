@@ -1,4 +1,4 @@
-"""Merging, balancing and curating, where the answer is known."""
+"""Merging, balancing and curating, with known answers."""
 
 from dataclasses import replace
 from types import SimpleNamespace
@@ -29,7 +29,7 @@ def net():
 
 
 def fit(model, low, high, steps, lr, seed):
-    """Learn a wave on low … high, from noisy points."""
+    """Learn a wave between low and high from noisy points."""
     generator = torch.Generator().manual_seed(seed)
     optimiser = torch.optim.Adam(model.parameters(), lr)
     for _ in range(steps):
@@ -42,7 +42,7 @@ def fit(model, low, high, steps, lr, seed):
 
 
 def error(state, seed, count=2000):
-    """Against the wave itself, over both domains."""
+    """The error against the wave itself, over both domains."""
     x = -1 + 2 * torch.rand(count, 1, generator=torch.Generator().manual_seed(seed))
     model = net()
     model.load_state_dict(state)
@@ -52,7 +52,7 @@ def error(state, seed, count=2000):
 
 @pytest.fixture(scope="module")
 def domains():
-    """A common parent, and two children that each saw one half of the line."""
+    """A common parent and two children, each trained on one half of the line."""
     torch.manual_seed(0)
     model = net()
     base = fit(model, -1, 1, 150, 3e-3, 0)
@@ -63,7 +63,7 @@ def domains():
     return base, children
 
 
-def test_domain_runs_merged_by_validation_are_better_than_their_mean(domains):
+def test_merging_domain_runs_by_validation_beats_each_of_them(domains):
     _, children = domains
     weights, value, scores = choose(children, lambda state: error(state, seed=10, count=300), 4)
     merged = error(combine(children, weights), seed=11)
@@ -74,15 +74,15 @@ def test_domain_runs_merged_by_validation_are_better_than_their_mean(domains):
     assert value == min(scores.values()) and sum(weights) == pytest.approx(1)
 
 
-def test_a_parent_that_spoils_every_merge_gets_no_weight(domains):
+def test_parent_that_spoils_every_merge_gets_no_weight(domains):
     base, children = domains
     spoilt = {name: 10 * torch.randn(value.shape) for name, value in base.items()}
     weights, _, _ = choose([children[0], spoilt], lambda state: error(state, seed=10, count=300), 4)
     assert weights == (1.0, 0.0)
 
 
-def test_the_mean_of_noisy_snapshots_is_better_than_the_last():
-    """PMA: at a constant, high learning rate each snapshot wanders about the minimum; their mean lies nearer."""
+def test_mean_of_noisy_snapshots_beats_the_last():
+    """PMA: at a constant, high learning rate snapshots wander around the minimum; their mean is closer to it."""
     torch.manual_seed(0)
     model = net()
     fit(model, -1, 1, 300, 5e-3, 0)
@@ -100,13 +100,13 @@ def test_merging_is_linear_and_exact_at_the_corners():
     assert combine([one, other], (0.5, 0.5))["count"] == 3
 
 
-def test_what_does_not_belong_together_is_not_merged():
+def test_refuses_to_merge_mismatched_weights():
     for other in ({"v": torch.zeros(2)}, {"w": torch.zeros(3)}):
         with pytest.raises(K2Error, match="cannot be merged"):
             combine([{"w": torch.zeros(2)}, other], (0.5, 0.5))
 
 
-def test_every_run_has_a_weight_or_none_has():
+def test_either_every_run_has_a_weight_or_none_has():
     with pytest.raises(K2Error, match="states 1 weights for 2 runs"):
         merge.Recipe.of({"name": "moved", "runs": ["a", "b"], "weights": [1.0]}, "moved.toml")
     with pytest.raises(K2Error, match="states 1 weights for 0 runs"):
@@ -130,13 +130,13 @@ def test_every_run_has_a_weight_or_none_has():
         ({"snapshots": "a", "divisions": 9}, "divisions has no meaning"),
     ],
 )
-def test_a_merge_that_would_go_wrong_is_refused(keys, message):
+def test_refuses_invalid_merge_recipes(keys, message):
     with pytest.raises(K2Error, match=message):
         merge.Recipe.of({"name": "moved", **keys}, "moved.toml")
 
 
 @pytest.mark.parametrize("how", [{"runs": ("night",)}, {"runs": ("night",), "weights": (1.0,)}, {"snapshots": "night"}])
-def test_what_has_no_transformer_is_not_merged(tmp_path, monkeypatch, how):
+def test_refuses_to_merge_runs_without_a_transformer(tmp_path, monkeypatch, how):
     monkeypatch.chdir(tmp_path)
     lora = {"name": "night", "stage": "lora", "pictures": "night", "steps": 4}
     states.write(states.RUNS / "night", {"ema.w": torch.zeros(2)}, {"step": 4, "seconds": 1.0, "recipe": lora}, {})
@@ -146,7 +146,7 @@ def test_what_has_no_transformer_is_not_merged(tmp_path, monkeypatch, how):
 
 
 @pytest.mark.parametrize(("count", "divisions"), [(2, 4), (3, 4), (3, 3), (4, 2)])
-def test_weights_that_are_tried_hold_every_parent_and_the_mean(count, divisions):
+def test_weights_tried_include_every_parent_and_the_mean(count, divisions):
     grid = simplex(count, divisions)
     assert all(sum(weights) == pytest.approx(1) for weights in grid) and len(set(grid)) == len(grid)
     for index in range(count):
@@ -155,7 +155,7 @@ def test_weights_that_are_tried_hold_every_parent_and_the_mean(count, divisions)
 
 
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=gpu)])
-def test_what_pictures_are_clustered_by_lies_in_main_memory(workshop, device):  # noqa: F811
+def test_features_for_clustering_are_in_main_memory(workshop, device):  # noqa: F811
     keys = {"name": "middle", "size": 64, "steps": 1, "batch": 2, "repeats": 1, "mu": 0.0, "lr": 1e-3, "muon_lr": 1e-3}
     small = midtrain.Recipe(**keys, init="box", network=NETWORK)
     data = training_set(small, device)
@@ -166,8 +166,8 @@ def test_what_pictures_are_clustered_by_lies_in_main_memory(workshop, device):  
     assert np.allclose(np.linalg.norm(found[:, : 4 * 32], axis=1), 1, atol=1e-4)
 
 
-def test_a_domain_leaves_something_of_every_shape():
-    """Else the first step that has that shape would end the run, whenever it comes."""
+def test_domain_must_leave_pictures_of_every_shape():
+    """Otherwise the first step with a shape that has none would end the run, however late it comes."""
     data = SimpleNamespace(weights=np.full(4, 0.25), shaped=[SimpleNamespace(indices=np.array([2, 3]))])
     with pytest.raises(K2Error, match="one of its shapes"):
         only(data, np.array([True, True, False, False]))
@@ -176,7 +176,7 @@ def test_a_domain_leaves_something_of_every_shape():
     assert data.weights.tolist() == [0.5, 0, 0.5, 0]
 
 
-def test_what_validates_is_not_trained_on():
+def test_validation_pictures_are_not_trained_on():
     items = [Item(row, Pair(f"thing {row}", "noto"), Look("noto", "plain", "white", "cream")) for row in range(200)]
     data = SimpleNamespace(items=items, weights=np.full(200, 1 / 200), shaped=[])
     rest_for_validation(data)
@@ -198,7 +198,7 @@ def test_what_validates_is_not_trained_on():
     assert all(resting.tolist() == [rests(item) for item in items] for _, resting in drawn)
 
 
-def test_clusters_are_found_and_the_same_for_a_seed():
+def test_clusters_are_found_and_the_same_for_the_same_seed():
     rng = np.random.default_rng(0)
     own = np.repeat([0, 1, 2], [300, 40, 10])
     points = np.array([[0, 0], [5, 0], [0, 5]])[own] + 0.3 * rng.normal(size=(350, 2))
@@ -210,7 +210,7 @@ def test_clusters_are_found_and_the_same_for_a_seed():
     assert len(np.unique(kmeans(np.zeros((5, 2)), 3))) == 1
 
 
-def test_balanced_odds_draw_every_cluster_alike_and_keep_the_odds_inside():
+def test_balanced_odds_draw_clusters_equally_and_keep_ratios_inside():
     rng = np.random.default_rng(0)
     clusters = np.repeat([0, 1, 2], [900, 90, 10])
     weights = rng.random(1000) + 0.1
@@ -244,7 +244,7 @@ ITEMS = [
 RECIPE = Recipe(name="d", steps=1, size=64, batch=1, repeats=1, lr=0.1, muon_lr=0.1, mu=0.0)
 
 
-def test_a_domain_is_what_its_recipe_lets_through():
+def test_domain_is_what_its_recipe_selects():
     film = domain(ITEMS, replace(RECIPE, media=("film",)))
     assert [item.look.medium == "film" for item in ITEMS] == film.tolist()
     both = domain(ITEMS, replace(RECIPE, media=("plain",), drawings=("noto",), on=("white", "flat")))
@@ -253,19 +253,19 @@ def test_a_domain_is_what_its_recipe_lets_through():
 
 
 @pytest.mark.parametrize("domain", [{"media": ("film", "flim")}, {"drawings": ("nothing",)}])
-def test_a_domain_of_nothing_known_is_refused(domain):
+def test_refuses_unknown_domain_values(domain):
     with pytest.raises(K2Error, match="there is no"):
         replace(RECIPE, **domain)
 
 
-def test_the_best_of_each_subject_stay():
+def test_best_pictures_of_each_subject_stay():
     keep = np.array([True] * 11 + [False])
     score = np.arange(12.0)
     best = best_of_each(ITEMS, keep, score, 2)
     assert [sorted(i for i in np.flatnonzero(best) if i % 3 == k) for k in range(3)] == [[6, 9], [7, 10], [5, 8]]
 
 
-def test_noise_levels_are_stratified_about_their_shift():
+def test_noise_levels_are_stratified_around_their_shift():
     levels = noise_levels(4000, 0.7, torch.Generator().manual_seed(0))
     logits = torch.logit(levels)
     assert logits.mean().item() == pytest.approx(0.7, abs=0.01) and logits.std().item() == pytest.approx(1, abs=0.02)
@@ -273,4 +273,4 @@ def test_noise_levels_are_stratified_about_their_shift():
     few = drawn.sort().values
     edges = torch.special.ndtri(torch.arange(9) / 8)
     assert ((few >= edges[:-1]) & (few <= edges[1:])).all()
-    assert not torch.equal(drawn, few)  # else a picture's level would go with its place in the batch
+    assert not torch.equal(drawn, few)  # otherwise a picture's level would depend on its place in the batch

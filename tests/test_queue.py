@@ -1,4 +1,4 @@
-"""The GPU queue, end to end on the CPU: tiny stages, from renders to 8-bit weights of Raw and Turbo."""
+"""The GPU queue end to end, on the CPU: tiny stages, from renders to 8-bit weights of Raw and Turbo."""
 
 import json
 
@@ -30,8 +30,8 @@ multiplier = 1
 """
 
 
-@pytest.mark.skipif(not (BOX / "mini-vae.safetensors").exists(), reason="no weights in the box")
-def test_it_goes_from_renders_to_weights(tmp_path, monkeypatch):
+@pytest.mark.skipif(not (BOX / "mini-vae.safetensors").exists(), reason="no bundled weights")
+def test_queue_trains_from_renders_to_weights(tmp_path, monkeypatch):
     folder = tmp_path / "data"
     folder.mkdir()
     pairs = [(subject.name, drawing) for subject in read_subjects()[:2] for drawing in list(DRAWINGS)[:2]]

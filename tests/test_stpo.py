@@ -1,4 +1,4 @@
-"""STPO on points in the plane: it learns the preference, and does not let go of the winner as plain DPO does."""
+"""STPO on points in the plane: it learns the preference without losing the winner, as plain DPO does."""
 
 from types import SimpleNamespace
 
@@ -23,7 +23,9 @@ from model.train.stpo import (
     squared_error,
 )
 
-BRIGHT = SimpleNamespace(vae=None, total=lambda pictures, asked, weights: pictures.mean((1, 2, 3)))  # is what is good
+BRIGHT = SimpleNamespace(
+    vae=None, total=lambda pictures, asked, weights: pictures.mean((1, 2, 3))
+)  # brightness is the reward
 PROMPTS = [Asked(str(number), "fox", Look("noto", "plain")) for number in range(20)]
 
 
@@ -35,7 +37,7 @@ def recipe(**more):
 
 @pytest.fixture(scope="module")
 def preference(tmp_path_factory):
-    """The stage, which sets its β after one step."""
+    """The stage, calibrating β after one step."""
     folder, chosen = tmp_path_factory.mktemp("data"), recipe(beta=1.0, calibrate_at=1)
     (folder / "manifest.toml").touch()
     data = SimpleNamespace(catalog=SimpleNamespace(folder=folder), looks=[0], embed=None, cells=8)
@@ -54,7 +56,7 @@ class Plane(nn.Module):
 
 
 def pairs(generator, count=128):
-    """Winners around one point, losers near them: close enough that what pushes a loser away drags its winner along."""
+    """Winners around one point, losers near them: so close that pushing a loser away drags its winner along."""
     winner = torch.tensor([1.0, 0.0]) + 0.3 * torch.randn(count, 2, generator=generator)
     return winner, winner + torch.tensor([0.25, 0.35]) + 0.1 * torch.randn(count, 2, generator=generator)
 
@@ -80,7 +82,7 @@ def pretrained():
 
 
 def tuned(state, kind):
-    """Mean rise of the winner's and of the loser's loss over the reference's, on fresh pairs, after 300 steps."""
+    """Mean rise of the winner's and the loser's loss over the reference's, on new pairs, after 300 steps."""
     model, reference = Plane(), Plane()
     for each in (model, reference):
         each.load_state_dict(state)
@@ -105,18 +107,18 @@ def tuned(state, kind):
     return {name: float(value.mean()) for name, value in figures.items()}
 
 
-def test_it_keeps_the_winners_loss_from_rising_where_plain_dpo_lets_it_rise(pretrained):
+def test_winners_loss_rises_with_plain_dpo_but_not_with_stpo(pretrained):
     found = {kind: tuned(pretrained, kind) for kind in ("dpo", "dpo+sft", "stpo")}
 
     assert found["dpo"]["winner"] > 0.05
     assert found["stpo"]["winner"] < 0.01 < found["dpo"]["winner"] / 5
     assert found["stpo"]["winner"] < found["dpo+sft"]["winner"]
-    for figures in found.values():  # and each learns to prefer
+    for figures in found.values():  # and each learns the preference
         assert figures["winner"] < figures["loser"] and figures["right"] > 0.55
 
 
-def test_of_equal_models_the_preference_is_even_and_its_gradient_is_dpos():
-    """Where model and reference agree, Δ = 0: the loss is log 2, its slope β/4 of each picture's error."""
+def test_equal_models_have_even_preference_and_dpos_gradient():
+    """If model and reference agree, Δ = 0: the loss is log 2, its slope β/4 of each picture's error."""
     target = Both(torch.zeros(1, 2), torch.zeros(1, 2))
     made = Both(*(torch.tensor([[a, b]], requires_grad=True) for a, b in ((1.0, 0.0), (0.0, 1.0))))
     before = Both(*(each.detach() for each in made))
@@ -133,7 +135,7 @@ def test_of_equal_models_the_preference_is_even_and_its_gradient_is_dpos():
     ("kind", "hinged", "anchored"),
     [("dpo", 0, 0), ("dpo+sft", 0, 1), ("stpo", 1, 1)],
 )
-def test_what_holds_the_winner_is_weighed_in_halves_of_beta(kind, hinged, anchored):
+def test_hinge_and_anchor_are_scaled_by_half_of_beta(kind, hinged, anchored):
     """ℓ_w is 4 and 1, the reference's 1 and 4: only the first has risen."""
     target = Both(torch.zeros(2, 1), torch.zeros(2, 1))
     made, before = (Both(torch.tensor(w), torch.ones(2, 1)) for w in ([[2.0], [1.0]], [[1.0], [2.0]]))
@@ -145,7 +147,7 @@ def test_what_holds_the_winner_is_weighed_in_halves_of_beta(kind, hinged, anchor
     torch.testing.assert_close(loss(anchor=0.05) - loss(), anchored * 8 / 2 * 0.05 * torch.tensor([4.0, 1.0]))
 
 
-def test_the_scale_leaves_the_winner_falling_whatever_the_two_gradients():
+def test_safe_scale_never_lets_the_winners_loss_rise():
     """To first order, a step along −(g_w − λ g_l) changes ℓ_w by −⟨g_w, g_w − λ g_l⟩: never up."""
     generator = torch.Generator().manual_seed(0)
     made = Both(*(torch.randn(1000, 3, generator=generator) for _ in range(2)))
@@ -163,15 +165,15 @@ def test_the_scale_leaves_the_winner_falling_whatever_the_two_gradients():
     assert (scale[opposed] == 1).all() and (scale[~opposed] < 1).any()
 
 
-def test_pairs_are_the_best_and_the_worst_of_groups_that_differ():
+def test_pairs_are_the_best_and_worst_of_groups_that_differ():
     best, worst, enough = best_and_worst(torch.tensor([[0.2, 0.9, 0.1], [0.5, 0.52, 0.5]]), 0.1)
 
     assert best.tolist() == [1, 1] and worst.tolist() == [2, 0]
     assert enough.tolist() == [True, False]
 
 
-def test_a_pair_is_of_its_prompt_and_its_winner_is_what_was_rewarded(monkeypatch):
-    """Latents say in their first channel which prompt they are of; of some prompts the pictures hardly differ."""
+def test_pairs_share_a_prompt_and_the_winner_has_the_higher_reward(monkeypatch):
+    """The latents' first channel is the number of their prompt; for some prompts the pictures hardly differ."""
 
     def sample(dit, embed, captions, *_):
         numbers = torch.tensor([float(caption) for caption in captions])
@@ -191,8 +193,8 @@ def test_a_pair_is_of_its_prompt_and_its_winner_is_what_was_rewarded(monkeypatch
         assert latents[:, 1, 0, 0].tolist() == pytest.approx([brightness] * len(pairs), abs=1e-3)
 
 
-def test_both_of_a_pair_are_noised_alike_and_asked_for_their_own_velocity(preference, monkeypatch):
-    """To a model that knows both pictures nothing is left to learn; the reference is one off."""
+def test_pair_shares_its_noise_but_has_separate_targets(preference, monkeypatch):
+    """A model that knows both pictures has no error; the reference is off by one."""
     images = torch.randn(2, 3, 16, 4, 4)
     tokens = torch.cat([patchify(each, preference.model.dit.config.patch) for each in images])
 
@@ -208,8 +210,8 @@ def test_both_of_a_pair_are_noised_alike_and_asked_for_their_own_velocity(prefer
         torch.testing.assert_close(figures[name], torch.full((3,), -1.0), atol=1e-3, rtol=0)
 
 
-def test_beta_is_set_by_how_far_pairs_differ(preference, monkeypatch):
-    """Such that βΔ/2 has a standard deviation of 1, and within a factor of ten of the recipe's."""
+def test_beta_is_calibrated_to_the_spread_of_pairs(preference, monkeypatch):
+    """βΔ/2 gets a standard deviation of 1, within a factor of ten of the recipe's β."""
     for spread, expected in ((0.5, 2 / 0.5), (100.0, 1.0 / 10)):
         figures = {"winner": spread * torch.tensor([2.0, 0.0, 3.0]), "loser": spread * torch.tensor([1.0, 0.0, 4.0])}
         monkeypatch.setattr(preference, "held_aside", lambda figures=figures: figures)
@@ -217,7 +219,7 @@ def test_beta_is_set_by_how_far_pairs_differ(preference, monkeypatch):
         assert preference.model.beta.item() == pytest.approx(expected)
 
 
-def test_a_model_wins_whose_pictures_are_rewarded_more(preference, monkeypatch):
+def test_win_rate_counts_pictures_with_higher_rewards(preference, monkeypatch):
     learned = torch.tensor([0.1, 0.1, 0.1, -0.1]).view(SEEN, 1, 1, 1).expand(-1, 3, 8, 8)
     monkeypatch.setattr(stpo, "sample", lambda dit, *_: learned * (dit is preference.model.dit))
     monkeypatch.setattr(stpo, "decode", lambda vae, latents: latents)

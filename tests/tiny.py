@@ -1,4 +1,4 @@
-"""A whole model of random weights, small enough to render in milliseconds."""
+"""A complete model with random weights, small enough to render in milliseconds."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ DIT = DiTConfig(width=64, heads=4, kv_heads=2, blocks=2, text_width=32, text_tap
 
 
 def make_box(folder: Path) -> None:
-    """tiny-raw, tiny-turbo, tiny-text, tiny-vae, tiny-style and tiny-tokenizer."""
+    """Write tiny-raw, tiny-turbo, tiny-text, tiny-vae, tiny-style and tiny-tokenizer."""
     if not TOKENIZER.exists():
-        pytest.skip("the tokenizer of the box is not there yet")
+        pytest.skip("the bundled tokenizer does not exist yet")
     torch.manual_seed(0)
     for variant, recommended in (
         ("raw", {"steps": 4, "guidance": 2.0, "mu": "auto"}),
@@ -74,7 +74,7 @@ def pixels(picture: Picture) -> str:
 
 
 def difference(a: Picture, b: Picture) -> int:
-    """Of two pictures' pixels, the largest."""
+    """The largest difference between two pictures' pixels."""
     return max(ImageChops.difference(a.image, b.image).tobytes())
 
 
@@ -87,6 +87,6 @@ def tiny_box(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def tiny(tiny_box: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The box holds the tiny model instead of the trained one."""
+    """Bundle the tiny model instead of the trained one."""
     monkeypatch.setattr(library, "BOX", tiny_box)
     return tiny_box

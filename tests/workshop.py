@@ -1,4 +1,4 @@
-"""A folder with a data set of sixteen drawings, so that every stage of training runs in seconds."""
+"""A folder with a data set of sixteen drawings, so that every training stage runs in seconds."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ from model.train.data import DATA, DRAWINGS, Catalog, latents_file, read_subject
 from model.vae import QwenImageVAE
 
 SIZES = (64, 128)
-FACTOR = 16  # pixels to a latent cell, as in the box
-# The smallest network, for the workshop's own text encoder, and as the end of a recipe.
+FACTOR = 16  # pixels per latent cell, as in the bundled model
+# The smallest network, for the workshop's own text encoder; and TINY, the same as the end of a recipe.
 NETWORK = {"width": 32, "heads": 2, "kv_heads": 1, "blocks": 1, "multiplier": 1, "text_width": 32, "text_heads": 2}
 TINY = "[network]\n" + "".join(f"{key} = {value}\n" for key, value in NETWORK.items())
 
 
 def make_data(folder: Path, subjects: int = 4, drawings: int = 4) -> Catalog:
-    """Renders of coloured discs and squares, and latents of noise, each subject's a little different."""
+    """Renders of coloured discs and squares, and latents of noise around a centre for each render."""
     folder.mkdir(parents=True)
     rng = np.random.default_rng(0)
     pairs = [(subject.name, drawing) for subject in read_subjects()[:subjects] for drawing in list(DRAWINGS)[:drawings]]
@@ -53,13 +53,13 @@ def make_data(folder: Path, subjects: int = 4, drawings: int = 4) -> Catalog:
 
 
 def enlarge(folder: Path) -> None:
-    """The same renders in 256 px."""
+    """Save the same renders in 256 px."""
     np.save(folder / "renders-256.npy", np.load(folder / "renders.npy").repeat(2, 1).repeat(2, 2))
 
 
 def small_box(box: Path) -> Path:
-    """The box with a narrower mini in it: of a stage at smoke size most of the work is the text encoder's and the
-    autoencoder's. Made once."""
+    """The bundled files with a narrower mini, made once: at smoke-test size, the text encoder and the autoencoder take
+    most of a stage's time."""
     if box.exists():
         return box
     box.mkdir()
@@ -89,7 +89,7 @@ def small_box(box: Path) -> Path:
 
 
 def with_box(box: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Training and rendering find that box."""
+    """Make training and rendering use these bundled files."""
     monkeypatch.setattr(library, "BOX", box)
     for stage in ("autoencoder", "merge", "release", "rewards", "samples", "sharpen", "states", "training_set"):
         monkeypatch.setattr(f"model.train.{stage}.BOX", box)
@@ -97,9 +97,9 @@ def with_box(box: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def workshop(tmp_path: Path, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The current folder, with the data set where training looks for it, and a box of its own."""
+    """The current folder, with the data set where training looks for it and with bundled files of its own."""
     if "mini" not in library.box():
-        pytest.skip("the box holds no weights yet")
+        pytest.skip("there are no bundled weights yet")
     monkeypatch.chdir(tmp_path)
     with_box(small_box(tmp_path_factory.getbasetemp() / "small-box"), monkeypatch)
     monkeypatch.setattr("model.train.validation.PICTURES", 16)
@@ -109,7 +109,7 @@ def workshop(tmp_path: Path, tmp_path_factory: pytest.TempPathFactory, monkeypat
 
 
 class InThisProcess:
-    """A pool that needs no other process, so that folders that a test put in place hold."""
+    """A pool that stays in this process, so that folders set by a test's monkeypatch apply."""
 
     def __enter__(self):
         return self

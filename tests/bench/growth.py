@@ -1,9 +1,9 @@
-"""How the time for pictures grows with their size, number, steps and prompt, compared with their operations.
+"""How the time for pictures grows with their size, number, steps and prompt, compared with the operations it takes.
 
 `python tests/bench/growth.py [--model mini] [--rounds 5] [--out .cache/bench/growth] [--smoke]`. Each point is a
-median; the points of a panel take turns. Operations: of the stream, of the text encoder, and of the autoencoder as
-counted by PyTorch. Nothing should grow faster than its operations; what grows more slowly has a fixed cost at the small
-end.
+median; the points of a panel are measured in turns. The operations are those of the transformer, of the text encoder,
+and, as counted by PyTorch, of the autoencoder. Nothing should grow faster than its operations; what grows more slowly
+has a fixed cost that dominates at the small end.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from model.spec import RenderSpec
 from model.text_encoder import PREFIX_TOKENS
 
 WORDS = "a red fox curled up asleep under a tall green tree at night in the snow beside a small wooden house " * 8
-AXES = {  # what grows: its points, and those of a smoke test
+AXES = {  # axis: its points, and those of a smoke test
     "side in pixels": ((256, 384, 512, 768, 1024), (64, 96)),
     "pictures at once": ((1, 2, 4, 8, 16, 32), (1, 2)),
     "steps": ((4, 8, 16, 32), (1, 2)),
@@ -50,7 +50,7 @@ class Growth:
         self.pipeline = pipeline
 
     def render(self, specs: list[RenderSpec]) -> None:
-        self.pipeline.forget()  # else only the first round would encode
+        self.pipeline.forget()  # otherwise only the first round would encode the prompts
         self.pipeline.render(specs)
 
     def operations(self, specs: list[RenderSpec]) -> float:
@@ -67,7 +67,7 @@ class Growth:
     def length(self, prompt: str) -> int:
         return len(self.pipeline.text.token_ids(prompt))
 
-    @cache  # noqa: B019, one object lives as long as the program
+    @cache  # noqa: B019, the only instance lives as long as the program
     def decoding(self, width: int, height: int) -> float:
         shape = (1, self.pipeline.dit.config.channels, *(side // self.pipeline.vae.factor for side in (height, width)))
         latents = torch.zeros(shape, device=self.pipeline.device, dtype=self.pipeline.dtype)
