@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from k2cli import standard
-from k2cli.commands import Commands, Group
-from k2cli.complete import complete_weight
-from k2cli.finding import find_file, find_home, open_projects
+from k2cli import stdio
+from k2cli.commands import CommandApp, CommandGroup
+from k2cli.completion import complete_weight
 from k2cli.history_app import gallery, log, rerun, show
+from k2cli.locate import find_file, find_project_of, open_projects
 from k2cli.models_app import models_app
 from k2cli.options import (
     ALLOWED,
@@ -55,26 +55,26 @@ from k2cli.watch import watch
 from model.errors import K2Error
 
 if TYPE_CHECKING:
-    from k2cli.hands import Crew
     from k2cli.prompts import Prompt
     from k2cli.runs import Job, Saved
+    from k2cli.workers import WorkerPool
 
 
 # In the order a new user needs them; anything not listed comes last.
-ORDER = (
+COMMAND_ORDER = (
     *("new", "render", "watch", "log", "show", "rerun", "gallery"),
     *("style", "mix-styles", "moodboard", "models", "train", "doctor"),
 )
 
 
-class Root(Group):
+class RootGroup(CommandGroup):
     def list_commands(self, ctx: typer.Context) -> list[str]:  # type: ignore[override]
-        return sorted(super().list_commands(ctx), key=lambda name: (*ORDER, name).index(name))
+        return sorted(super().list_commands(ctx), key=lambda name: (*COMMAND_ORDER, name).index(name))
 
 
 # Typer's rich help costs more than the rest of `k2 --help` together, so help is plain.
-app = Commands(
-    cls=Root,
+app = CommandApp(
+    cls=RootGroup,
     invoke_without_command=True,
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
@@ -89,15 +89,15 @@ def main() -> None:
     """Run the command line, with environment and streams set up for it."""
     # Before torch: threads that spin while waiting are several times slower on a busy machine, no faster on an idle.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    standard.settle()
+    stdio.settle()
     try:
         app(prog_name="k2")
     except OSError as error:  # in output that no command writes: help, the version
         if error.errno != errno.ENOSPC:
             raise
-        from k2cli.console import show_error, unwritable
+        from k2cli.console import show_error, unwritable_error
 
-        show_error(unwritable(error))
+        show_error(unwritable_error(error))
         sys.exit(1)
 
 
@@ -130,14 +130,14 @@ def k2(
     Without a command, inside a project, k2 says where you are and what to do next.
     """
     if context.invoked_subcommand is None:
-        from k2cli.console import result
-        from k2cli.folder import Outside
-        from k2cli.here import where_am_i
+        from k2cli.console import print_result
+        from k2cli.folder import OutsideProject
+        from k2cli.status import project_status
 
         try:
             allowed = os.environ.get(ALLOWED, "").lower() in ("1", "true", "t", "yes", "y", "on")  # as Typer reads it
-            result(where_am_i(allow_outside=allowed) or context.get_help())
-        except Outside as error:  # its hint names an option that bare `k2` lacks
+            print_result(project_status(allow_outside=allowed) or context.get_help())
+        except OutsideProject as error:  # its hint names an option that bare `k2` lacks
             hint = f"Replace the link with its target, or allow it for all commands: set {ALLOWED}=1 in the environment"
             raise K2Error(str(error), hint=hint) from None
 
@@ -167,15 +167,15 @@ def new(
       k2 new taken --from *.png
       k2 new taken --from outputs/0001-fox
     """
-    from k2cli.console import for_shell, result, say, short_path
-    from k2cli.folder import FILE, Folder, keeps_outputs
+    from k2cli.console import for_shell, print_result, say, short_path
+    from k2cli.folder import PROJECT_FILE, Folder, git_tracks_outputs
 
     if not folder:  # as a path it would be the current folder
         raise K2Error("The project's name is empty.", hint="Example: k2 new moody")
     root = Path(os.path.abspath(folder))
-    step = f"cd {for_shell(root)} && k2 render" if root != Path.cwd() else "k2 render"
-    if os.path.isfile(root / FILE):
-        hint = f"Choose another folder, or continue with this one: {step}"
+    next_step = f"cd {for_shell(root)} && k2 render" if root != Path.cwd() else "k2 render"
+    if os.path.isfile(root / PROJECT_FILE):
+        hint = f"Choose another folder, or continue with this one: {next_step}"
         raise K2Error(f"{root} is already a k2 project.", hint=hint)
     compose, notes = None, []
     if more and not pictures:
@@ -183,21 +183,21 @@ def new(
     if pictures:
         from functools import partial
 
-        from k2cli import taken
+        from k2cli import from_pictures
         from k2cli.pictures import without_sheets
 
         named, sheets = without_sheets([*pictures, *(more or [])])
-        read, skipped = taken.gather(named)
-        compose = partial(taken.project_text, origins=list(read.values()))
-        notes = [*filter(None, [sheets]), *taken.notes(read, skipped)]
-    made = Folder.create(Path(folder), compose)
-    result(short_path(made))
+        origins, skipped = from_pictures.gather(named)
+        compose = partial(from_pictures.project_text, origins=list(origins.values()))
+        notes = [*filter(None, [sheets]), *from_pictures.notes(origins, skipped)]
+    created = Folder.create(Path(folder), compose)
+    print_result(short_path(created))
     if not quiet:
         for note in notes:
             say(note, "yellow")
-        if keeps_outputs(made):
+        if git_tracks_outputs(created):
             say("Git may track every picture: add outputs/, gallery/ and .runs/ to .gitignore.", "yellow")
-        say(f"Next: {step}", "dim")
+        say(f"Next: {next_step}", "dim")
 
 
 @app.command()
@@ -308,28 +308,28 @@ def render(
       k2 render --like outputs/0001-fox/fox-7.png --batch 8
       k2 render --resume                    finish an interrupted run
     """
-    from k2cli.asked import Asked
-    from k2cli.carry import carry_out, say_again, show_plan
-    from k2cli.cluster import Cluster
+    from k2cli.cluster import RayPool
     from k2cli.console import say, show_error
-    from k2cli.hands import Processes, load
-    from k2cli.like import Example, said_of_home
-    from k2cli.matrix import settled_by
+    from k2cli.execute import execute, say_if_unchanged, show_plan
+    from k2cli.like import Example, note_on_project
+    from k2cli.matrix import fixed_axes
+    from k2cli.planning import Request
     from k2cli.prompts import typed
     from k2cli.runs import resume as last_run
-    from k2cli.several import for_all, refuse, tried
-    from k2cli.stream import asked_for, render_each
+    from k2cli.several import for_all, raise_all, try_each
+    from k2cli.stream import prompts_given, render_each
+    from k2cli.workers import ProcessPool, load_pipeline
 
-    named, stdin = [name for name in projects or [] if name != "-"], stream or "-" in (projects or [])
+    folders, from_stdin = [name for name in projects or [] if name != "-"], stream or "-" in (projects or [])
     if like is not None:
         like = find_file(like, project)
-        if not (named or project) and (home := find_home(like, project, allow_outside)):
-            named = [str(home.root)]
-            if not quiet and (elsewhere := said_of_home(like, home.root)):
+        if not (folders or project) and (home := find_project_of(like, project, allow_outside)):
+            folders = [str(home.root)]
+            if not quiet and (elsewhere := note_on_project(like, home.root)):
                 say(elsewhere, "yellow")
-        if len(named) > 1:
+        if len(folders) > 1:
             raise typer.BadParameter("it works with one project at a time", param_hint="--like")
-    opened = open_projects(named, project, allow_outside, prompt or ())
+    opened = open_projects(folders, project, allow_outside, prompt or ())
     options = {
         "batch": batch, "seed": seed_of(seed), "size": size, "aspect": aspect, "resolution": resolution,
         "steps": steps, "guidance": guidance, "guidance_until": guidance_until, "style_guidance": style_guidance,
@@ -339,69 +339,69 @@ def render(
         "mask": mask, "avoid": ", ".join(avoid) if avoid else None,
     }  # fmt: skip
     settings = {key: value for key, value in options.items() if value is not None}
-    crew: Crew | None = Processes(workers) if workers and workers > 1 else None
+    pool: WorkerPool | None = ProcessPool(workers) if workers and workers > 1 else None
     if ray is not None:
-        crew = Cluster(ray, workers)
-    if crew:
-        context.call_on_close(crew.close)
+        pool = RayPool(ray, workers)
+    if pool:
+        context.call_on_close(pool.close)
 
-    def carry(jobs: list[Job]) -> None:
+    def run_jobs(jobs: list[Job]) -> None:
         if dry_run:
             show_plan(jobs, as_json=json, quiet=quiet)
         else:
-            made: dict[Path, str] = {}
+            pixel_hashes: dict[Path, str] = {}
 
             def note(saved: Saved) -> None:
-                made[saved.path] = saved.record["pixels"]
+                pixel_hashes[saved.path] = saved.record["pixels"]
 
-            carry_out(jobs, embed=not no_embed, as_json=json, quiet=quiet, crew=crew, on_saved=note)
+            execute(jobs, embed=not no_embed, as_json=json, quiet=quiet, pool=pool, on_saved=note)
             if not (quiet or resume):
-                say_again(made, named=len(jobs) > 1)
+                say_if_unchanged(pixel_hashes, with_project=len(jobs) > 1)
 
     if resume:
-        if any((prompt, only, like, style, matrix, stdin, settings)) or moodboard is not None:
+        if any((prompt, only, like, style, matrix, from_stdin, settings)) or moodboard is not None:
             raise typer.BadParameter(
                 "a run resumes as it was planned, so no other setting can be given", param_hint="--resume"
             )
-        runs, none = tried(opened, lambda each: last_run(each, run))
-        if not runs:
-            refuse(none)
-        for error in none:
+        resumed, errors = try_each(opened, lambda each: last_run(each, run))
+        if not resumed:
+            raise_all(errors)
+        for error in errors:
             show_error(error)
-        carry(runs)
-        if none:
+        run_jobs(resumed)
+        if errors:
             raise typer.Exit(1)
         return
     if run is not None:
         raise typer.BadParameter("it selects the run to resume, so it needs --resume", param_hint="--run")
-    if only and (prompt or stdin):
+    if only and (prompt or from_stdin):
         raise typer.BadParameter("it selects project prompts, so no others can be given", param_hint="--only")
     if stream and prompt:
         raise typer.BadParameter(
             "its prompts come from standard input, so no others can be given", param_hint="--stream"
         )
     weights = dict(map(read_style, style or []))
-    compared = [read_matrix(matrix, settled_by(settings, weights))] if matrix else []
-    prompts = [typed("anything")] if stream else asked_for(prompt or [], stdin=stdin)
+    matrices = [read_matrix(matrix, fixed_axes(settings, weights))] if matrix else []
+    prompts = [typed("anything")] if stream else prompts_given(prompt or [], stdin=from_stdin)
     example = Example.read(like, opened[0]) if like else None
-    asked = Asked(settings, prompts, only or [], weights, compared, moodboard, example)
+    request = Request(settings, prompts, only or [], weights, matrices, moodboard, example)
     # what no line of a stream could put right is refused before the first
     several = len(opened) > 1
-    jobs = for_all(opened, lambda each: asked.job(each, quiet=quiet or stream, named=several))
+    jobs = for_all(opened, lambda each: request.job(each, quiet=quiet or stream, with_project=several))
     if not quiet:
-        asked.tell_changed(jobs[0])
+        request.warn_if_changed(jobs[0])
     if not stream:
-        return carry(jobs)
-    if not (dry_run or crew):
-        load(jobs[0].model)  # while waiting for the first line
+        return run_jobs(jobs)
+    if not (dry_run or pool):
+        load_pipeline(jobs[0].model)  # while waiting for the first line
 
-    def answer(one: Prompt) -> None:
+    def render_line(one: Prompt) -> None:
         """Render a line, with the projects as they are now."""
-        mine = replace(asked, prompts=[one])
-        there = open_projects(named, project, allow_outside)
-        carry(for_all(there, lambda each: mine.job(each, quiet=quiet, named=several)))
+        line_request = replace(request, prompts=[one])
+        there = open_projects(folders, project, allow_outside)
+        run_jobs(for_all(there, lambda each: line_request.job(each, quiet=quiet, with_project=several)))
 
-    if render_each(answer, as_json=json):
+    if render_each(render_line, as_json=json):
         raise typer.Exit(1)
 
 
@@ -420,10 +420,10 @@ def doctor(project: ProjectOption = None, json: JsonOption = False) -> None:
 
     Reports device, memory, models, versions, and what will be slow and why. Exits with 1 if something is broken.
     """
-    from k2cli.console import result, screen, to_json
+    from k2cli.console import print_result, screen_width, to_json
     from k2cli.doctor import describe, examine
 
-    found = examine(project)
-    result(to_json(found) if json else describe(found, screen()))
-    if found["problems"]:
+    report = examine(project)
+    print_result(to_json(report) if json else describe(report, screen_width()))
+    if report["problems"]:
         raise typer.Exit(1)

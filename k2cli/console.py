@@ -16,28 +16,28 @@ from typing import Any
 from rich.console import Console, Group, RenderableType
 from rich.text import Text
 
-from k2cli.disk import ended_as_by_ctrl_c
+from k2cli.disk import signals_as_ctrl_c
 from k2cli.texts import UNPRINTABLE, from_here, masked, quote
 from model.errors import K2Error
 
-LONGEST = 2000  # characters of an error
-MOST_ROWS = 2000  # in columns, which take half a millisecond each
-NARROW = 60  # cells of a screen; below that, columns of words do not fit
+MAX_ERROR = 2000  # characters of an error
+MAX_TABLE_ROWS = 2000  # in columns, which take half a millisecond each
+MIN_COLUMNS_WIDTH = 60  # cells of a screen; below that, columns of words do not fit
 
 console = Console(stderr=True, highlight=False)
 
 
-def harmless(text: str) -> str:
+def sanitize(text: str) -> str:
     """The text as a terminal may show it: a name in a project may hold sequences that would rewrite the screen."""
     return "\n".join("\t".join(masked(part) for part in line.split("\t")) for line in text.split("\n"))
 
 
 def say(text: str, style: str = "") -> None:
     """A line for people."""
-    console.print(Text(harmless(text), style), soft_wrap=True)
+    console.print(Text(sanitize(text), style), soft_wrap=True)
 
 
-def last_words(text: str) -> None:
+def say_at_exit(text: str) -> None:
     """A line for people who may be gone: a command may end because they closed its terminal."""
     with suppress(OSError):
         say(text)
@@ -45,16 +45,16 @@ def last_words(text: str) -> None:
 
 def show_error(error: K2Error) -> None:
     """One sentence, and below it what to do. It may quote text from files, which may be a megabyte long."""
-    said = str(error) if len(str(error)) <= LONGEST else f"{str(error)[:LONGEST]}…"
-    console.print(Text.assemble(("Error: ", "bold red"), harmless(said)), soft_wrap=True)
+    message = str(error) if len(str(error)) <= MAX_ERROR else f"{str(error)[:MAX_ERROR]}…"
+    console.print(Text.assemble(("Error: ", "bold red"), sanitize(message)), soft_wrap=True)
     if error.hint:
-        console.print(Text.assemble(("Hint:  ", "bold cyan"), harmless(error.hint)), soft_wrap=True)
+        console.print(Text.assemble(("Hint:  ", "bold cyan"), sanitize(error.hint)), soft_wrap=True)
 
 
-def result(line: str) -> None:
+def print_result(line: str) -> None:
     """A line of results, at once, so that a reader of the pipe can begin; a pipe gets it as is."""
-    with delivering():
-        print(harmless(line) if sys.stdout.isatty() else line, flush=True)
+    with writing_results():
+        print(sanitize(line) if sys.stdout.isatty() else line, flush=True)
 
 
 def to_json(table: Any) -> str:
@@ -72,16 +72,16 @@ def to_json(table: Any) -> str:
     try:
         text = write(table)
     except ValueError:
-        text = write(finite(table))
+        text = write(without_nan(table))
     return UNPRINTABLE.sub(lambda sign: f"\\u{ord(sign[0]):04x}", text)
 
 
-def finite(value: Any) -> Any:
+def without_nan(value: Any) -> Any:
     """The same with None for every number that is not finite."""
     if isinstance(value, Mapping):
-        return {key: finite(each) for key, each in value.items()}
+        return {key: without_nan(each) for key, each in value.items()}
     if isinstance(value, list | tuple):
-        return [finite(each) for each in value]
+        return [without_nan(each) for each in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
@@ -90,17 +90,17 @@ class Unwritable(K2Error):
 
 
 @contextmanager
-def delivering() -> Iterator[None]:
+def writing_results() -> Iterator[None]:
     """Turn errors of writing standard output into one sentence; a reader who has left is handled by Typer."""
     try:
         yield
     except OSError as error:
         if error.errno == errno.EPIPE:
             raise
-        raise unwritable(error) from None
+        raise unwritable_error(error) from None
 
 
-def unwritable(error: OSError) -> Unwritable:
+def unwritable_error(error: OSError) -> Unwritable:
     """Why standard output cannot be written, in a sentence; nothing more is written to it."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes the rest again at exit
     return Unwritable(f"Standard output cannot be written: {error.strerror}.", hint="Send the results somewhere else.")
@@ -122,16 +122,16 @@ def aligned(rows: Sequence[tuple[str, str]], width: int, cells: int | None = Non
     return "\n".join(lines)
 
 
-def results(rows: Sequence[Sequence[str]]) -> None:
+def print_results(rows: Sequence[Sequence[str]]) -> None:
     """Rows of results with equally many fields: separated by tabs in a pipe, in columns on a terminal unless there are
     very many."""
-    cells = screen()
-    if not cells or len(rows) > MOST_ROWS:
+    cells = screen_width()
+    if not cells or len(rows) > MAX_TABLE_ROWS:
         for row in rows:
-            result("\t".join(row).rstrip("\t"))
+            print_result("\t".join(row).rstrip("\t"))
     elif rows:
-        laid_out = columns([[Text(harmless(field)) for field in row] for row in rows], cells)
-        with delivering():
+        laid_out = columns([[Text(sanitize(field)) for field in row] for row in rows], cells)
+        with writing_results():
             Console(highlight=False).print(laid_out)
 
 
@@ -142,7 +142,7 @@ def columns(rows: Sequence[Sequence[Text]], cells: int) -> RenderableType:
     from rich.table import Column, Table
 
     first, *others = [max(field.cell_len for field in column) for column in zip(*rows, strict=True)]
-    if cells < NARROW and first + sum(2 + other for other in others) > cells:
+    if cells < MIN_COLUMNS_WIDTH and first + sum(2 + other for other in others) > cells:
         indented = (Padding(Text("  ").join(filter(None, row[1:])), (0, 0, 0, 2)) for row in rows)
         return Group(*(Group(row[0], below) for row, below in zip(rows, indented, strict=True)))
     more = (Column(overflow="fold") for _ in others)
@@ -152,7 +152,7 @@ def columns(rows: Sequence[Sequence[Text]], cells: int) -> RenderableType:
     return table
 
 
-def screen() -> int | None:
+def screen_width() -> int | None:
     """How many cells a line of standard output has, if that is a terminal."""
     return Console().width if sys.stdout.isatty() else None
 
@@ -163,7 +163,7 @@ def short_path(path: Path) -> str:
     return f"./{short}" if short.startswith("-") else short  # which would be read as an option
 
 
-def among_others(root: Path) -> str:
+def name_among_several(root: Path) -> str:
     """What a project is called among several: the shortest path that can be typed here, or its folder's name."""
     short = short_path(root)
     return root.name if short == "." else short
@@ -196,12 +196,12 @@ def meter(total: int | None, *, quiet: bool, what: str = "pictures", before: str
     `before` is what happens before the first step. A signal that ends the process meanwhile is raised as Ended;
     otherwise the cursor would stay hidden, and nobody would learn how to resume."""
     watched = console.is_terminal and not quiet
-    with ended_as_by_ctrl_c(), bars(total, what, before) if watched else nullcontext(Meter()) as bar:
+    with signals_as_ctrl_c(), progress_bars(total, what, before) if watched else nullcontext(Meter()) as bar:
         yield bar
 
 
 @contextmanager
-def bars(total: int | None, what: str, before: str) -> Iterator[Meter]:
+def progress_bars(total: int | None, what: str, before: str) -> Iterator[Meter]:
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     columns = (TextColumn("{task.description}"), BarColumn(28), MofNCompleteColumn(), TimeRemainingColumn(compact=True))

@@ -13,15 +13,15 @@ from typing import Any
 
 from k2cli.tables import LIMIT, loads
 
-MOST_LINES, MOST_DISTINCT = 1_000_000, 200_000  # of a long text: lines, distinct lines
-MOST_ESCAPES = 1_000_000  # in its strings
+MAX_LINES, MAX_DISTINCT_LINES = 1_000_000, 200_000  # of a long text: lines, distinct lines
+MAX_ESCAPES = 1_000_000  # in its strings
 HEADER = re.compile(r"(\[\[?)([\w-]+(?:\.[\w-]+)*)\]\]?\s*$")
 KEY = re.compile(r"(?:[\w-]+|\"[^\"\\]*\") = ")
-SIMPLE = re.compile(  # a string without escapes, an integer, a float, a datetime
+SIMPLE_PAIR = re.compile(  # a string without escapes, an integer, a float, a datetime
     r"""([A-Za-z0-9_-]+) = (?:"([^"\\\x00-\x1f\x7f]*+)"|(-?(?:0|[1-9][0-9]{0,17}))|(-?(?:0|[1-9][0-9]{0,17})\.[0-9]+)"""
     r"""|([0-9]{4}-[0-9]{2}-[0-9]{2} [0-9]{2}:[0-9]{2}:[0-9]{2}(?:\.[0-9]{6})?[+-][0-9]{2}:[0-9]{2}))"""
 )
-VALUE: tuple[Callable[[str], Any], ...] = (str, int, float, datetime.fromisoformat)  # of each group in turn
+VALUE_PARSERS: tuple[Callable[[str], Any], ...] = (str, int, float, datetime.fromisoformat)  # of each group in turn
 SCALAR = r"""(?:"(?:[^"\\]|\\.)*+"|[-+:. \w]{1,40})"""
 PAIR = KEY.pattern + SCALAR
 PLAIN_LINE = re.compile(  # as `dump` writes it; lists hold scalars or short tables
@@ -96,9 +96,9 @@ def parse_lines(text: str) -> dict[str, Any]:
 
 @lru_cache(maxsize=1 << 16)
 def parse_line(line: str) -> tuple[str, Any]:
-    if simple := SIMPLE.fullmatch(line):  # seeds, hashes and datetimes are new in every record
-        which = simple.lastindex or 0
-        return simple[1], VALUE[which - 2](simple[which])
+    if simple := SIMPLE_PAIR.fullmatch(line):  # seeds, hashes and datetimes are new in every record
+        group = simple.lastindex or 0
+        return simple[1], VALUE_PARSERS[group - 2](simple[group])
     ((key, value),) = loads(line).items()
     return key, value
 
@@ -110,7 +110,7 @@ def parse_long(text: str) -> dict[str, Any]:
         return loads(text)
     lines = text.split("\n")
     distinct = set(lines)
-    fits = len(lines) <= MOST_LINES and len(distinct) <= MOST_DISTINCT and text.count("\\") <= MOST_ESCAPES
+    fits = len(lines) <= MAX_LINES and len(distinct) <= MAX_DISTINCT_LINES and text.count("\\") <= MAX_ESCAPES
     if not fits or not all(map(PLAIN_LINE.fullmatch, distinct)):
         raise ValueError("it is long, and not as k2 writes it")
     try:

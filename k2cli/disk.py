@@ -20,28 +20,31 @@ try:
 except ImportError:  # not on Windows
     fcntl = None  # type: ignore[assignment]
 
-LOCKS = fcntl is not None  # else files are complete all the same, but nobody is locked out
-DRAFT = ".draft"
-OWN = re.compile(rf"\.\d+-[0-9a-f]+{re.escape(DRAFT)}")  # as `new_draft` names them
-FOLDER = getattr(os, "O_DIRECTORY", 0)  # else opening a named pipe in place of a folder would block for ever
+HAS_LOCKS = fcntl is not None  # else files are complete all the same, but nobody is locked out
+DRAFT_SUFFIX = ".draft"
+OWN_DRAFT = re.compile(rf"\.\d+-[0-9a-f]+{re.escape(DRAFT_SUFFIX)}")  # as `new_draft` names them
+O_DIRECTORY = getattr(os, "O_DIRECTORY", 0)  # else opening a named pipe in place of a folder would block for ever
 
-FORBIDDEN, BLOCKED = "Check the folder's permissions.", "A file is where a folder belongs: move it away."
+PERMISSION_HINT, NOT_A_FOLDER_HINT = (
+    "Check the folder's permissions.",
+    "A file is where a folder belongs: move it away.",
+)
 HINTS = {  # what to do about an error of the file system
-    errno.EACCES: FORBIDDEN,
-    errno.EPERM: FORBIDDEN,
+    errno.EACCES: PERMISSION_HINT,
+    errno.EPERM: PERMISSION_HINT,
     errno.EROFS: "Choose another disk, or remount this one for writing.",
-    errno.ENOTDIR: BLOCKED,
-    errno.EEXIST: BLOCKED,
+    errno.ENOTDIR: NOT_A_FOLDER_HINT,
+    errno.EEXIST: NOT_A_FOLDER_HINT,
     errno.ENOENT: "Its folder was deleted or moved.",
     errno.ENAMETOOLONG: "Choose a shorter name.",
     errno.EFBIG: "The disk cannot hold a file this large: choose another.",
 }
 
 
-ENDINGS = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name))
+TERMINATION_SIGNALS = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name))
 
 
-class Ended(KeyboardInterrupt):
+class Terminated(KeyboardInterrupt):
     """A signal asks this process to end; it then exits with the code by which shells know that signal."""
 
     def __init__(self, number: int):
@@ -62,47 +65,47 @@ class Exists(K2Error):
 
 
 @contextmanager
-def undisturbed() -> Iterator[None]:
+def uninterrupted() -> Iterator[None]:
     """Ctrl-C, and signals treated like it, wait until the block is finished; pressed once more, it does not wait."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    pressed: list[tuple[int, FrameType | None]] = []
+    pending: list[tuple[int, FrameType | None]] = []
 
-    def later(number: int, frame: FrameType | None) -> None:
-        if pressed:
+    def defer(number: int, frame: FrameType | None) -> None:
+        if pending:
             raise KeyboardInterrupt
-        pressed.append((number, frame))
+        pending.append((number, frame))
 
-    handled = (signal.SIGINT, *(number for number in ENDINGS if callable(signal.getsignal(number))))
-    before = {number: signal.signal(number, later) for number in handled}
+    handled = (signal.SIGINT, *(number for number in TERMINATION_SIGNALS if callable(signal.getsignal(number))))
+    handlers = {number: signal.signal(number, defer) for number in handled}
     try:
         yield
     finally:
-        for number, handler in before.items():
+        for number, handler in handlers.items():
             signal.signal(number, handler)
-        if pressed:
-            handler = before[signal.Signals(pressed[0][0])]
+        if pending:
+            handler = handlers[signal.Signals(pending[0][0])]
             if callable(handler):
-                handler(*pressed[0])
+                handler(*pending[0])
             elif handler == signal.SIG_DFL:
                 signal.raise_signal(signal.SIGINT)
 
 
 @contextmanager
-def ended_as_by_ctrl_c() -> Iterator[None]:
+def signals_as_ctrl_c() -> Iterator[None]:
     """A signal to end this process, or a closed terminal, acts like Ctrl-C: Ended is raised. Signals that the process
     was told to ignore, as under nohup, stay ignored."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
 
-    def end(number: int, frame: FrameType | None) -> None:
-        raise Ended(number)
+    def raise_terminated(number: int, frame: FrameType | None) -> None:
+        raise Terminated(number)
 
-    ours = [number for number in ENDINGS if signal.getsignal(number) == signal.SIG_DFL]
+    ours = [number for number in TERMINATION_SIGNALS if signal.getsignal(number) == signal.SIG_DFL]
     for number in ours:
-        signal.signal(number, end)
+        signal.signal(number, raise_terminated)
     try:
         yield
     finally:
@@ -110,7 +113,7 @@ def ended_as_by_ctrl_c() -> Iterator[None]:
             signal.signal(number, signal.SIG_DFL)
 
 
-def write(files: Mapping[Path, bytes], *, new: bool = False) -> None:
+def write_files(files: Mapping[Path, bytes], *, new: bool = False) -> None:
     """Write files so that each is complete or absent: as drafts, flushed to disk, all put in place once all exist.
 
     Raises K2Error. If they are to be `new`, nothing is replaced: Exists is raised, and none of them is left. Ctrl-C
@@ -119,7 +122,7 @@ def write(files: Mapping[Path, bytes], *, new: bool = False) -> None:
     drafts: dict[Path, Path] = {}
     placed: list[Path] = []
     handles: list[int] = []
-    with undisturbed():
+    with uninterrupted():
         try:
             for path, data in files.items():
                 with writing(path):
@@ -129,14 +132,14 @@ def write(files: Mapping[Path, bytes], *, new: bool = False) -> None:
                         file.write(data)
                         file.flush()
                         os.fsync(handle)
-            if not LOCKS:  # Windows moves no open file
-                close(handles)
+            if not HAS_LOCKS:  # Windows moves no open file
+                close_all(handles)
             for path, draft in drafts.items():
                 with writing(path):
-                    place(draft, path, new=new)
+                    publish_draft(draft, path, new=new)
                 placed.append(path)
             for folder in {path.parent for path in files}:
-                settle(folder)
+                flush_folder(folder)
         except K2Error:
             for path in placed if new else ():
                 with suppress(OSError):
@@ -146,10 +149,10 @@ def write(files: Mapping[Path, bytes], *, new: bool = False) -> None:
             for draft in drafts.values():
                 with suppress(OSError):
                     draft.unlink(missing_ok=True)
-            close(handles)
+            close_all(handles)
 
 
-def place(draft: Path, path: Path, *, new: bool) -> None:
+def publish_draft(draft: Path, path: Path, *, new: bool) -> None:
     """Give a draft its name; a new file gets it by a link, which never replaces anything."""
     if new:
         try:
@@ -166,22 +169,22 @@ def place(draft: Path, path: Path, *, new: bool) -> None:
 def new_draft(folder: Path) -> tuple[Path, int]:
     """A new file, locked until it is closed; never an existing one, which might be a link to anywhere."""
     while True:
-        draft = folder / f".{os.getpid()}-{secrets.token_hex(4)}{DRAFT}"
+        draft = folder / f".{os.getpid()}-{secrets.token_hex(4)}{DRAFT_SUFFIX}"
         try:
             handle = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0), 0o666)
         except FileExistsError:
             continue
-        if not LOCKS or (hold(handle) is not False and os.fstat(handle).st_nlink):
+        if not HAS_LOCKS or (try_lock(handle) is not False and os.fstat(handle).st_nlink):
             return draft, handle
         os.close(handle)  # swept away in the instant before it was locked
 
 
-def close(handles: list[int]) -> None:
+def close_all(handles: list[int]) -> None:
     while handles:
         os.close(handles.pop())
 
 
-def settle(folder: Path) -> None:
+def flush_folder(folder: Path) -> None:
     """Flush a folder, which holds the names: what was put in place then survives a power cut."""
     with suppress(OSError), opened(folder) as handle:
         os.fsync(handle)
@@ -215,7 +218,7 @@ def opened(path: str | Path, flags: int = 0) -> Iterator[int]:
         os.close(handle)
 
 
-def hold(handle: int) -> bool | None:
+def try_lock(handle: int) -> bool | None:
     """Lock an open file or folder. False: another process holds it; None: this file system has no locks."""
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -224,14 +227,14 @@ def hold(handle: int) -> bool | None:
     return True
 
 
-def sweep(folder: Path) -> None:
+def remove_dead_drafts(folder: Path) -> None:
     """Remove the drafts whose writers are dead: a live writer holds the lock of its draft. Drafts with other names are
-    somebody else's, such as those of `model/whole.py`, which are not locked."""
-    if not LOCKS:
+    somebody else's, such as those of `model/atomic.py`, which are not locked."""
+    if not HAS_LOCKS:
         return
     with suppress(OSError):
-        drafts = [entry.path for entry in os.scandir(folder) if OWN.fullmatch(entry.name)]
+        drafts = [entry.path for entry in os.scandir(folder) if OWN_DRAFT.fullmatch(entry.name)]
         for draft in drafts:
             with suppress(OSError), opened(draft, os.O_NOFOLLOW | os.O_NONBLOCK) as handle:
-                if hold(handle):
+                if try_lock(handle):
                     os.unlink(draft)

@@ -12,11 +12,11 @@ from typing import Any
 
 from k2cli import models
 from k2cli.console import aligned
-from k2cli.hands import cores
 from k2cli.project import Project
+from k2cli.workers import core_count
 from model import library, safety
 from model.errors import K2Error, count_of
-from model.plan import BYTES, HELD, OFFLOADS, SPARE, Numbers
+from model.plan import BYTES, OFFLOADS, PACKED_BYTES, USABLE_SHARE, ModelSize
 
 PACKAGES = ("k2", "torch", "tokenizers", "safetensors", "pillow", "numpy", "typer", "rich")
 
@@ -25,54 +25,54 @@ def examine(folder: Path | None = None) -> dict[str, Any]:
     """Everything `k2 doctor` reports, on a project too. `problems` keep k2 from working, `notes` say what is slow."""
     import torch
 
-    from model.fast import speed
+    from model.fast import measure_speed
     from model.parts import DTYPES, has_kernels, pick_device
 
     gpus = [(torch.cuda.get_device_properties(i), has_kernels(i)) for i in range(torch.cuda.device_count())]
-    found: dict[str, Any] = {
+    report: dict[str, Any] = {
         "device": str(pick_device(None)),
         "gpus": [
             {"name": gpu.name, "memory_gb": round(gpu.total_memory / 1e9, 1), "usable": usable} for gpu, usable in gpus
         ],
         "cpu": {
             "name": cpu_name(),
-            "cores": cores(),
+            "cores": core_count(),
             "threads": torch.get_num_threads(),
             "kernels": torch.backends.cpu.get_cpu_capability(),
         },
         "memory_gb": memory(),
-        "gflops": {name: round(speed(dtype), 1) for name, dtype in DTYPES.items()},
-        "versions": {"python": platform.python_version()} | {name: version_of(name) for name in PACKAGES},
+        "gflops": {name: round(measure_speed(dtype), 1) for name, dtype in DTYPES.items()},
+        "versions": {"python": platform.python_version()} | {name: package_version(name) for name in PACKAGES},
         "models": [],
         "plans": [],
         "notes": [],
         "problems": [],
     }
-    problems: list[str] = found["problems"]
-    for name in library.box():
-        with noted(problems):
-            found["models"] += [
+    problems: list[str] = report["problems"]
+    for name in library.bundled_models():
+        with collect_errors(problems):
+            report["models"] += [
                 {key: each[key] for key in ("file", "megabytes", "sha256")} for each in models.describe(name)
             ]
-    if not library.box():
-        problems.append(f"There are no weights in {library.BOX}: the bundled model cannot render.")
-    with noted(problems):
+    if not library.bundled_models():
+        problems.append(f"There are no weights in {library.BUNDLED}: the bundled model cannot render.")
+    with collect_errors(problems):
         if project := Project.open(folder) if folder else Project.around(Path.cwd()):
-            found["project"] = {
+            report["project"] = {
                 "name": project.name,
                 "folder": str(project.root),
                 "prompts": len(project.prompts),
                 "styles": list(project.styles.known),
             }
-    with noted(problems):
+    with collect_errors(problems):
         safety.installed()
-    found["plans"] = plans(found["device"])
-    found["notes"] = notes(found)
-    return found
+    report["plans"] = plans(report["device"])
+    report["notes"] = notes(report)
+    return report
 
 
 @contextmanager
-def noted(problems: list[str]) -> Iterator[None]:
+def collect_errors(problems: list[str]) -> Iterator[None]:
     """Collect errors that users can fix in `problems`, and continue."""
     try:
         yield
@@ -85,22 +85,22 @@ def plans(device: str) -> list[dict[str, Any]]:
     from model import parts
     from model.plan import default_dtype, eight_bits, free_memory, known_precisions, needs, plan_on, ways
 
-    counted = {"krea-2 (12.9B)": parts.release_numbers(device)}
+    candidates = {"krea-2 (12.9B)": parts.release_numbers(device)}
     for model in library.list_models():
         try:
-            counted = {model.name: parts.numbers_of(library.find_parts(model), device)} | counted
+            candidates = {model.name: parts.count_numbers(library.find_parts(model), device)} | candidates
         except K2Error:
             continue  # `k2 models` reports what is wrong with it
     free, eight, known = free_memory(device), eight_bits(device), known_precisions(device)
     found = []
-    for name, numbers in counted.items():
+    for name, numbers in candidates.items():
         dtype = default_dtype(device, numbers.width)
         chosen = plan_on(device, numbers, dtype=dtype)
         by_hand = [("int4", offload) for offload in OFFLOADS]  # never chosen automatically
         open_ways = dict.fromkeys([*ways(numbers, eight, known=known), *by_hand])
-        others = {f"{p}, offload {o}": round(needs(numbers, dtype, p, o) / 1e9, 1) for p, o in open_ways}
-        others = dict(sorted(others.items(), key=lambda way: -way[1]))
-        on_disk = HELD.get(numbers.stored or "", BYTES["bfloat16"])
+        alternatives = {f"{p}, offload {o}": round(needs(numbers, dtype, p, o) / 1e9, 1) for p, o in open_ways}
+        alternatives = dict(sorted(alternatives.items(), key=lambda way: -way[1]))
+        on_disk = PACKED_BYTES.get(numbers.stored or "", BYTES["bfloat16"])
         found.append(
             {
                 "model": name,
@@ -110,31 +110,31 @@ def plans(device: str) -> list[dict[str, Any]]:
                 "needs_gb": round(chosen.needs / 1e9, 1),
                 "free_gb": round(free / 1e9, 1),
                 "fits": chosen.fits(free),
-                "ways_gb": others,
-                "step_gflop": round(operations(numbers) / 1e9),
+                "ways_gb": alternatives,
+                "step_gflop": round(flop_per_step(numbers) / 1e9),
                 "blocks_gb": round(numbers.inside * on_disk / 1e9, 1),
             }
         )
     return found
 
 
-def operations(numbers: Numbers) -> int:
+def flop_per_step(numbers: ModelSize) -> int:
     """FLOP of a step at the model's native size: its blocks' matrix products, for the picture's tokens alone."""
     return 2 * numbers.inside * (numbers.native // 16) ** 2
 
 
-def notes(found: Mapping[str, Any]) -> list[str]:
+def notes(report: Mapping[str, Any]) -> list[str]:
     """What will be slow, and why."""
-    from model.parts import OTHER_BUILD
+    from model.parts import INSTALL_OTHER_BUILD
 
-    cpu, gflops, memory_gb = found["cpu"], found["gflops"], found["memory_gb"]
+    cpu, gflops, memory_gb = report["cpu"], report["gflops"], report["memory_gb"]
     lines = [
-        f"{gpu['name']} is not used: this PyTorch has no kernels for it. {OTHER_BUILD}"
-        for gpu in found["gpus"]
+        f"{gpu['name']} is not used: this PyTorch has no kernels for it. {INSTALL_OTHER_BUILD}"
+        for gpu in report["gpus"]
         if not gpu["usable"]
     ]
-    if found["device"] == "cpu":
-        none = "No GPU is used" if found["gpus"] else without_gpu()
+    if report["device"] == "cpu":
+        none = "No GPU is used" if report["gpus"] else why_no_gpu()
         rate = f"{gflops['float32']:g} GFLOP/s"
         lines.append(
             f"{none}: everything runs on the processor, at {rate}. Mini is made for that; the open weights are not."
@@ -147,17 +147,19 @@ def notes(found: Mapping[str, Any]) -> list[str]:
     if cpu["threads"] < cpu["cores"]:
         used = f"{cpu['threads']} of {cpu['cores']} cores {'is' if cpu['threads'] == 1 else 'are'} used"
         lines.append(f"{used}: OMP_NUM_THREADS or the system limits them.")
-    for plan in found["plans"]:
+    for plan in report["plans"]:
         if not plan["fits"]:
             lines.append(
                 f"{plan['model']} does not fit: it needs {plan['needs_gb']:g} GB, and k2 uses at most nine tenths of "
-                f"the {about(memory_gb)}{plan['free_gb']:g} GB free."
+                f"the {estimate_prefix(memory_gb)}{plan['free_gb']:g} GB free."
             )
         elif plan["offload"] == "all":
             four = plan["ways_gb"]["int4, offload text"]
-            why = "it fits in memory only in 4 bits (--precision int4)" if four <= SPARE * plan["free_gb"] else ""
+            why = (
+                "it fits in memory only in 4 bits (--precision int4)" if four <= USABLE_SHARE * plan["free_gb"] else ""
+            )
             line = f"{plan['model']} is read from disk for every step: {why or 'it does not fit in memory'}."
-            if found["device"] == "cpu" and plan["step_gflop"]:
+            if report["device"] == "cpu" and plan["step_gflop"]:
                 rate = 1000 * plan["blocks_gb"] * gflops[plan["dtype"]] / plan["step_gflop"]
                 line += f" A disk that reads {max(rate, 1):.0f} MB/s keeps up with the processor."
             lines.append(line)
@@ -166,7 +168,7 @@ def notes(found: Mapping[str, Any]) -> list[str]:
     return lines
 
 
-def without_gpu() -> str:
+def why_no_gpu() -> str:
     """Why no GPU is found: there is none, or PyTorch cannot see one, as pip's build on Windows. Macs need no CUDA."""
     from torch import version
 
@@ -179,8 +181,8 @@ def memory() -> dict[str, Any]:
     estimate."""
     from model.plan import free_memory, machine_memory
 
-    whole, _, told = machine_memory()
-    return {"total": round(whole / 1e9, 1), "free": round(free_memory("cpu") / 1e9, 1), "estimated": not told}
+    total, _, is_reported = machine_memory()
+    return {"total": round(total / 1e9, 1), "free": round(free_memory("cpu") / 1e9, 1), "estimated": not is_reported}
 
 
 def cpu_name() -> str:
@@ -191,42 +193,42 @@ def cpu_name() -> str:
         return platform.processor() or platform.machine()
 
 
-def version_of(package: str) -> str | None:
+def package_version(package: str) -> str | None:
     try:
         return version(package)
     except PackageNotFoundError:
         return None
 
 
-def about(memory_gb: Mapping[str, Any]) -> str:
+def estimate_prefix(memory_gb: Mapping[str, Any]) -> str:
     """Prefix for free gigabytes where the system does not report them and they are an estimate."""
     return "about " if memory_gb["estimated"] else ""
 
 
-def describe(found: Mapping[str, Any], cells: int | None = None) -> str:
+def describe(report: Mapping[str, Any], cells: int | None = None) -> str:
     """The findings as text; with `cells`, words are wrapped to that width and none is cut."""
-    cpu, memory_gb = found["cpu"], found["memory_gb"]
+    cpu, memory_gb = report["cpu"], report["memory_gb"]
     cores, threads = count_of(cpu["cores"], "core"), count_of(cpu["threads"], "thread")
-    usable = [f", {gpu['name']} with {gpu['memory_gb']:g} GB" for gpu in found["gpus"] if gpu["usable"]]
+    usable = [f", {gpu['name']} with {gpu['memory_gb']:g} GB" for gpu in report["gpus"] if gpu["usable"]]
     rows = [
-        ("device", found["device"] + "".join(usable)),
+        ("device", report["device"] + "".join(usable)),
         ("processor", f"{cpu['name']}, {cores}, {threads}, {cpu['kernels']} kernels"),
-        ("memory", f"{memory_gb['total']:g} GB, {about(memory_gb)}{memory_gb['free']:g} GB free"),
-        ("speed", ", ".join(f"{name} {value:g} GFLOP/s" for name, value in found["gflops"].items())),
-        ("versions", ", ".join(f"{name} {number or 'missing'}" for name, number in found["versions"].items())),
-        *(("weights", f"{each['sha256'][:12]}  {each['file']}, {each['megabytes']:g} MB") for each in found["models"]),
+        ("memory", f"{memory_gb['total']:g} GB, {estimate_prefix(memory_gb)}{memory_gb['free']:g} GB free"),
+        ("speed", ", ".join(f"{name} {value:g} GFLOP/s" for name, value in report["gflops"].items())),
+        ("versions", ", ".join(f"{name} {number or 'missing'}" for name, number in report["versions"].items())),
+        *(("weights", f"{each['sha256'][:12]}  {each['file']}, {each['megabytes']:g} MB") for each in report["models"]),
     ]
-    for plan in found["plans"]:
-        own = f"{plan['precision']}, offload {plan['offload']}"
-        needs = f"needs {plan['needs_gb']:g} GB, {about(memory_gb)}{plan['free_gb']:g} GB are free"
-        rows.append(("plan", f"{plan['model']}: {plan['dtype']}, precision {own}; {needs}"))
-        others = {way: gb for way, gb in plan["ways_gb"].items() if way != own and plan["needs_gb"] >= 1}
-        for way, gb in others.items():
-            fits = "" if gb <= SPARE * plan["free_gb"] else ", too much"
+    for plan in report["plans"]:
+        chosen = f"{plan['precision']}, offload {plan['offload']}"
+        needs = f"needs {plan['needs_gb']:g} GB, {estimate_prefix(memory_gb)}{plan['free_gb']:g} GB are free"
+        rows.append(("plan", f"{plan['model']}: {plan['dtype']}, precision {chosen}; {needs}"))
+        alternatives = {way: gb for way, gb in plan["ways_gb"].items() if way != chosen and plan["needs_gb"] >= 1}
+        for way, gb in alternatives.items():
+            fits = "" if gb <= USABLE_SHARE * plan["free_gb"] else ", too much"
             rows.append(("plan", f"  or precision {way:<22}{gb:>5} GB{fits}"))
-    if project := found.get("project"):
+    if project := report.get("project"):
         counts = f"{count_of(project['prompts'], 'prompt')}, {count_of(len(project['styles']), 'style')}"
         rows.append(("project", f"{project['name']}: {counts}, in {project['folder']}"))
-    rows += [("slow", note) for note in found["notes"]] + [("problem", problem) for problem in found["problems"]]
-    rows += [] if found["problems"] else [("result", "Everything is in place.")]
+    rows += [("slow", note) for note in report["notes"]] + [("problem", problem) for problem in report["problems"]]
+    rows += [] if report["problems"] else [("result", "Everything is in place.")]
     return aligned(rows, 11, cells)

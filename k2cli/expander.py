@@ -17,50 +17,54 @@ from model import library
 from model.expand import expand, expand_by_language
 
 if TYPE_CHECKING:
-    from model.speaker import Speaker
+    from model.language_model import LanguageModel
 
 Expand = Callable[..., str]  # as `model.expand.expand`
 
 
 def expander(model: str, level: str, device: str | None = None) -> Expand:
     """What expands prompts for a resolved model: Qwen3-VL if that is its text encoder, else the bundled word lists."""
-    if level == "raw" or model in library.box() or (text := language_of(model)) is None:
+    if level == "raw" or model in library.bundled_models() or (text_encoder := language_model_path(model)) is None:
         return expand
-    return partial(said, text, device)
+    return partial(expand_cached, text_encoder, device)
 
 
 @cache
-def language_of(model: str) -> Path | None:
+def language_model_path(model: str) -> Path | None:
     """The text encoder of a model, if it can answer. Raises K2Error if the model's licence is not accepted."""
     found = library.find(model)
     if found is None:
         return None
-    from model.speaker import speaks
+    from model.language_model import can_answer
 
-    text = library.find_parts(found).text
-    if not speaks(text):
+    text_encoder = library.find_parts(found).text
+    if not can_answer(text_encoder):
         return None
     licence.require_for(model)
-    return text
+    return text_encoder
 
 
 @cache
-def said(text: Path, device: str | None, prompt: str, level: str, seed: int, **words: Any) -> str:
+def expand_cached(text_encoder: Path, device: str | None, prompt: str, level: str, seed: int, **words: Any) -> str:
     """One expansion, cached."""
     return expand_by_language(
-        lambda asked, number: speaker(text, device).answer(asked, number), prompt, level, seed, **words
+        lambda asked, number: load_language_model(text_encoder, device).answer(asked, number),
+        prompt,
+        level,
+        seed,
+        **words,
     )
 
 
 @lru_cache(maxsize=1)
-def speaker(text: Path, device: str | None) -> Speaker:
+def load_language_model(text_encoder: Path, device: str | None) -> LanguageModel:
     """The language model; one at a time."""
-    from model.speaker import Speaker
+    from model.language_model import LanguageModel
 
     say("Expanding prompts with the text encoder's language model.", "dim")
-    return Speaker.load(text, device)
+    return LanguageModel.load(text_encoder, device)
 
 
-def forget() -> None:
+def release_language_model() -> None:
     """Release the language model; its answers stay cached."""
-    speaker.cache_clear()
+    load_language_model.cache_clear()

@@ -19,27 +19,27 @@ from pathlib import Path
 from typing import Any
 
 from k2cli import dialect
-from k2cli.folder import names_in
+from k2cli.folder import list_names
 from k2cli.outputs import NUMBER, PICTURES, check_link, number_of
 from k2cli.tables import LIMIT, leaves, tables_in
-from k2cli.texts import LONGEST_PART, UNPRINTABLE, composed, masked, sought
+from k2cli.texts import MAX_PATH_PART, UNPRINTABLE, composed, masked, search_form
 from model import picture_file
 from model.errors import USAGE, K2Error
 from model.headers import open_file
-from model.spec import OF_REFERENCES
+from model.spec import STYLE_SETTINGS
 
-SINCE = re.compile(r"(\d+)\s*(m|h|d|w)")
+AGE = re.compile(r"(\d+)\s*(m|h|d|w)")
 UNITS = {"m": "minutes", "h": "hours", "d": "days", "w": "weeks"}
 
-PARTED = (
+WORD_CHAR = (
     r"[^\W_\u0590-\u1dff\u2000-\U0010ffff]"  # a letter or digit of scripts that separate words: Latin, Greek, Cyrillic
     r"|[\u0300-\u036f\u0483-\u0487\u1dc0-\u1dff\ufe20-\ufe2f]"  # or a combining accent of theirs
 )
 
-LONG_AGO = datetime.min.replace(tzinfo=UTC)
+EARLIEST = datetime.min.replace(tzinfo=UTC)
 
 
-def loras(table: Mapping[str, Any]) -> dict[str, str]:
+def lora_weights(table: Mapping[str, Any]) -> dict[str, str]:
     """Every LoRA that a record says had a part in the picture: its file and weight; several styles may share one, each
     at its own weight."""
     found: dict[str, str] = {}
@@ -50,18 +50,18 @@ def loras(table: Mapping[str, Any]) -> dict[str, str]:
     return found
 
 
-MAY_BE_NULL = {  # keys that TOML leaves out where a record has no value for them
+NULLABLE_KEYS = {  # keys that TOML leaves out where a record has no value for them
     "": ("blocked", "leader", "init_image", "mask", "style", "lora"),
     "prompt": ("row", "caption", "unread"),
-    "settings": ("sampler", "guidance_until", "denoise", *OF_REFERENCES),
+    "settings": ("sampler", "guidance_until", "denoise", *STYLE_SETTINGS),
     "leader": ("shared",),
 }
 
 
-def in_full(table: Mapping[str, Any]) -> dict[str, Any]:
+def with_nulls(table: Mapping[str, Any]) -> dict[str, Any]:
     """A record as `k2 render --json` printed it: with null where it has no value."""
-    full: dict[str, Any] = dict.fromkeys(MAY_BE_NULL[""]) | dict(table)
-    for part, keys in MAY_BE_NULL.items():
+    full: dict[str, Any] = dict.fromkeys(NULLABLE_KEYS[""]) | dict(table)
+    for part, keys in NULLABLE_KEYS.items():
         if isinstance(full.get(part), dict):
             full[part] = dict.fromkeys(keys) | full[part]
     if isinstance(full["style"], list):
@@ -70,7 +70,7 @@ def in_full(table: Mapping[str, Any]) -> dict[str, Any]:
 
 
 @dataclass(frozen=True)
-class Made:
+class MadePicture:
     """One picture on disk and the table of its record. The properties accept whatever a record may hold."""
 
     path: Path
@@ -102,7 +102,7 @@ class Made:
         return moment.astimezone(UTC) if moment.tzinfo else moment.replace(tzinfo=UTC)
 
     @cached_property
-    def local(self) -> datetime | None:
+    def local_time(self) -> datetime | None:
         """The same in local time, or in UTC where that is out of range: on Windows before 1970."""
         try:
             return self.created and self.created.astimezone()
@@ -124,7 +124,7 @@ class Made:
 
 
 @dataclass(frozen=True)
-class Chosen:
+class Selection:
     """Which pictures are wanted; an empty field selects all."""
 
     run: str = ""  # a number, or part of the folder's name
@@ -132,53 +132,55 @@ class Chosen:
     styles: Collection[str] = ()  # all of which it was made with
     since: datetime | None = None
 
-    def __contains__(self, made: Made) -> bool:
-        asked = sought(" ".join(made.text(f"prompt.{key}") for key in ("name", "text", "expanded")))
+    def __contains__(self, made: MadePicture) -> bool:
+        text = search_form(" ".join(made.text(f"prompt.{key}") for key in ("name", "text", "expanded")))
         return (
-            all(begins_in(word, asked) for word in sought(self.prompt).split())
+            all(word_starts(word, text) for word in search_form(self.prompt).split())
             and all(composed(style) in made.styles for style in self.styles)
             and (self.since is None or (made.created is not None and made.created >= self.since))
         )
 
-    def run_folder(self, name: str) -> bool:
-        if not self.run.isdecimal() or len(self.run) > LONGEST_PART:  # too long for any folder's name
-            return sought(self.run) in sought(name)
+    def matches_run(self, name: str) -> bool:
+        if not self.run.isdecimal() or len(self.run) > MAX_PATH_PART:  # too long for any folder's name
+            return search_form(self.run) in search_form(name)
         number = NUMBER.match(name)
         return number is not None and int(number[1]) == int(self.run)
 
 
-def begins_in(word: str, text: str) -> bool:
+def word_starts(word: str, text: str) -> bool:
     """Whether a word of the text starts so; in scripts that join words, or do not separate them, whether the text
     contains it. A word of other scripts may also start right after letters of those."""
     parted = word[0] < "\u0590"  # Latin, Greek, Cyrillic and their like come first
-    return re.search((f"(?<!{PARTED})" if parted else "") + re.escape(word), text) is not None
+    return re.search((f"(?<!{WORD_CHAR})" if parted else "") + re.escape(word), text) is not None
 
 
-def read(outputs: Path, chosen: Chosen | None = None, skipped: Callable[[Path], None] | None = None) -> Iterator[Made]:
+def read(
+    outputs: Path, selection: Selection | None = None, on_skipped: Callable[[Path], None] | None = None
+) -> Iterator[MadePicture]:
     """All pictures of an outputs folder, run after run, in the order in which they were made.
 
-    A picture without a readable record, beside it or inside, is passed to `skipped`. Raises K2Error if the folder
+    A picture without a readable record, beside it or inside, is passed to `on_skipped`. Raises K2Error if the folder
     cannot be listed.
     """
-    chosen = chosen or Chosen()
-    for run in runs_of(outputs):
-        if chosen.run_folder(run.name):
-            yield from read_run(run, chosen, skipped)
+    selection = selection or Selection()
+    for run in run_folders(outputs):
+        if selection.matches_run(run.name):
+            yield from read_run(run, selection, on_skipped)
 
 
-def newest_last(made: Iterable[Made], most: int | None) -> list[Made]:
-    """The last `most` pictures, in the order in which they were made, across runs and projects; no more than that are
+def latest(made: Iterable[MadePicture], limit: int | None) -> list[MadePicture]:
+    """The last `limit` pictures, in the order in which they were made, across runs and projects; no more than that are
     held in memory."""
 
-    def moment(numbered: tuple[int, Made]) -> tuple[datetime, int]:
+    def by_time(numbered: tuple[int, MadePicture]) -> tuple[datetime, int]:
         place, one = numbered
-        return one.created or LONG_AGO, place
+        return one.created or EARLIEST, place
 
-    kept = nlargest(most, enumerate(made), key=moment) if most else enumerate(made)
-    return [one for _, one in sorted(kept, key=moment)]
+    kept = nlargest(limit, enumerate(made), key=by_time) if limit else enumerate(made)
+    return [one for _, one in sorted(kept, key=by_time)]
 
 
-def runs_of(outputs: Path) -> list[Path]:
+def run_folders(outputs: Path) -> list[Path]:
     """The folders of all runs, oldest first, after those that were renamed. Links are skipped: what they lead to was
     not made here.
 
@@ -186,12 +188,16 @@ def runs_of(outputs: Path) -> list[Path]:
     of one in a pipe. Raises K2Error if the folder cannot be listed, or is a broken link.
     """
     check_link(outputs)
-    found = [outputs / name for name in names_in(outputs) if not name.startswith(".") and not UNPRINTABLE.search(name)]
+    found = [
+        outputs / name for name in list_names(outputs) if not name.startswith(".") and not UNPRINTABLE.search(name)
+    ]
     runs = [path for path in found if path.is_dir() and not path.is_symlink()]
     return sorted(runs, key=lambda run: (number_of(run) if NUMBER.match(run.name) else -1, run.name))
 
 
-def read_run(run: Path, chosen: Chosen | None = None, skipped: Callable[[Path], None] | None = None) -> list[Made]:
+def read_run(
+    run: Path, selection: Selection | None = None, on_skipped: Callable[[Path], None] | None = None
+) -> list[MadePicture]:
     """The pictures of one run, as `read` gives them; none if it is gone by now: a run that has just begun is renamed,
     and one without pictures is removed."""
     try:
@@ -201,27 +207,27 @@ def read_run(run: Path, chosen: Chosen | None = None, skipped: Callable[[Path], 
     except (FileNotFoundError, NotADirectoryError):
         return []
     except PermissionError:
-        if skipped:
-            skipped(run)
+        if on_skipped:
+            on_skipped(run)
         return []
     pictures = []
     for name in names:
         stem, dot, suffix = name.rpartition(".")
         if dot + suffix not in PICTURES or picture_file.is_sheet(run / name):
             continue
-        beside = load(run / f"{stem}.toml") if f"{stem}.toml" in names else None
-        table = beside or carried(run / name)
+        sidecar = load_record(run / f"{stem}.toml") if f"{stem}.toml" in names else None
+        table = sidecar or embedded_record(run / name)
         if table is not None:
-            pictures.append(Made(run / name, table))
-        elif skipped and not gone(run / name):
-            skipped(run / name)
+            pictures.append(MadePicture(run / name, table))
+        elif on_skipped and not is_gone(run / name):
+            on_skipped(run / name)
     return sorted(
-        (made for made in pictures if chosen is None or made in chosen),
-        key=lambda made: (made.created or LONG_AGO, natural(made.path.name)),
+        (made for made in pictures if selection is None or made in selection),
+        key=lambda made: (made.created or EARLIEST, natural_key(made.path.name)),
     )
 
 
-def gone(path: Path) -> bool:
+def is_gone(path: Path) -> bool:
     try:
         path.lstat()
     except OSError as error:
@@ -229,12 +235,12 @@ def gone(path: Path) -> bool:
     return False
 
 
-def natural(name: str) -> list[tuple[int, str]]:
+def natural_key(name: str) -> list[tuple[int, str]]:
     """fox-9 before fox-10."""
     return [(int(part), "") if part.isdecimal() else (0, part) for part in re.split(r"(\d+)", name)]
 
 
-def load(path: Path) -> dict[str, Any] | None:
+def load_record(path: Path) -> dict[str, Any] | None:
     """A record's table, or None if it cannot be read, or if a number in it is nan or inf."""
     try:
         with open_file(path) as file:
@@ -245,7 +251,7 @@ def load(path: Path) -> dict[str, Any] | None:
     return table if is_record(table) else None
 
 
-def carried(picture: Path) -> dict[str, Any] | None:
+def embedded_record(picture: Path) -> dict[str, Any] | None:
     """The record's table inside a picture, used if none that can be read is beside it."""
     # imported here, as it pulls in everything about projects, and completing the name of a run would wait for it
     from k2cli.records import read as read_record
@@ -265,14 +271,14 @@ def is_finite(table: Any) -> bool:
     return not any(isinstance(each, float) and not math.isfinite(each) for _, each in leaves(table))
 
 
-def read_since(text: str, now: datetime | None = None) -> datetime:
+def parse_since(text: str, now: datetime | None = None) -> datetime:
     """ "3d", "2h", "2026-11-24" or "2026-11-24 12:00" -> a datetime. Raises K2Error if it is none of these."""
     now = now or datetime.now(UTC)
-    if match := SINCE.fullmatch(text.strip()):
+    if match := AGE.fullmatch(text.strip()):
         try:
             return now - timedelta(**{UNITS[match[2]]: int(match[1])})
         except (OverflowError, ValueError):  # Python reads no more than 4,300 digits
-            return LONG_AGO
+            return EARLIEST
     if text.strip() in ("today", "yesterday"):
         midnight = now.astimezone().replace(hour=0, minute=0, second=0, microsecond=0)
         return midnight - timedelta(days=text.strip() == "yesterday")

@@ -10,14 +10,14 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from k2cli.complete import complete_run, complete_style
-from k2cli.finding import find_file, find_folders, find_home
+from k2cli.completion import complete_run, complete_style
+from k2cli.locate import find_file, find_folders, find_project_of
 from k2cli.options import EmbedOption, JsonOption, OutsideOption, ProjectOption, QuietOption
 from model.errors import K2Error, count_of
 
 if TYPE_CHECKING:
     from k2cli.folder import Folder
-    from k2cli.history import Chosen, Made
+    from k2cli.history import MadePicture, Selection
 
 SCREENFUL = 30  # pictures that a terminal shows by default
 
@@ -27,11 +27,11 @@ RunOption = Annotated[
         "--run", metavar="RUN", help="Only this run: its number, or part of its name.", autocompletion=complete_run
     ),
 ]
-WordsOption = Annotated[
+PromptFilterOption = Annotated[
     list[str] | None,
     typer.Option("--prompt", "-p", metavar="WORDS", help="Match the start of words in the prompt or its name."),
 ]
-WithOption = Annotated[
+StyleFilterOption = Annotated[
     list[str] | None,
     typer.Option(
         "--style",
@@ -46,21 +46,21 @@ SinceOption = Annotated[
 ]
 
 
-def chosen_by(run: str, prompt: list[str] | None, style: list[str] | None, since: str | None) -> Chosen | None:
+def selection_from(run: str, prompt: list[str] | None, style: list[str] | None, since: str | None) -> Selection | None:
     """Which pictures these options select; None if none is given. Raises K2Error."""
     from k2cli import history
 
     if not (run or prompt or style or since is not None):
         return None
-    moment = history.read_since(since) if since is not None else None
-    return history.Chosen(run, " ".join(prompt or []), style or [], moment)
+    moment = history.parse_since(since) if since is not None else None
+    return history.Selection(run, " ".join(prompt or []), style or [], moment)
 
 
 def log(
     projects: Annotated[list[str] | None, typer.Argument(metavar="PROJECT", help="Project folders.")] = None,
     run: RunOption = "",
-    prompt: WordsOption = None,
-    style: WithOption = None,
+    prompt: PromptFilterOption = None,
+    style: StyleFilterOption = None,
     since: SinceOption = None,
     last: Annotated[int | None, typer.Option("--last", "-n", metavar="N", min=1, help="Only the last N.")] = None,
     everything: Annotated[
@@ -84,70 +84,74 @@ def log(
       k2 log --style dusk -0 | xargs -0 cp -t ~/dusk
     """
     from k2cli import history
-    from k2cli.console import delivering, result, say, short_path, show_error, to_json
+    from k2cli.console import print_result, say, short_path, show_error, to_json, writing_results
     from k2cli.listing import line_of, near_file, show_table
 
     if everything and last is not None:
         raise typer.BadParameter("it cannot be combined with --last", param_hint="--all")
     if null and json:
         raise typer.BadParameter("it cannot be combined with --json", param_hint="--null")
-    folders, wrong = find_folders(projects or [], project, allow_outside)
-    chosen = chosen_by(run, prompt, style, since)
-    unread: list[Path] = []
+    folders, errors = find_folders(projects or [], project, allow_outside)
+    selection = selection_from(run, prompt, style, since)
+    skipped: list[Path] = []
     table = sys.stdout.isatty() and not json and not null
     short = table and last is None and not everything
-    most = SCREENFUL if short else last
+    limit = SCREENFUL if short else last
     count = 0
 
-    def every() -> Iterator[Made]:
+    def all_pictures() -> Iterator[MadePicture]:
         """Of all projects; an error in one does not stop the others."""
         nonlocal count
         for folder in folders:
             try:
-                for each in history.read(folder.outputs, chosen, unread.append):
+                for each in history.read(folder.outputs, selection, skipped.append):
                     count += 1
                     yield each
             except K2Error as error:
-                wrong.append(error)
+                errors.append(error)
 
-    found = history.newest_last(every(), most)
+    pictures = history.latest(all_pictures(), limit)
     if json:
-        for each in found:
-            result(to_json({"file": near_file(each), **history.in_full(each.table)}))
+        for each in pictures:
+            print_result(to_json({"file": near_file(each), **history.with_nulls(each.table)}))
     elif table:
-        show_table(found)
+        show_table(pictures)
     else:
-        with delivering():
-            lines = (f"{near_file(each)}\0" if null else f"{line_of(each)}\n" for each in found)
+        with writing_results():
+            lines = (f"{near_file(each)}\0" if null else f"{line_of(each)}\n" for each in pictures)
             print("".join(lines), end="", flush=True)
     if not quiet:
-        if not count and not wrong:
-            told = f"No picture matches. {why_none(folders, chosen)}" if chosen else none_yet(folders)
-            say(told.rstrip(), "dim")
-        elif len(found) < count:
-            say(f"The last {len(found)} of {count:,} pictures{'; --all lists them all' if short else ''}.", "dim")
-        if unread:
-            say(f"{len(unread)} left out, record missing or unreadable: {short_path(unread[0])}", "yellow")
-    for problem in wrong:
+        if not count and not errors:
+            message = (
+                f"No picture matches. {explain_no_match(folders, selection)}"
+                if selection
+                else no_pictures_hint(folders)
+            )
+            say(message.rstrip(), "dim")
+        elif len(pictures) < count:
+            say(f"The last {len(pictures)} of {count:,} pictures{'; --all lists them all' if short else ''}.", "dim")
+        if skipped:
+            say(f"{len(skipped)} left out, record missing or unreadable: {short_path(skipped[0])}", "yellow")
+    for problem in errors:
         show_error(problem)
-    if wrong:
+    if errors:
         raise typer.Exit(1)
 
 
-def none_yet(folders: Sequence[Folder]) -> str:
+def no_pictures_hint(folders: Sequence[Folder]) -> str:
     """Say that projects have no pictures yet, and which command makes some."""
     from k2cli.console import for_shell
-    from k2cli.folder import root_above
-    from k2cli.here import first_step
+    from k2cli.folder import find_root
+    from k2cli.status import first_command
 
     if len(folders) > 1:
         return "No pictures yet. Make some: k2 render"
-    here, root = root_above(Path.cwd()), folders[0].root
+    here, root = find_root(Path.cwd()), folders[0].root
     there = "" if here and here.samefile(root) else f" --project {for_shell(root)}"
-    return f"No pictures yet. Make some: {first_step(folders[0].outputs)}{there}"
+    return f"No pictures yet. Make some: {first_command(folders[0].outputs)}{there}"
 
 
-def why_none(folders: Sequence[Folder], chosen: Chosen) -> str:
+def explain_no_match(folders: Sequence[Folder], selection: Selection) -> str:
     """Why a selection may match no picture: a run or a style that does not exist, or a style that no record names; ""
     if nothing explains it."""
     from k2cli import history
@@ -159,33 +163,35 @@ def why_none(folders: Sequence[Folder], chosen: Chosen) -> str:
     known: set[str] = set()  # some styles live on only in pictures
     for folder in folders:
         with suppress(K2Error):
-            runs += [run.name for run in history.runs_of(folder.outputs)]
+            runs += [run.name for run in history.run_folders(folder.outputs)]
             known.update(name for made in history.read(folder.outputs) for name in made.styles)
-            known.update(Styles(folder.root, folder.inside).known)
-    told = []
-    if runs and not any(map(chosen.run_folder, runs)):
+            known.update(Styles(folder.root, folder.path_inside).known)
+    reasons = []
+    if runs and not any(map(selection.matches_run, runs)):
         last = f"The last is {runs[-1]}." if len(folders) == 1 else ""
-        told += [f'There is no run "{chosen.run}".', close_to(chosen.run, runs) or last]
-    for name in chosen.styles:
+        reasons += [f'There is no run "{selection.run}".', close_to(selection.run, runs) or last]
+    for name in selection.styles:
         if composed(name) not in {*known, BOARD}:
-            told += [f'There is no style "{name}".', nearest(name, sorted(known))]
-    return " ".join(filter(None, (*told, of_mixes(folders, chosen.styles))))
+            reasons += [f'There is no style "{name}".', nearest(name, sorted(known))]
+    return " ".join(filter(None, (*reasons, mix_hint(folders, selection.styles))))
 
 
-def of_mixes(folders: Sequence[Folder], styles: Iterable[str]) -> str:
+def mix_hint(folders: Sequence[Folder], styles: Iterable[str]) -> str:
     """For styles that are mixes and nothing else, the parts that records name instead; "" if there are none."""
     from k2cli.styles import Styles
     from k2cli.texts import composed, quote
 
-    told: dict[str, None] = {}
+    hints: dict[str, None] = {}
     for folder in folders:
         for name in map(composed, styles):
             with suppress(K2Error):
-                parts = [part.name for part in Styles(folder.root, folder.inside).resolve({name: 1.0}, lambda name: "")]
+                parts = [
+                    part.name for part in Styles(folder.root, folder.path_inside).resolve({name: 1.0}, lambda name: "")
+                ]
                 if parts and name not in parts:
                     those = " ".join(f"--style {quote(part)}" for part in parts)
-                    told[f"{name} is a mix, and records name its parts: {those}"] = None
-    return " ".join(told)
+                    hints[f"{name} is a mix, and records name its parts: {those}"] = None
+    return " ".join(hints)
 
 
 def gallery(
@@ -197,8 +203,8 @@ def gallery(
         typer.Option("--output", "-o", metavar="DIR", help="Folder to write; default: gallery in the project."),
     ] = None,
     run: RunOption = "",
-    prompt: WordsOption = None,
-    style: WithOption = None,
+    prompt: PromptFilterOption = None,
+    style: StyleFilterOption = None,
     since: SinceOption = None,
     project: ProjectOption = None,
     allow_outside: OutsideOption = False,
@@ -217,39 +223,41 @@ def gallery(
       k2 gallery moody -o ~/public/moody
       k2 gallery --run 3 -o ~/public/foxes
     """
-    from k2cli.console import result, say, short_path, to_json
-    from k2cli.gallery import PAGE, build
+    from k2cli.console import print_result, say, short_path, to_json
+    from k2cli.gallery import PAGE_FILE, build_gallery
     from k2cli.project import Project
 
-    chosen = chosen_by(run, prompt, style, since)
-    if chosen and output is None:  # in the project's own, all others would be removed
+    selection = selection_from(run, prompt, style, since)
+    if selection and output is None:  # in the project's own, all others would be removed
         raise typer.BadParameter("a selection of pictures needs a folder of its own: name it", param_hint="--output")
-    found, wrong = find_folders([folder] if folder else [], project, allow_outside)
-    if wrong:
-        raise wrong[0]
-    (there,) = found
-    target, name = output or there.inside("gallery"), there.root.name
-    if chosen and target.resolve() == (there.root / "gallery").resolve():
+    folders, errors = find_folders([folder] if folder else [], project, allow_outside)
+    if errors:
+        raise errors[0]
+    (project_folder,) = folders
+    target, name = output or project_folder.path_inside("gallery"), project_folder.root.name
+    if selection and target.resolve() == (project_folder.root / "gallery").resolve():
         raise typer.BadParameter("it would remove all others from the project's own gallery", param_hint="--output")
     try:  # pictures can be viewed even while k2.toml is broken
-        name = Project.open(there.root, allow_outside=allow_outside).name
+        name = Project.open(project_folder.root, allow_outside=allow_outside).name
     except K2Error as error:
-        wrong.append(error)
-    unread: list[Path] = []
-    count = build(there.outputs, target, name, chosen=chosen, skipped=unread.append)
-    if unread and not quiet:  # they may be why there is no page
-        say(f"{len(unread)} left out, picture or record unreadable: {short_path(unread[0])}", "yellow")
-    if chosen and not count:
-        hint = why_none([there], chosen) or "All pictures: k2 log"
+        errors.append(error)
+    skipped: list[Path] = []
+    count = build_gallery(project_folder.outputs, target, name, selection=selection, on_skipped=skipped.append)
+    if skipped and not quiet:  # they may be why there is no page
+        say(f"{len(skipped)} left out, picture or record unreadable: {short_path(skipped[0])}", "yellow")
+    if selection and not count:
+        hint = explain_no_match([project_folder], selection) or "All pictures: k2 log"
         raise K2Error("No picture that can be shown matches, so no page is made.", hint=hint)
-    result(to_json({"file": short_path(target / PAGE), "pictures": count}) if json else short_path(target / PAGE))
+    print_result(
+        to_json({"file": short_path(target / PAGE_FILE), "pictures": count}) if json else short_path(target / PAGE_FILE)
+    )
     if not quiet:
-        for problem in wrong:
+        for problem in errors:
             say(f"{problem} The page is named after the folder.", "yellow")
         if count:
             say(f"{count_of(f'{count:,}', 'picture')}. Open the page in a browser.", "dim")
-        elif not unread:
-            say(none_yet([there]), "dim")
+        elif not skipped:
+            say(no_pictures_hint([project_folder]), "dim")
 
 
 def show(
@@ -275,28 +283,28 @@ def show(
       k2 show outputs/0001-fox/fox-7.png --json | jq .settings
     """
     from k2cli import records
-    from k2cli.console import result, screen, short_path, to_json
+    from k2cli.console import print_result, screen_width, short_path, to_json
     from k2cli.facts import describe
-    from k2cli.history import in_full
+    from k2cli.history import with_nulls
     from k2cli.listing import show_differences
     from k2cli.outputs import picture_of
     from k2cli.preview import preview
     from model.picture_file import is_sheet
 
-    named = [find_file(file, project) for file in files]
-    if len(named) > 1:  # a shell's * finds a run's contact sheet, too
-        named = [file for file in named if not is_sheet(file)] or named
-    found = [records.parse(records.read(file), Path) for file in named]
+    paths = [find_file(file, project) for file in files]
+    if len(paths) > 1:  # a shell's * finds a run's contact sheet, too
+        paths = [file for file in paths if not is_sheet(file)] or paths
+    found = [records.parse(records.read(file), Path) for file in paths]
     if json:
-        for file, record in zip(named, found, strict=True):
+        for file, record in zip(paths, found, strict=True):
             there = None if record.table.get("blocked") else short_path(picture_of(file))
-            result(to_json({"file": there, **in_full(record.table)}))
+            print_result(to_json({"file": there, **with_nulls(record.table)}))
         return
-    preview([picture for file in named if (picture := picture_of(file)).is_file()])
+    preview([picture for file in paths if (picture := picture_of(file)).is_file()])
     if len(found) == 1:
-        result(describe(found[0], screen()))
+        print_result(describe(found[0], screen_width()))
     else:
-        show_differences([short_path(file) for file in named], found)
+        show_differences([short_path(file) for file in paths], found)
 
 
 def rerun(
@@ -332,44 +340,46 @@ def rerun(
       k2 rerun ~/Downloads/fox-7.png -o fox.png    the picture alone is enough
       k2 rerun outputs/0001-fox --check            only compare
     """
-    from k2cli.console import last_words, meter, say
+    from k2cli.console import meter, say, say_at_exit
     from k2cli.pictures import without_sheets
-    from k2cli.rerun import Shelf, brought_back, in_all, pictures_in, refuse, repeat, tell
+    from k2cli.rerun import RerunFolders, how_to_reproduce, pictures_in, report, report_refusal, reproduce, summary
 
     if check and (output is not None or no_embed):
         other = "--output" if output is not None else "--no-embed"
         raise typer.BadParameter(f"it writes nothing, so it cannot be combined with {other}", param_hint="--check")
-    asked, sheets = without_sheets([find_file(file, project) for file in files])
+    paths, sheets = without_sheets([find_file(file, project) for file in files])
     if sheets and not quiet:
         say(sheets, "yellow")
-    lone: list[Path] = []
-    named = pictures_in(asked, None if check else lone)
-    if lone and not quiet:
-        gone = "its picture is" if len(lone) == 1 else "their pictures are"
-        say(f"{count_of(len(lone), 'record')} left out, since {gone} gone. {brought_back(lone)}", "yellow")
-    if output is not None and len(named) > 1:
-        raise typer.BadParameter(f"one file cannot hold {len(named)} pictures", param_hint="--output")
-    several, identical = len(named) > 1, 0
+    orphans: list[Path] = []
+    targets = pictures_in(paths, None if check else orphans)
+    if orphans and not quiet:
+        gone = "its picture is" if len(orphans) == 1 else "their pictures are"
+        say(f"{count_of(len(orphans), 'record')} left out, since {gone} gone. {how_to_reproduce(orphans)}", "yellow")
+    if output is not None and len(targets) > 1:
+        raise typer.BadParameter(f"one file cannot hold {len(targets)} pictures", param_hint="--output")
+    several, identical = len(targets) > 1, 0
     refused: list[str] = []
-    with Shelf() as shelf, meter(len(named), quiet=quiet) as bar:
-        for done, (file, unknown) in enumerate(named, 1):
+    with RerunFolders() as folders, meter(len(targets), quiet=quiet) as bar:
+        for done, (file, unknown) in enumerate(targets, 1):
             try:
                 if unknown:
                     raise unknown
-                home = find_home(file, project, allow_outside)
-                again = repeat(file, home, shelf, output, device, check=check, embed=not no_embed, on_step=bar.step)
+                home = find_project_of(file, project, allow_outside)
+                reproduction = reproduce(
+                    file, home, folders, output, device, check=check, embed=not no_embed, on_step=bar.step
+                )
             except Exception as error:
-                refuse(error, file, refused, several=several, as_json=json)
+                report_refusal(error, file, refused, several=several, as_json=json)
                 continue
             except KeyboardInterrupt:
                 made = done - 1 - len(refused)
-                last_words(f"Interrupted: {made} of {len(named)} rendered again, {identical} of them identical.")
+                say_at_exit(f"Interrupted: {made} of {len(targets)} rendered again, {identical} of them identical.")
                 raise
             finally:
                 bar.saved(done)
-            identical += again.identical
-            tell(again, file, several=several, as_json=json, quiet=quiet)
+            identical += reproduction.identical
+            report(reproduction, file, several=several, as_json=json, quiet=quiet)
     if several and not quiet:
-        say(in_all(identical, len(refused), len(named)), "dim")
-    if identical < len(named):
+        say(summary(identical, len(refused), len(targets)), "dim")
+    if identical < len(targets):
         raise typer.Exit(1)

@@ -22,14 +22,14 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from k2cli import licence
-from k2cli.disk import ended_as_by_ctrl_c
-from k2cli.refusals import explained
-from k2cli.texts import DEVICE, UNPRINTABLE, masked
+from k2cli.disk import signals_as_ctrl_c
+from k2cli.pull_errors import explained
+from k2cli.texts import UNPRINTABLE, WINDOWS_DEVICE, masked
 from model import library
+from model.atomic import atomic_write
 from model.errors import K2Error, listed
-from model.whole import whole
 
-NEEDED = (
+NEEDED_FILES = (
     "*.safetensors",
     "*.gguf",
     "*.json",
@@ -37,18 +37,18 @@ NEEDED = (
     "*merges.txt",
     "*vocab.txt",
 )  # no pickle, no code, no pictures
-TERMS = ("LICEN[CS]E*", "NOTICE*")  # kept beside the weights
-PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+LICENCE_FILES = ("LICEN[CS]E*", "NOTICE*")  # kept beside the weights
+PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 HASH = re.compile(r"[0-9a-f]{64}|[0-9a-f]{40}")  # sha256 of a large file, git's object id of a small one
-FOREIGN = re.compile(rf"[\\\\:]|{UNPRINTABLE.pattern}")  # on Windows C:x is on another drive, joined or not
+UNSAFE_NAME = re.compile(rf"[\\\\:]|{UNPRINTABLE.pattern}")  # on Windows C:x is on another drive, joined or not
 COMMIT = re.compile(r"[0-9a-f]{40}")
-MARGIN = 1 << 28  # bytes to leave free on the disk
+MIN_FREE_BYTES = 1 << 28  # bytes to leave free on the disk
 
-Watch = Callable[[str, int], None]  # (what is being done, bytes of the whole pull present so far)
+OnProgress = Callable[[str, int], None]  # (what is being done, bytes of the whole pull present so far)
 
 
 @dataclass(frozen=True)
-class File:
+class RepoFile:
     """A file in a repository. `etag` is its sha256, or git's object id if it is small."""
 
     name: str
@@ -57,20 +57,22 @@ class File:
 
     def __post_init__(self) -> None:
         parts = self.name.split("/")
-        strange = FOREIGN.search(self.name) or any(part in ("", ".", "..") or DEVICE.match(part) for part in parts)
+        strange = UNSAFE_NAME.search(self.name) or any(
+            part in ("", ".", "..") or WINDOWS_DEVICE.match(part) for part in parts
+        )
         if not HASH.fullmatch(self.etag) or strange:
             raise K2Error(f'The hub lists a file that does not belong in a repository: "{masked(self.name)}".')
 
 
 @dataclass(frozen=True)
-class Plan:
+class PullPlan:
     """What to pull: these files of this commit."""
 
     repo: str
     revision: str  # as asked for: a branch, a tag or a commit
     commit: str
     licence: str | None  # as the model card names it
-    files: tuple[File, ...]
+    files: tuple[RepoFile, ...]
 
     @property
     def size(self) -> int:
@@ -85,7 +87,7 @@ class Plan:
         return self.folder / "snapshots" / self.commit
 
 
-def look_up(name: str, revision: str | None = None, include: Sequence[str] = ()) -> Plan:
+def plan_pull(name: str, revision: str | None = None, include: Sequence[str] = ()) -> PullPlan:
     """Ask the hub for its files, and choose. `name` is an official model's name or a hub id; K2Error if neither."""
     found = library.parse(name)
     if found is None:
@@ -111,32 +113,32 @@ def look_up(name: str, revision: str | None = None, include: Sequence[str] = ())
             raise K2Error("HF_TOKEN contains a character that no token has.", hint="Copy it again.") from None
         except (ValueError, KeyError, TypeError):
             raise K2Error(f"{constants.ENDPOINT} does not answer like a hub.", hint="Check HF_ENDPOINT.") from None
-    sizes = {each.rfilename: each.size or 0 for each in listed.values() if not is_ours(each.rfilename)}
-    chosen = choose(sizes, [file] if file else include, repo)
+    sizes = {each.rfilename: each.size or 0 for each in listed.values() if not is_manifest(each.rfilename)}
+    chosen = choose_files(sizes, [file] if file else include, repo)
     if not COMMIT.fullmatch(info.sha or ""):
         raise K2Error(f"{constants.ENDPOINT} does not say which commit it serves.", hint="Check HF_ENDPOINT.")
     hashes = {name: each.lfs.sha256 if each.lfs else each.blob_id or "" for name, each in listed.items()}
-    files = tuple(File(each, sizes[each], hashes[each]) for each in chosen)
-    return Plan(repo, revision, info.sha or "", licence_of(info), files)
+    files = tuple(RepoFile(each, sizes[each], hashes[each]) for each in chosen)
+    return PullPlan(repo, revision, info.sha or "", stated_licence(info), files)
 
 
-def is_ours(name: str) -> bool:
+def is_manifest(name: str) -> bool:
     """Whether a file has the name of k2's manifest, ignoring case, as some file systems do."""
     return name.rpartition("/")[2].casefold() == library.MANIFEST
 
 
-def choose(sizes: dict[str, int], include: Sequence[str], repo: str) -> list[str]:
+def choose_files(sizes: dict[str, int], include: Sequence[str], repo: str) -> list[str]:
     """The files to pull: those that match `include`, else a pipeline's folders, else the only weights present."""
 
     def any_of(name: str, patterns: Sequence[str]) -> bool:
         return any(fnmatch(name, pattern) for pattern in patterns)
 
-    terms = [name for name in sizes if any_of(name, TERMS)]
-    safe = [name for name in sizes if any_of(name, NEEDED)]
-    weights = [name for name in safe if name.endswith(library.WEIGHTS)]
-    listing = ", ".join(f"{name} ({gigabytes(sizes[name])})" for name in sorted(weights)[:12])
+    terms = [name for name in sizes if any_of(name, LICENCE_FILES)]
+    safe = [name for name in sizes if any_of(name, NEEDED_FILES)]
+    weights = [name for name in safe if name.endswith(library.WEIGHT_SUFFIXES)]
+    listing = ", ".join(f"{name} ({format_size(sizes[name])})" for name in sorted(weights)[:12])
     if not weights:
-        pickled = any(name.endswith(PICKLES) for name in sizes)
+        pickled = any(name.endswith(PICKLE_SUFFIXES) for name in sizes)
         raise K2Error(
             f"{repo} holds no .safetensors file{', only pickles, which can run code' if pickled else ''}.",
             hint="k2 reads weights from .safetensors and .gguf files only.",
@@ -152,7 +154,7 @@ def choose(sizes: dict[str, int], include: Sequence[str], repo: str) -> list[str
     return sorted({*terms, *safe})
 
 
-def licence_of(info: Any) -> str | None:
+def stated_licence(info: Any) -> str | None:
     """The licence that a model card states; Krea's if the weights are Krea's or derived from them."""
     card = info.card_data
     stated = getattr(card, "license_name", None) or getattr(card, "license", None)
@@ -161,84 +163,84 @@ def licence_of(info: Any) -> str | None:
     return library.KREA_2 if kin & set(library.OFFICIAL.values()) else masked(str(stated)) if stated else None
 
 
-def fetch(plan: Plan, watch: Watch = lambda what, done: None) -> Path:
+def fetch(plan: PullPlan, on_progress: OnProgress = lambda what, done: None) -> Path:
     """Fetch a plan's files, resuming an earlier pull. Returns the model's folder, or its single file.
 
     A file gets its name once its hash is right. When this raises K2Error, all intact data received so far is kept.
     """
-    with explained(plan.repo, plan.revision), alone(plan):
-        check_room(plan)
+    with explained(plan.repo, plan.revision), exclusive(plan):
+        check_disk_space(plan)
         write_manifest(plan)
         here = 0
         for file in plan.files:
             blob = plan.folder / "blobs" / file.etag
-            if not (blob.exists() and matches(blob, file, partial(watch, f"checking {file.name}", here))):
+            if not (blob.exists() and matches_hash(blob, file, partial(on_progress, f"checking {file.name}", here))):
                 blob.unlink(missing_ok=True)
-                borrow(blob, file)
-                download(plan, file, blob, watch, here)
-            place(blob, plan.snapshot / file.name)
+                link_cached(blob, file)
+                download(plan, file, blob, on_progress, here)
+            link_blob(blob, plan.snapshot / file.name)
             here += file.size
-            watch(file.name, here)
+            on_progress(file.name, here)
         if plan.revision != plan.commit:
             ref = plan.folder / "refs" / plan.revision
             ref.parent.mkdir(parents=True, exist_ok=True)
-            with whole(ref) as draft:
+            with atomic_write(ref) as draft:
                 draft.write_text(plan.commit, "utf-8")
-    return library.the_weights(plan.snapshot)
+    return library.main_weights(plan.snapshot)
 
 
-def download(plan: Plan, file: File, blob: Path, watch: Watch, before: int) -> None:
+def download(plan: PullPlan, file: RepoFile, blob: Path, on_progress: OnProgress, before: int) -> None:
     """Fetch one file into the cache, resuming from where an earlier try stopped."""
     from huggingface_hub import hf_hub_url
     from huggingface_hub.file_download import http_get
     from huggingface_hub.utils import build_hf_headers
 
-    begun = partial_of(blob)
-    have = begun.stat().st_size if begun.exists() else 0
-    if have > file.size:
-        begun.unlink()
-        have = 0
+    incomplete = partial_path(blob)
+    received = incomplete.stat().st_size if incomplete.exists() else 0
+    if received > file.size:
+        incomplete.unlink()
+        received = 0
     headers = build_hf_headers(library_name="k2") | {"Accept-Encoding": "identity"}
-    with begun.open("ab") as out:
-        counted: Any = Counted(out, lambda size: watch(file.name, before + size))
+    with incomplete.open("ab") as out:
+        counted: Any = ProgressFile(out, lambda size: on_progress(file.name, before + size))
         http_get(
             hf_hub_url(plan.repo, file.name, revision=plan.commit),
             counted,
-            resume_size=have,
+            resume_size=received,
             headers=headers,
             expected_size=file.size,
         )
         out.flush()
         os.fsync(out.fileno())
-    if not matches(begun, file, partial(watch, f"checking {file.name}", before + file.size)):
-        begun.unlink()
+    if not matches_hash(incomplete, file, partial(on_progress, f"checking {file.name}", before + file.size)):
+        incomplete.unlink()
         raise K2Error(
             f"{file.name} arrived damaged and was deleted: its hash is not the one that the hub states.",
             hint="Pull again. If that fails too, HF_ENDPOINT or a proxy serves a different file.",
         )
-    begun.replace(blob)
+    incomplete.replace(blob)
 
 
-class Counted:
+class ProgressFile:
     """A file that reports its size after every write."""
 
-    def __init__(self, file: BinaryIO, tell: Callable[[int], None]):
-        self.file, self.tell_size = file, tell
+    def __init__(self, file: BinaryIO, on_size: Callable[[int], None]):
+        self.file, self.on_size = file, on_size
 
     def write(self, data: bytes) -> int:
         written = self.file.write(data)
-        self.tell_size(self.file.tell())
+        self.on_size(self.file.tell())
         return written
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.file, name)
 
 
-def matches(path: Path, file: File, before: Callable[[], None]) -> bool:
+def matches_hash(path: Path, file: RepoFile, on_start: Callable[[], None]) -> bool:
     """Whether the bytes match the hub's hash: a sha256, or git's object id."""
     if path.stat().st_size != file.size:
         return False
-    before()
+    on_start()
     digest = hashlib.sha256() if len(file.etag) == 64 else hashlib.sha1(f"blob {file.size}\0".encode())
     with path.open("rb") as source:
         while chunk := source.read(1 << 20):
@@ -246,27 +248,27 @@ def matches(path: Path, file: File, before: Callable[[], None]) -> bool:
     return digest.hexdigest() == file.etag
 
 
-def partial_of(blob: Path) -> Path:
+def partial_path(blob: Path) -> Path:
     return blob.with_name(f"{blob.name}.incomplete")
 
 
-def twins(file: File) -> Iterator[Path]:
+def cached_copies(file: RepoFile) -> Iterator[Path]:
     """The same file in other cached repositories: Raw and Turbo share everything but the transformer."""
-    for path in library.cache().glob(f"models--*/blobs/{file.etag}"):
+    for path in library.hub_cache().glob(f"models--*/blobs/{file.etag}"):
         if path.is_file() and path.stat().st_size == file.size:
             yield path.resolve()
 
 
-def borrow(blob: Path, file: File) -> None:
+def link_cached(blob: Path, file: RepoFile) -> None:
     """Start from a twin's bytes, if there is one and the file system can share them."""
-    if not partial_of(blob).exists():
-        for twin in twins(file):
+    if not partial_path(blob).exists():
+        for twin in cached_copies(file):
             with suppress(OSError):
-                os.link(twin, partial_of(blob))
+                os.link(twin, partial_path(blob))
                 return
 
 
-def place(blob: Path, path: Path) -> None:
+def link_blob(blob: Path, path: Path) -> None:
     """Give a verified file its name, as the hub's client does: by a link if the file system has links."""
     path.parent.mkdir(parents=True, exist_ok=True)
     if path.exists() and path.samefile(blob):
@@ -281,7 +283,7 @@ def place(blob: Path, path: Path) -> None:
             shutil.copyfile(blob, path)
 
 
-def write_manifest(plan: Plan) -> None:
+def write_manifest(plan: PullPlan) -> None:
     """List what the snapshot will hold; files from an earlier pull of the same commit stay listed."""
     table = {
         "repo": plan.repo,
@@ -297,33 +299,33 @@ def write_manifest(plan: Plan) -> None:
     }
     for folder in (plan.snapshot, plan.folder / "blobs"):
         folder.mkdir(parents=True, exist_ok=True)
-    with whole(plan.snapshot / library.MANIFEST) as draft:
+    with atomic_write(plan.snapshot / library.MANIFEST) as draft:
         draft.write_text(json.dumps(table, indent=1), "utf-8")
 
 
-def check_room(plan: Plan) -> None:
+def check_disk_space(plan: PullPlan) -> None:
     """Refuse a pull that does not fit on the disk before its first byte. Data from an earlier try counts as present."""
     need = 0
     for file in plan.files:
         blob = plan.folder / "blobs" / file.etag
-        here = (path for path in (blob, partial_of(blob), *twins(file)) if path.exists())
+        here = (path for path in (blob, partial_path(blob), *cached_copies(file)) if path.exists())
         have = next((path.stat().st_size for path in here), 0)
         need += max(file.size - have, 0)
     disk = next(path for path in (plan.folder, *plan.folder.parents) if path.exists())
     free = shutil.disk_usage(disk).free
-    if need and need + MARGIN > free:
+    if need and need + MIN_FREE_BYTES > free:
         raise K2Error(
-            f"{plan.repo} needs {gigabytes(need)} more, but the disk of {disk} has {gigabytes(free)} free.",
+            f"{plan.repo} needs {format_size(need)} more, but the disk of {disk} has {format_size(free)} free.",
             hint="Free some space, or set HF_HOME to a folder on a larger disk.",
         )
 
 
 @contextmanager
-def alone(plan: Plan) -> Iterator[None]:
+def exclusive(plan: PullPlan) -> Iterator[None]:
     """Keep two pulls from writing to the same file."""
     from filelock import FileLock, Timeout
 
-    path = library.cache() / ".locks" / plan.folder.name / "k2-pull.lock"
+    path = library.hub_cache() / ".locks" / plan.folder.name / "k2-pull.lock"
     path.parent.mkdir(parents=True, exist_ok=True)
     lock = FileLock(path)
     try:
@@ -346,20 +348,20 @@ def pull(
     name: str, revision: str | None = None, include: Sequence[str] = (), *, accept: bool = False, quiet: bool = False
 ) -> library.Model:
     """`k2 models pull`: from the licence to the last byte, with a bar on a terminal. Raises K2Error."""
-    asked = f"{name}@{revision}" if revision else name
-    if is_offline() and (here := library.find(asked)):
-        licence.require(here.licence, name, yes=accept)
-        return here
-    planned = look_up(name, revision, include)
-    licence.require(planned.licence, name, yes=accept)
-    with ended_as_by_ctrl_c(), bar(planned.size, quiet=quiet) as watch:
-        path = fetch(planned, watch)
-    manifest = library.read_manifest(planned.snapshot)
-    return library.Model(name, path, "hub", library.variant_of(path), planned.commit, manifest)
+    full_name = f"{name}@{revision}" if revision else name
+    if is_offline() and (cached := library.find(full_name)):
+        licence.require(cached.licence, name, yes=accept)
+        return cached
+    plan = plan_pull(name, revision, include)
+    licence.require(plan.licence, name, yes=accept)
+    with signals_as_ctrl_c(), progress_bar(plan.size, quiet=quiet) as on_progress:
+        path = fetch(plan, on_progress)
+    manifest = library.read_manifest(plan.snapshot)
+    return library.Model(name, path, "hub", library.variant_of(path), plan.commit, manifest)
 
 
 @contextmanager
-def bar(total: int, *, quiet: bool) -> Iterator[Watch]:
+def progress_bar(total: int, *, quiet: bool) -> Iterator[OnProgress]:
     """Progress in bytes over the whole pull, on a terminal only."""
     from k2cli.console import console
 
@@ -376,5 +378,5 @@ def bar(total: int, *, quiet: bool) -> Iterator[Watch]:
         yield lambda what, done: progress.update(task, description=what, completed=done)
 
 
-def gigabytes(size: int) -> str:
+def format_size(size: int) -> str:
     return f"{size / 1e9:.1f} GB" if size >= 1e8 else f"{size / 1e6:.1f} MB"

@@ -12,7 +12,7 @@ import typer
 
 from k2cli.console import console, say
 from k2cli.dialect import dump
-from k2cli.disk import write, writing
+from k2cli.disk import write_files, writing
 from k2cli.texts import quote
 from model import library
 from model.errors import K2Error
@@ -64,7 +64,7 @@ def accept(licence: Licence) -> None:
     file = record_file()
     with writing(file):
         file.parent.mkdir(parents=True, exist_ok=True)
-    write({file: dump(accepted() | {licence.name: datetime.now(UTC).replace(microsecond=0)})})
+    write_files({file: dump(accepted() | {licence.name: datetime.now(UTC).replace(microsecond=0)})})
 
 
 def require(name: str | None, subject: str, *, yes: bool = False, command: str = "pull") -> None:

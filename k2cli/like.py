@@ -10,14 +10,14 @@ from typing import TYPE_CHECKING, Any
 
 from k2cli import records
 from k2cli.console import short_path
-from k2cli.folder import root_above
+from k2cli.folder import find_root
 from k2cli.matrix import escape
 from k2cli.models import auto_method
 from k2cli.origins import own_phrases
 from k2cli.project import Project
 from k2cli.prompts import Prompt, prompt_of
 from k2cli.records import SPEC_KEYS, Record
-from k2cli.settings import FRAME, Settings
+from k2cli.settings import SIZE_KEYS, Settings
 from k2cli.styles import BOARD, Styles
 from k2cli.tables import Option
 from k2cli.texts import composed, quote
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 OPTION = Option("--like")
 # settings that do not carry over to another checkpoint
-OF_CHECKPOINT = ("variant", "steps", "guidance", "guidance_until", "sampler", "mu", "precision")
+CHECKPOINT_KEYS = ("variant", "steps", "guidance", "guidance_until", "sampler", "mu", "precision")
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ class Example:
     @classmethod
     def read(cls, file: Path, project: Project) -> Example:
         """Raises K2Error if k2 did not make it. Its files may have changed since: they count as they are now."""
-        return cls(records.parse(records.read(file), project.recorded), file)
+        return cls(records.parse(records.read(file), project.recorded_path), file)
 
     def prompt(self) -> Prompt:
         """The prompt it was made from."""
@@ -64,18 +64,18 @@ class Example:
         found |= {"mask": spec.mask and str(spec.mask)}
         void = set(said) | (set() if "size" in found else {"mu"})  # then the project sets the size
         if void & {"model", "variant"}:
-            void |= set(OF_CHECKPOINT)
-        if void & FRAME:
+            void |= set(CHECKPOINT_KEYS)
+        if void & SIZE_KEYS:
             void |= {"size", "mu"}
         if "init_image" in void:  # the new one has its own shape, and a mask was drawn for the old one
             void |= {"size", "mu", "mask"} | ({"denoise"} if spec.mask or not spec.init_image else set())
         return {key: value for key, value in found.items() if key not in void}
 
-    def freed(self, prompt: Prompt, own: Settings, said: Collection[str]) -> Prompt:
+    def with_own_settings(self, prompt: Prompt, own: Settings, said: Collection[str]) -> Prompt:
         """The prompt, with the project's own settings restored where the prompt's settings make the picture's void, as
         the same settings on a command line would."""
         void = self.settings(said).keys() - self.settings({*said, *prompt.settings}).keys()
-        void |= FRAME if "size" in void else set()
+        void |= SIZE_KEYS if "size" in void else set()
         return replace(prompt, freed={key: getattr(own, key) for key in void})
 
     def leader(self) -> Leader:
@@ -106,7 +106,7 @@ class Example:
             told += [f"{path.name} is a different picture"] if sha256(path) != self.record.references[path] else []
         return f"The look has changed since {self.file.name} was made: {', '.join(told)}." if told else ""
 
-    def within(
+    def apply_to(
         self,
         project: Project,
         said: Mapping[str, Any],
@@ -151,7 +151,7 @@ class Example:
             project = project.with_board(strength if board is None else board)
         project = replace(
             project,
-            settings=project.settings.over(settings, dict.fromkeys(settings, OPTION)),
+            settings=project.settings.overridden_by(settings, dict.fromkeys(settings, OPTION)),
             weights=weights,
             prompts=tuple(replace(prompt, style={}) for prompt in project.prompts),  # their settings yield, too
             leader=self.leader(),
@@ -185,9 +185,9 @@ def look_of(style: Style, root: Path, hash_of: Callable[[Path], str] = identity)
     }
 
 
-def said_of_home(file: Path, root: Path) -> str:
+def note_on_project(file: Path, root: Path) -> str:
     """A sentence on where pictures like this one go, if not into the current folder's project; else ""."""
-    here = root_above(Path.cwd())
+    here = find_root(Path.cwd())
     if here is None or here.samefile(root):
         return ""
     return f"{file.name} belongs to another project; pictures like it go there: {short_path(root)}"

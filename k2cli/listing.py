@@ -15,21 +15,21 @@ from rich.cells import cell_len, set_cell_size
 from rich.console import Console
 from rich.text import Text
 
-from k2cli.console import NARROW, result, say, short_path
-from k2cli.outputs import row_alone
+from k2cli.console import MIN_COLUMNS_WIDTH, print_result, say, short_path
+from k2cli.outputs import row_label
 from k2cli.texts import masked
 
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from k2cli.history import Made
+    from k2cli.history import MadePicture
     from k2cli.records import Record
 
 BESIDE, COLUMN = 14, 18  # cells: the column of names, and the least for a picture's column
-MOST = 20  # cells of a fact's name
+MAX_NAME_WIDTH = 20  # cells of a fact's name
 
 
-def near_file(made: Made) -> str:
+def near_file(made: MadePicture) -> str:
     """The shortest path by which a picture can be typed here."""
     return os.path.join(near_folder(made.path.parent, os.getcwd()), made.path.name)
 
@@ -40,14 +40,14 @@ def near_folder(folder: Path, here: str) -> str:
     return short_path(folder)
 
 
-def line_of(made: Made) -> str:
+def line_of(made: MadePicture) -> str:
     """A picture's line in a pipe."""
     created = f"{made.created:%Y-%m-%dT%H:%M:%SZ}" if made.created else ""
     seed = made.text("settings.seed")
     return "\t".join([near_file(made), created, seed, made.size, styles_of(made, ","), made.text("prompt.text")])
 
 
-def show_table(found: Sequence[Made]) -> None:
+def show_table(found: Sequence[MadePicture]) -> None:
     """Pictures on a terminal: a heading for each run, then a line for each picture, cut at the screen's edge. On a
     narrow screen the time and the prompt get lines of their own; so does what distinguishes the pictures of a
     comparison, if it does not fit."""
@@ -59,18 +59,18 @@ def show_table(found: Sequence[Made]) -> None:
             Text(f"seed {made.text('settings.seed')}", "dim", overflow="ellipsis"),
             Text(made.size, "dim", overflow="ellipsis"),
             Text(styles_of(made, ", ", places=2), "cyan", overflow="ellipsis"),
-            Text.assemble((told_apart(made), "cyan"), "  " * bool(told_apart(made)), made.text("prompt.text")),
+            Text.assemble((distinctions(made), "cyan"), "  " * bool(distinctions(made)), made.text("prompt.text")),
         )
         for made in found
     ]
     widths = [min(limit, max(row[column].cell_len for row in rows)) for column, limit in enumerate(most) if rows]
     room = screen.width - sum(width + 2 for width in widths)
-    narrow, cut = screen.width < NARROW, any(cell_len(told_apart(made)) > room for made in found)
+    narrow, cut = screen.width < MIN_COLUMNS_WIDTH, any(cell_len(distinctions(made)) > room for made in found)
     before_when, before_asked = "\n" if narrow else "  ", "\n    " if narrow or cut else "  "
     runs = groupby(zip(found, rows, strict=True), key=lambda pair: pair[0].path.parent)
     for number, (folder, pictures) in enumerate(runs):
         (first, row), *more = pictures
-        when = f"{first.local:%Y-%m-%d %H:%M}" if first.local else ""
+        when = f"{first.local_time:%Y-%m-%d %H:%M}" if first.local_time else ""
         about = " · ".join(filter(None, [when, f"{first.text('model.name')} {first.text('model.variant')}".strip()]))
         heading = Text.assemble("\n" * bool(number), (short_path(folder), "bold"), before_when, (about, "dim"))
         screen.print(heading, no_wrap=True, overflow="ellipsis")
@@ -81,9 +81,9 @@ def show_table(found: Sequence[Made]) -> None:
             screen.print(Text("  ").join(facts), asked, sep=before_asked, no_wrap=True, overflow="ellipsis")
 
 
-def told_apart(made: Made) -> str:
+def distinctions(made: MadePicture) -> str:
     """What distinguishes a picture of a comparison from those beside it."""
-    row, caption = row_alone(made.text("prompt.row"), made.text("prompt.text")), made.text("prompt.caption")
+    row, caption = row_label(made.text("prompt.row"), made.text("prompt.text")), made.text("prompt.caption")
     row = "" if f"{caption} · ".startswith(f"{row} · ") else row  # as in the rows of a triangle
     return " · ".join(filter(None, [row, caption]))
 
@@ -96,7 +96,7 @@ def shortened(name: str, cells: int) -> str:
     return f"{set_cell_size(name, cells - cell_len(end) - 1).rstrip()}…{end}"
 
 
-def styles_of(made: Made, joint: str, places: int = 6) -> str:
+def styles_of(made: MadePicture, joint: str, places: int = 6) -> str:
     return joint.join(f"{name} {round(strength, places):g}" for name, strength in made.styles.items())
 
 
@@ -105,7 +105,7 @@ def side_by_side(rows: Mapping[str, Sequence[str]], some: slice) -> Table:
     from rich.table import Table
 
     table = Table(box=None, padding=(0, 2, 0, 0), show_header=False)
-    table.add_column(style="dim", overflow="fold", max_width=MOST)
+    table.add_column(style="dim", overflow="fold", max_width=MAX_NAME_WIDTH)
     for name, row in rows.items():
         facts = (Text(masked(fact), "" if name else "bold", overflow="fold") for fact in row[some])
         table.add_row(Text(masked(name)), *facts)
@@ -127,7 +127,7 @@ def show_differences(names: Sequence[str], found: Sequence[Record]) -> None:
             screen.print(*[""] * bool(start), side_by_side(rows, slice(start, start + beside)), sep="\n")
     else:
         for name, row in rows.items():
-            result("\t".join([name, *(" ".join(fact.split()) for fact in row)]))
+            print_result("\t".join([name, *(" ".join(fact.split()) for fact in row)]))
     alike = len({str(record.pixels) for record in found}) == 1
     if len(rows) == 1:
         pixels = ", and so are their pixels" if alike else ", yet their pixels differ"

@@ -13,22 +13,22 @@ from dataclasses import dataclass, field
 from itertools import product
 from typing import Any
 
-from k2cli.settings import HOMES, OTHERS, check_setting
+from k2cli.settings import FOREIGN_NAMES, MISPLACED, check_setting
 from k2cli.sizes import parse_size
 from k2cli.tables import WEIGHT, Option, Place, check_keys, check_value, dotted, said_by
 from k2cli.texts import composed, plain
 from model.errors import K2Error, nearest
 
-MOST = 10_000  # pictures in a run
-MOST_WORDS = 20_000  # characters of a prompt with all that its styles add
-MOST_LETTERS = 10_000_000  # characters of all readings of a project's prompts together
-DEEPEST = 32  # nested braces
+MAX_PICTURES = 10_000  # pictures in a run
+MAX_PROMPT_CHARS = 20_000  # characters of a prompt with all that its styles add
+MAX_TOTAL_CHARS = 10_000_000  # characters of all readings of a project's prompts together
+MAX_DEPTH = 32  # nested braces
 AXES = (  # settings that can be compared, besides styles' weights
     *("seed", "size", "steps", "guidance", "guidance_until", "sampler"),
     *("creativity", "denoise"),
 )
 OPTION = Option("--matrix")
-SIGNS = re.compile(r"\\([{|}\\])|([{|}])")
+BRACES = re.compile(r"\\([{|}\\])|([{|}])")
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ class Matrix:
     prompts: Sequence[str] = ()  # names; all if empty
     where: str = OPTION  # where it was written, for messages
 
-    def about(self, prompt: str) -> bool:
+    def covers(self, prompt: str) -> bool:
         """Whether it compares the prompt of this name."""
         return not self.prompts or prompt in self.prompts
 
@@ -59,14 +59,14 @@ class Matrix:
         return math.prod(len(values) for name, values in self.axes.items() if name not in settled)
 
     def cells(self, settled: Collection[str] = ()) -> list[Cell]:
-        """Every combination, without axes that the command line has set. Raises K2Error past MOST."""
-        if self.count(settled) > MOST:
-            raise K2Error(f"That is more than {MOST:,} pictures.", hint="Use fewer values or axes.")
+        """Every combination, without axes that the command line has set. Raises K2Error past MAX_PICTURES."""
+        if self.count(settled) > MAX_PICTURES:
+            raise K2Error(f"That is more than {MAX_PICTURES:,} pictures.", hint="Use fewer values or axes.")
         axes = {name: values for name, values in self.axes.items() if name not in settled}
         return [cell(dict(zip(axes, values, strict=True)), self.where) for values in product(*axes.values())]
 
 
-def settled_by(given: Iterable[str], styles: Iterable[str]) -> set[str]:
+def fixed_axes(given: Iterable[str], styles: Iterable[str]) -> set[str]:
     """The axes with nothing left to compare once a command line has set these settings and styles."""
     return {"size" if key in ("aspect", "resolution") else key for key in given} | {f"style.{name}" for name in styles}
 
@@ -89,7 +89,7 @@ def read_matrices(entries: Any, place: Place, prompts: Collection[str]) -> tuple
     found = []
     for index, table in enumerate(entries):
         at = place.below("matrix", index)
-        check_keys(table, ("prompt", "style", *AXES), at, HOMES)
+        check_keys(table, ("prompt", "style", *AXES), at, MISPLACED)
         axes: dict[str, Sequence[Any]] = {}
         for key, values in table.items():
             if key == "style":
@@ -119,7 +119,9 @@ def read_axes(texts: Sequence[str]) -> Matrix:
             key, equals, values = text.partition("=")
             key = key.strip()
             if key not in AXES and not (key.startswith("style.") and len(key) > len("style.")):
-                hint = HOMES[key] if OTHERS.get(key, ("",))[0] in AXES else nearest(key, [*AXES, "style.NAME"])
+                hint = (
+                    MISPLACED[key] if FOREIGN_NAMES.get(key, ("",))[0] in AXES else nearest(key, [*AXES, "style.NAME"])
+                )
                 raise K2Error(f'{OPTION}: "{plain(key, OPTION)}" is not an axis.', hint=hint)
             if not equals:
                 raise K2Error(f'{OPTION}: "{key}" has no values to compare.', hint=f"Like {key}=1,2.")
@@ -159,16 +161,16 @@ def variants(text: str) -> list[tuple[str, tuple[str, ...]]]:
     r"""Every reading of a prompt with choices, and what was chosen in it; the first choice varies slowest.
 
     `a {red|blue} fox` is two prompts. Choices nest, and may be empty. Braces without a | between them are literal, and
-    so are \{ and \}. Raises K2Error if there are more than MOST, or too long.
+    so are \{ and \}. Raises K2Error if there are more than MAX_PICTURES, or too long.
     """
-    if len(text) > MOST_WORDS:
-        raise K2Error(f"A prompt is longer than {MOST_WORDS:,} characters: {text[:40]}…", hint="Shorten it.")
+    if len(text) > MAX_PROMPT_CHARS:
+        raise K2Error(f"A prompt is longer than {MAX_PROMPT_CHARS:,} characters: {text[:40]}…", hint="Shorten it.")
     parts = parse(text)
-    count = many(parts)
-    if count > MOST:
+    count = count_readings(parts)
+    if count > MAX_PICTURES:
         told = f"{count:,}" if count < 10**9 else "billions of"
-        raise K2Error(f"A prompt with choices makes {told} prompts; the limit is {MOST:,}.", hint="Use fewer.")
-    if count * len(text) > MOST_LETTERS:
+        raise K2Error(f"A prompt with choices makes {told} prompts; the limit is {MAX_PICTURES:,}.", hint="Use fewer.")
+    if count * len(text) > MAX_TOTAL_CHARS:
         raise K2Error(f"A prompt with choices adds up to {count * len(text):,} characters.", hint="Shorten it.")
     return [(" ".join(said.split()), chosen) for said, chosen in readings(parts)]
 
@@ -182,12 +184,12 @@ def parse(text: str) -> list[Any]:
     """A prompt as parts: texts, and lists of alternatives, each of which is again a list of parts."""
     open_: list[list[list[Any]]] = [[[]]]  # for every open brace, the alternatives so far
     end = 0
-    for sign in SIGNS.finditer(text):
+    for sign in BRACES.finditer(text):
         open_[-1][-1].append(text[end : sign.start()])
         end = sign.end()
         if sign[2] == "{":
-            if len(open_) > DEEPEST:
-                raise K2Error(f"A prompt has more than {DEEPEST} nested braces.", hint="Close some of them.")
+            if len(open_) > MAX_DEPTH:
+                raise K2Error(f"A prompt has more than {MAX_DEPTH} nested braces.", hint="Close some of them.")
             open_.append([[]])
         elif sign[2] == "|" and len(open_) > 1:
             open_[-1].append([])
@@ -203,9 +205,9 @@ def parse(text: str) -> list[Any]:
     return open_[0][0]
 
 
-def many(parts: Sequence[Any]) -> int:
+def count_readings(parts: Sequence[Any]) -> int:
     """The number of readings of a prompt's parts, without expanding them."""
-    return math.prod(sum(map(many, part)) for part in parts if not isinstance(part, str))
+    return math.prod(sum(map(count_readings, part)) for part in parts if not isinstance(part, str))
 
 
 def readings(parts: Sequence[Any]) -> list[tuple[str, tuple[str, ...]]]:

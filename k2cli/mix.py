@@ -96,4 +96,4 @@ def plan(project: Project, settings: Settings, prompt: Prompt, layout: Layout) -
         shots.append(replace(shot, row=point.row, caption=point.caption))
     styles = dict.fromkeys(name for point in layout.points for name in point.weights)
     sheet = SheetForm(columns=1, centred=layout.centred)
-    return Job(project, shots, settings.held(), called=f"mix-{'-'.join(styles)}", sheet=sheet)
+    return Job(project, shots, settings.model_spec(), folder_title=f"mix-{'-'.join(styles)}", sheet=sheet)

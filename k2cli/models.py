@@ -13,19 +13,19 @@ from typing import Any, NamedTuple
 from k2cli.sizes import WIDEST
 from k2cli.tables import PATH, one_of
 from k2cli.texts import check_path, masked
-from model import library, weighed
+from model import library, reference_weights
 from model.errors import K2Error, nearest
 from model.hashes import sha256
 from model.headers import VARIANTS, read_json
 from model.plan import OFFLOADS, PRECISIONS
-from model.spec import Style, mu_at
+from model.spec import Style, resolve_mu
 
 SCALES = 4  # of the open weights' autoencoder
 ESSENTIAL = {"config": (), "training": ("steps", "minutes", "torch")}  # keys of long tables that `card` shows
 
 
 @dataclass(frozen=True)
-class Held:
+class ModelSpec:
     """The weights of a run: which model's, and how they are held. None is decided when they are loaded."""
 
     name: str = field(metadata=PATH)
@@ -41,14 +41,16 @@ def resolve(name: str, inside: Callable[[str], Path] | None = None, variant: str
 
     `inside` makes a project's relative path absolute and refuses what lies outside; without it paths are the shell's.
     """
-    if name in library.box():
+    if name in library.bundled_models():
         if library.find(name, variant) is None:
-            raise K2Error(f"There is no bundled {variant} checkpoint of {name}.", hint=f"Use --{other(variant)}.")
+            raise K2Error(
+                f"There is no bundled {variant} checkpoint of {name}.", hint=f"Use --{other_variant(variant)}."
+            )
         return name
     path = inside(name) if inside else Path(name).absolute()
     if name and os.path.exists(path):
-        if not any(library.weights(path) if path.is_dir() else [path.suffix in library.WEIGHTS]):
-            kinds = " or ".join(library.WEIGHTS)
+        if not any(library.weights(path) if path.is_dir() else [path.suffix in library.WEIGHT_SUFFIXES]):
+            kinds = " or ".join(library.WEIGHT_SUFFIXES)
             raise K2Error(
                 f"{masked(name)} holds no weights: no {kinds}.",
                 hint="Name a folder or a file that does; `k2 models list` lists the models here.",
@@ -64,22 +66,24 @@ def resolve(name: str, inside: Callable[[str], Path] | None = None, variant: str
         pulled = shown if short in library.OFFICIAL else f"krea-2-{variant or 'turbo'}"
         raise K2Error(f"{shown} is not on this machine.", hint=f"Fetch it with: k2 models pull {pulled}")
     base, _, wanted = name.lower().rpartition("-")
-    if wanted in ("turbo", "raw") and base in ("", *library.box()):
+    if wanted in ("turbo", "raw") and base in ("", *library.bundled_models()):
         hint = f'The variant is not part of the name: use variant = "{wanted}" under [render], or --{wanted}.'
     elif "/" in name or "." in name:
         hint = "Name an existing folder or file, or fetch a model from the hub: k2 models pull ORG/NAME"
     else:
-        hint = nearest(name, [*library.box(), *library.OFFICIAL])
+        hint = nearest(name, [*library.bundled_models(), *library.OFFICIAL])
     raise K2Error(f'There is no model "{shown}" here.', hint=hint)
 
 
 def check_variant(name: str, variant: str | None) -> None:
     """Raises K2Error if weights from a path or the hub say that they are another variant."""
     if variant and library.find(name, variant) is None:
-        raise K2Error(f"{masked(name)} holds no {variant} weights.", hint=f"Use --{other(variant)}, or name others.")
+        raise K2Error(
+            f"{masked(name)} holds no {variant} weights.", hint=f"Use --{other_variant(variant)}, or name others."
+        )
 
 
-def untold_variant(name: str, variant: str | None = None) -> str:
+def unknown_variant(name: str, variant: str | None = None) -> str:
     """A warning that neither the weights nor the caller say which variant they are; else ""."""
     found = library.find(name, variant)
     if found is None or found.variant:
@@ -91,15 +95,15 @@ def untold_variant(name: str, variant: str | None = None) -> str:
     return f"{name} does not say whether it is Raw or Turbo; k2 assumes Raw, or Turbo with --turbo."
 
 
-def other(variant: str | None) -> str:
+def other_variant(variant: str | None) -> str:
     """The other variant."""
     return "turbo" if variant == "raw" else "raw"
 
 
 def files(name: str) -> list[Path]:
     """The files of a resolved model: weights and whatever else it needs."""
-    if name in library.box():
-        return library.box()[name]
+    if name in library.bundled_models():
+        return library.bundled_models()[name]
     found = library.find(name)
     path = found.path if found else Path(name)
     return sorted(library.weights(path)) if path.is_dir() else [path]
@@ -110,11 +114,11 @@ def file_of(name: str, file: str) -> Path:
     if Path(file).is_absolute() or ".." in Path(file).parts:
         raise K2Error(f'The record names a file outside its model: "{masked(file)}".')
     check_path(file, "The record's model: ")
-    found = None if name in library.box() else library.find(name)
+    found = None if name in library.bundled_models() else library.find(name)
     if found is None:
-        return library.BOX / file
+        return library.BUNDLED / file
     release = library.locate("krea-2")
-    places = [found.root / file, *([release / file] if release else []), library.BOX / file]
+    places = [found.root / file, *([release / file] if release else []), library.BUNDLED / file]
     return next((place for place in places if place.is_file()), places[0])
 
 
@@ -125,7 +129,7 @@ class Grid(NamedTuple):
     step: int  # sides are multiples of it: one token, two latent cells wide
     known: tuple[int, int] | None = None  # the least and most pixels it states it was trained for
 
-    def knows(self, width: int, height: int) -> bool:
+    def trained_for(self, width: int, height: int) -> bool:
         """Whether it was trained for pictures of this size."""
         least, most = self.known or (self.native**2, self.native**2)
         fits = width % self.step == height % self.step == 0 and max(width, height) <= WIDEST * min(width, height)
@@ -145,22 +149,27 @@ def grid(name: str, variant: str | None = None) -> Grid:
     own = library.describe(parts.vae).get("config") if parts.vae.is_file() else None
     scales = (read_json(stated) if stated.is_file() else own or {}).get("dim_mult")
     step = 2 ** (len(scales) if isinstance(scales, list) else SCALES)
-    return Grid(native or library.NATIVE, step, (min(areas), max(areas)) if areas else None)
+    return Grid(native or library.OPEN_WEIGHTS_SIDE, step, (min(areas), max(areas)) if areas else None)
 
 
 def auto_method(name: str, variant: str | None = None) -> str:
     """How a model reads reference pictures if the style's method is `auto`. Its weights are not read."""
     found = library.find(name, variant)
-    return weighed.auto_method(found is not None and library.find_parts(found).style is not None)
+    return reference_weights.auto_method(found is not None and library.find_parts(found).style is not None)
 
 
-def way_of(name: str, variant: str | None) -> Callable[[Style], Style]:
+def method_resolver(name: str, variant: str | None) -> Callable[[Style], Style]:
     """A function that returns a style with `auto` decided as rendering does. It raises K2Error for a method that the
     model lacks the part for. Weights are not read."""
     found = library.find(name, variant)
     assert found is not None, name
     parts = library.find_parts(found)
-    return partial(weighed.with_way, model=found.name, reads=parts.style is not None, sees=library.sees(parts.text))
+    return partial(
+        reference_weights.resolve_auto,
+        model=found.name,
+        has_style_encoder=parts.style is not None,
+        has_vision=library.has_vision(parts.text),
+    )
 
 
 def recommended(name: str, variant: str | None = None) -> dict[str, Any]:
@@ -181,7 +190,7 @@ def recommendation(name: str, variant: str | None) -> dict[str, Any]:
     return library.recommended(found.variant or "raw", own, found.path)
 
 
-def own_mu(name: str, variant: str, width: int, height: int) -> float | None:
+def default_mu(name: str, variant: str, width: int, height: int) -> float | None:
     """A model's default mu for pictures of this size. For a model that is not here: the open weights' if it is one of
     them, else None. Its weights are not read."""
     here = library.find(name, variant) is not None
@@ -189,15 +198,15 @@ def own_mu(name: str, variant: str, width: int, height: int) -> float | None:
         return None
     best = recommendation(name, variant) if here else library.RECOMMENDED[variant]
     step = grid(name, variant).step if here else 2**SCALES
-    return mu_at(best["mu"], width * height // step**2)
+    return resolve_mu(best["mu"], width * height // step**2)
 
 
 def inventory() -> list[dict[str, Any]]:
     """The models here: what each is, and its size, text encoder and autoencoder included."""
     entries = []
     for model in library.list_models():
-        others = {library.BOX / f"{model.name}-{each}.safetensors" for each in VARIANTS} - {model.path}
-        weights = [path for path in files(model.name) if path.suffix in library.WEIGHTS and path not in others]
+        others = {library.BUNDLED / f"{model.name}-{each}.safetensors" for each in VARIANTS} - {model.path}
+        weights = [path for path in files(model.name) if path.suffix in library.WEIGHT_SUFFIXES and path not in others]
         about = [library.describe(path) for path in weights]
         entries.append(
             {
@@ -224,7 +233,7 @@ def describe(name: str) -> list[dict[str, Any]]:
     pulled = {"revision": found.revision} if found.revision else {}
     entries = []
     for path in files(name):
-        about = library.describe(path) if path.suffix in library.WEIGHTS else {}
+        about = library.describe(path) if path.suffix in library.WEIGHT_SUFFIXES else {}
         if "layout" in about:  # the transformer: its publisher's facts, where it states none itself
             variant = about.get("variant") or library.variant_of(path) or found.variant
             best = library.recommended(variant, {}, path) if variant else {}

@@ -7,26 +7,26 @@ from typing import Annotated
 
 import typer
 
-from k2cli.commands import Commands, Group
-from k2cli.complete import complete_model
+from k2cli.commands import CommandApp, CommandGroup
+from k2cli.completion import complete_model
 from k2cli.options import AcceptOption, JsonOption, PrecisionOption, QuietOption
 from model.errors import K2Error
 
-models_app = Commands(cls=Group, no_args_is_help=True, rich_markup_mode=None)
+models_app = CommandApp(cls=CommandGroup, no_args_is_help=True, rich_markup_mode=None)
 
 
 @models_app.command("list")
 def list_models(json: JsonOption = False) -> None:
     """List models: name, variant, size, parameters."""
-    from k2cli.console import result, results, to_json
+    from k2cli.console import print_result, print_results, to_json
     from k2cli.models import inventory
 
     if json:
         for each in inventory():
-            result(to_json(each))
+            print_result(to_json(each))
         return
     fields = ("{name}", "{variant}", "{native} px", "{parameters:,} parameters", "{megabytes:.1f} MB", "{source}")
-    results([[field.format(**each) for field in fields] for each in inventory()])
+    print_results([[field.format(**each) for field in fields] for each in inventory()])
 
 
 @models_app.command()
@@ -45,13 +45,13 @@ def info(
     Layout, shapes, precision, recommended settings, licence, hashes. --json adds all details of training and config.
     """
     from k2cli import licence, models
-    from k2cli.console import result, say, to_json
+    from k2cli.console import print_result, say, to_json
 
     if accept_licence:
         licence.require_for(models.resolve(model), yes=True)
     entries = models.describe(model)
-    result("\n".join(map(to_json, entries)) if json else "\n\n".join(map(models.card, entries)))
-    if untold := models.untold_variant(models.resolve(model)):
+    print_result("\n".join(map(to_json, entries)) if json else "\n\n".join(map(models.card, entries)))
+    if untold := models.unknown_variant(models.resolve(model)):
         say(untold, "yellow")
 
 
@@ -67,7 +67,7 @@ def show_vocabulary(
       k2 models vocabulary | grep fruit
       k2 models vocabulary kitten "8-bit"
     """
-    from k2cli.console import result, results, to_json
+    from k2cli.console import print_result, print_results, to_json
     from model.errors import listed
     from model.vocabulary import vocabulary
 
@@ -78,10 +78,10 @@ def show_vocabulary(
             unknown.append(f'"{asked}"')
         for entry in found:
             if json:
-                result(to_json(entry._asdict()))
+                print_result(to_json(entry._asdict()))
             rows.append([entry.kind, entry.name, ", ".join(entry.others)])
     if not json:
-        results(rows)
+        print_results(rows)
     if unknown:
         raise K2Error(f"The bundled weights do not know {listed(unknown)}.", hint="List all: k2 models vocabulary")
 
@@ -106,7 +106,7 @@ def pull(
     HF_HUB_OFFLINE are honoured. Then use them with `k2 render --model NAME`; NAME@REV pins a revision.
     """
     from k2cli import hub
-    from k2cli.console import result, say, to_json
+    from k2cli.console import print_result, say, to_json
     from k2cli.texts import quote
 
     try:
@@ -117,7 +117,7 @@ def pull(
         say(f"Interrupted; what has arrived is kept. Resume with: k2 models pull {quote(model)}{''.join(options)}")
         raise
     about = {"name": model, "path": str(found.path), "commit": found.revision, "licence": found.licence}
-    result(to_json(about | {"files": found.manifest.get("files", {})}) if json else str(found.path))
+    print_result(to_json(about | {"files": found.manifest.get("files", {})}) if json else str(found.path))
 
 
 @models_app.command()
@@ -146,7 +146,7 @@ def export(
       k2 models export krea-2-turbo turbo-int8.safetensors --precision int8
     """
     from k2cli import licence, models
-    from k2cli.console import meter, result, short_path
+    from k2cli.console import meter, print_result, short_path
     from k2cli.settings import check_setting
     from k2cli.tables import Option
     from model import library
@@ -155,7 +155,7 @@ def export(
     if target.exists():
         raise K2Error(f"{target} exists already.", hint="Choose another name.")
     file = target.suffix == ".safetensors"
-    if not file and target.suffix.lower() in library.CALLED_WEIGHTS:
+    if not file and target.suffix.lower() in library.WEIGHT_LIKE_SUFFIXES:
         raise K2Error(
             f"{target}: k2 does not write models as {target.suffix}.",
             hint="Name a .safetensors file, or a folder for diffusers.",
@@ -178,4 +178,4 @@ def export(
         from model.pipeline import Pipeline
 
         Pipeline.load(name, variant, "cpu", precision="native", offload="none").export(target)
-    result(short_path(target))
+    print_result(short_path(target))

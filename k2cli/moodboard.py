@@ -18,9 +18,9 @@ from textwrap import wrap
 from typing import TYPE_CHECKING, Any
 
 from k2cli.dialect import dump
-from k2cli.disk import undisturbed, write, writing
-from k2cli.expander import forget, language_of, speaker
-from k2cli.new_style import copied, reference
+from k2cli.disk import uninterrupted, write_files, writing
+from k2cli.expander import language_model_path, load_language_model, release_language_model
+from k2cli.new_style import copy_pictures, reference
 from k2cli.pictures import Inside, check_picture, find, nearly_called
 from k2cli.styles import BOARD
 from k2cli.tables import PATH, between
@@ -28,16 +28,16 @@ from k2cli.texts import UNPRINTABLE, relative
 from model import library, picture_file
 from model.errors import K2Error
 from model.hashes import cache_folder, sha256
-from model.plan import lacking_memory
-from model.spec import Reference, Style, within
+from model.plan import memory_errors
+from model.spec import Reference, Style, in_limits
 
 if TYPE_CHECKING:
     from k2cli.folder import Folder
     from model.moodboard import Board, Look
 
-MOST = 1000  # pictures of a board
-READING = 4  # changes whenever the same pictures would be read differently
-WIDE = 118  # characters of a comment
+MAX_PICTURES = 1000  # pictures of a board
+CACHE_VERSION = 4  # changes whenever the same pictures would be read differently
+COMMENT_WIDTH = 118  # characters of a comment
 NAME_SOME = "Name png, jpg or webp files, or put some there."
 
 OnPicture = Callable[[int, int], None]  # (pictures seen, of how many)
@@ -59,9 +59,11 @@ def gather(patterns: Sequence[str], root: Path, inside: Inside, where: str) -> t
     found: set[Path] = set()
     others: set[Path] = set()
     for pattern in patterns:
-        named, beside = find(pattern, root, inside, where, MOST)
+        named, beside = find(pattern, root, inside, where, MAX_PICTURES)
         if not named:
-            raise K2Error(f"{where}: {pattern} matches no picture.", hint=picture_file.passed_over(beside) or NAME_SOME)
+            raise K2Error(
+                f"{where}: {pattern} matches no picture.", hint=picture_file.describe_skipped(beside) or NAME_SOME
+            )
         others |= beside
         for path in named:
             if not path.exists():
@@ -71,38 +73,42 @@ def gather(patterns: Sequence[str], root: Path, inside: Inside, where: str) -> t
             if not path.is_file():
                 raise K2Error(f"{where}: {pattern} is not a picture.", hint="Use png, jpg or webp.")
         found.update(named)
-        if len(found) > MOST:
-            raise K2Error(f"{where}: more than {MOST} pictures.", hint="Choose those that show the look best.")
+        if len(found) > MAX_PICTURES:
+            raise K2Error(f"{where}: more than {MAX_PICTURES} pictures.", hint="Choose those that show the look best.")
     return sorted(found), others - {path.parent for path in found}  # a subfolder that is named itself
 
 
 def eye_of(model: str) -> str:
     """The bundled model whose style encoder reads the board: the project's own, or mini if that has none."""
-    return model if (library.BOX / f"{model}-style.safetensors").is_file() and model in library.box() else "mini"
+    return (
+        model
+        if (library.BUNDLED / f"{model}-style.safetensors").is_file() and model in library.bundled_models()
+        else "mini"
+    )
 
 
-def look(paths: Sequence[Path], model: str, on_picture: OnPicture | None = None) -> Board:
+def analyse_board(paths: Sequence[Path], model: str, on_picture: OnPicture | None = None) -> Board:
     """Analyse a board's pictures."""
-    with undisturbed():  # as in rendering
+    with uninterrupted():  # as in rendering
+        from model.board_pictures import StyleReader
         from model.moodboard import analyse  # torch
-        from model.seeing import Eye
 
-    return analyse(paths, Eye.load(eye_of(model)), on_picture)
+    return analyse(paths, StyleReader.load(eye_of(model)), on_picture)
 
 
-def tell(board: Board, model: str, device: str | None = None) -> Board:
+def describe_taste(board: Board, model: str, device: str | None = None) -> Board:
     """The board, also described by a resolved model's language side, if it has one."""
-    from model.moodboard import told
+    from model.moodboard import describe_by_language
 
     try:
-        if (text := language_of(model)) is None:
+        if (text := language_model_path(model)) is None:
             return board
-        with lacking_memory("its language side"):
-            return replace(board, told=told(board, speaker(text, device)))
+        with memory_errors("its language side"):
+            return replace(board, told=describe_by_language(board, load_language_model(text, device)))
     except K2Error as error:  # the measurements stand without it
         return replace(board, notes=(*board.notes, f"The text encoder did not describe the moodboard: {error}"))
     finally:
-        forget()
+        release_language_model()
 
 
 def as_style(board: Moodboard, paths: Sequence[Path], model: str) -> tuple[tuple[Style, ...], set[Path]]:
@@ -111,12 +117,12 @@ def as_style(board: Moodboard, paths: Sequence[Path], model: str) -> tuple[tuple
     if not board.strength:
         return (), set()
     hashes = [sha256(path) for path in paths]
-    eye = [library.BOX / f"{eye_of(model)}-{part}.safetensors" for part in ("style", "vae", "words")]
-    parts = [READING, *hashes, *(sha256(path) if path.is_file() else "" for path in eye)]
+    eye = [library.BUNDLED / f"{eye_of(model)}-{part}.safetensors" for part in ("style", "vae", "words")]
+    parts = [CACHE_VERSION, *hashes, *(sha256(path) if path.is_file() else "" for path in eye)]
     kept = cache_folder() / "boards" / f"{hashlib.sha256(json.dumps(parts).encode()).hexdigest()}.json"
-    found = recall(kept, len(paths))
+    found = load_cached(kept, len(paths))
     if found is None:
-        seen = look(paths, model)
+        seen = analyse_board(paths, model)
         found = {
             "references": [[paths.index(path), weight] for path, weight in seen.representatives],
             "keywords": list(seen.keywords),
@@ -125,18 +131,18 @@ def as_style(board: Moodboard, paths: Sequence[Path], model: str) -> tuple[tuple
         }
         with suppress(K2Error, OSError):  # an unwritable cache only costs time
             kept.parent.mkdir(parents=True, exist_ok=True)
-            write({kept: json.dumps(found).encode()})
+            write_files({kept: json.dumps(found).encode()})
     unread = {paths[index] for index in found["unread"]}
     references = tuple(Reference(paths[index], weight) for index, weight in found["references"])
     return (Style(BOARD, board.strength, references, tuple(found["keywords"]), tuple(found["avoids"])),), unread
 
 
-def recall(path: Path, count: int) -> dict[str, Any] | None:
+def load_cached(path: Path, count: int) -> dict[str, Any] | None:
     """An earlier result, if it is readable and fits this number of pictures."""
     try:
         found = json.loads(path.read_text("utf-8"))
         fits = all(
-            0 <= int(index) < count and within("strength", float(weight)) for index, weight in found["references"]
+            0 <= int(index) < count and in_limits("strength", float(weight)) for index, weight in found["references"]
         )
         fits = fits and all(0 <= int(index) < count for index in found["unread"])
         words = all(isinstance(word, str) for word in [*found["keywords"], *found["avoids"]])
@@ -148,7 +154,7 @@ def recall(path: Path, count: int) -> dict[str, Any] | None:
 # ---- the style file ---------------------------------------------------------------------------------------------
 
 
-def outlasting(board: Board, home: Folder, folder: str) -> Board:
+def with_copies(board: Board, home: Folder, folder: str) -> Board:
     """The board, with copies in a folder of the project instead of representatives that are in outputs, which may be
     deleted, or outside the project, unless it may reach outside, or whose names no style file can hold."""
     root, outputs = home.root.resolve(), (home.root / "outputs").resolve()
@@ -161,7 +167,7 @@ def outlasting(board: Board, home: Folder, folder: str) -> Board:
     if not lost:
         return board
     kinds = {path: check_picture(path, "The moodboard", named[path]) for path in lost}
-    copies = copied(kinds, home.inside(folder))
+    copies = copy_pictures(kinds, home.path_inside(folder))
 
     def kept(look: Look) -> Look:
         return replace(look, representatives=tuple((copies.get(path, path), w) for path, w in look.representatives))
@@ -181,13 +187,13 @@ def save(board: Board, root: Path, target: Path, *, new: bool = False) -> Path:
     swatches(board.palette).save(buffer, "PNG")
     with writing(target):
         target.parent.mkdir(exist_ok=True)
-    write({strip: buffer.getvalue(), target: style_file(board, root).encode()}, new=new)
+    write_files({strip: buffer.getvalue(), target: style_file(board, root).encode()}, new=new)
     return strip
 
 
 def style_file(board: Board, root: Path) -> str:
     """styles/NAME.toml: measurements as comments, what takes effect as keys. Every line may be edited."""
-    lines = [f"# {line}".rstrip() for line in (*wrap(board.told, WIDE), board.profile, "")]
+    lines = [f"# {line}".rstrip() for line in (*wrap(board.told, COMMENT_WIDTH), board.profile, "")]
     lines += [f"# {colour.hex}  {colour.share:4.0%}  {colour.name}" for colour in board.palette]
     lines += ["", dump({"keywords": board.keywords, "avoids": board.avoids}).decode().rstrip()]
     for number, each in enumerate(board.looks, 1):

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from k2cli.dialect import dump
-from k2cli.disk import Exists, sweep, write, writing
+from k2cli.disk import Exists, remove_dead_drafts, write_files, writing
 from k2cli.pictures import check_picture, in_folder, nearly_called
 from k2cli.styles import MOST_LORA, MOST_REFERENCES, Styles, taken
 from k2cli.texts import as_name, masked, plain, relative
@@ -17,8 +17,8 @@ from model import library
 from model.errors import K2Error, listed
 from model.hashes import identity, settings_beside, sha256
 from model.lora_file import check_kind, stated_triggers
-from model.picture_file import passed_over
-from model.weighed import MOST_AT_ONCE
+from model.picture_file import describe_skipped
+from model.reference_weights import MAX_REFERENCES
 
 LORA = ".safetensors"
 
@@ -30,8 +30,8 @@ class Added:
     file: Path
     pictures: Sequence[Path]  # in the project, like the LoRA
     lora: Path | None
-    over: str  # what was passed over, in sentences
-    stated: Sequence[str] = ()  # triggers that the LoRA itself states, which the style uses
+    passed_over: str  # what was passed over, in sentences
+    stated_triggers: Sequence[str] = ()  # triggers that the LoRA itself states, which the style uses
 
 
 def add_style(
@@ -51,7 +51,7 @@ def add_style(
     anything is written, and the style file comes last.
     """
     file = styles.new_file(name, force=force)
-    said: dict[str, Any] = {"keywords": spoken(keywords, "A keyword"), "avoids": spoken(avoids, "An avoid")}
+    said: dict[str, Any] = {"keywords": check_words(keywords, "A keyword"), "avoids": check_words(avoids, "An avoid")}
     loras = [each for each in files if each.suffix.lower() == LORA]
     if len(loras) > 1:
         raise K2Error(f'Style "{name}" would have {len(loras)} LoRAs.', hint="Give each its own style, and mix them.")
@@ -59,7 +59,7 @@ def add_style(
         raise K2Error("Triggers need a LoRA, and none was named.", hint="Use keywords instead: -k")
     images = [each for each in files if each not in loras]
     for each in images:
-        if each.suffix.lower() in library.CALLED_WEIGHTS and each.is_file():
+        if each.suffix.lower() in library.WEIGHT_LIKE_SUFFIXES and each.is_file():
             hint = "Rename it." if each.suffix.lower() in (".sft", ".safetensor") else "Fetch it as one, or convert it."
             raise K2Error(f"{masked(str(each))}: a LoRA is a {LORA} file.", hint=hint)
     if method and not images:
@@ -68,13 +68,13 @@ def add_style(
     stated, unsaid = stated_triggers(loras[0]) if loras and not triggers else ([], "")
     stated = [masked(each) for each in stated]
     if lora:
-        said |= {"lora": relative(lora, styles.root), "triggers": spoken(triggers, "A trigger") or stated}
+        said |= {"lora": relative(lora, styles.root), "triggers": check_words(triggers, "A trigger") or stated}
     pictures, patterns, over = add_pictures(styles, name, images, method, loras) if images else ([], [], "")
     if lora and not lora.exists():
         make(lora.parent)
         beside = settings_beside(loras[0])
         settings = {lora.with_name(beside.name): beside.read_bytes()} if beside else {}
-        write({**settings, lora: loras[0].read_bytes()})
+        write_files({**settings, lora: loras[0].read_bytes()})
     make(file.parent)
     blocks = [dump({**said, "method": method}), *(reference(pattern, 1.0) for pattern in patterns)]
     put(file, b"\n".join(blocks), name, force=force)
@@ -110,7 +110,7 @@ def add_pictures(
             hint = nearly_called(image, str(image)) or "Name pictures, or a folder of them."
             raise K2Error(f"There is no {masked(str(image))}.", hint=hint)
         if image.is_dir() and not in_folder(image):
-            hint = passed_over(image.iterdir()) or weights_among(image.iterdir(), loras)
+            hint = describe_skipped(image.iterdir()) or weights_among(image.iterdir(), loras)
             hint = hint or "Name pictures, or a folder of them."
             raise K2Error(f"{masked(str(image))} holds no picture.", hint=hint)
     files = [each for image in images for each in (in_folder(image) if image.is_dir() else [image])]
@@ -125,16 +125,16 @@ def add_pictures(
                 raise
             unread.append(masked(each.name))  # in a folder the others still count, as on a moodboard
     left_out = f"Left out as unusable: {listed(unread)}." if unread else ""
-    others = passed_over(beside - {each.parent for each in files})
+    others = describe_skipped(beside - {each.parent for each in files})
     over = " ".join(filter(None, (others, weights_among(beside, loras), left_out)))
     count = len({sha256(each) for each in kinds})
-    most, by = MOST_AT_ONCE.get(method or "", MOST_REFERENCES), f" by {method}" if method in MOST_AT_ONCE else ""
+    most, by = MAX_REFERENCES.get(method or "", MOST_REFERENCES), f" by {method}" if method in MAX_REFERENCES else ""
     if count > most:
         raise K2Error(
             f'Style "{name}" would have {count} reference pictures{by}.',
             hint=f"Give at most {most}, those that show the look best.",
         )
-    pictures = sorted({*copied(kinds, folder).values()})
+    pictures = sorted({*copy_pictures(kinds, folder).values()})
     whole = pictures == in_folder(folder)
     patterns = [f"refs/{name}/*"] if whole else [glob.escape(f"refs/{name}/{each.name}") for each in pictures]
     return pictures, patterns, over
@@ -144,11 +144,11 @@ def weights_among(paths: Iterable[Path], loras: Sequence[Path]) -> str:
     """A note that a folder holds weights, since a LoRA is used only if named itself; "" if it holds none."""
     taken = {path.resolve() for path in loras}
     others = (path for path in paths if path.resolve() not in taken and not path.name.startswith("."))
-    found = sorted(masked(path.name) for path in others if path.suffix.lower() in library.CALLED_WEIGHTS)
+    found = sorted(masked(path.name) for path in others if path.suffix.lower() in library.WEIGHT_LIKE_SUFFIXES)
     return f"Passed over: weights ({listed(found)}); to use a LoRA, name its file." if found else ""
 
 
-def copied(kinds: Mapping[Path, str], folder: Path) -> dict[Path, Path]:
+def copy_pictures(kinds: Mapping[Path, str], folder: Path) -> dict[Path, Path]:
     """Copy pictures of known kinds into a folder -> where each is there. One that is there already, under any name, is
     not copied again."""
     make(folder)
@@ -156,7 +156,7 @@ def copied(kinds: Mapping[Path, str], folder: Path) -> dict[Path, Path]:
     for image, kind in kinds.items():
         if (key := sha256(image)) not in there:
             there[key] = free_name(folder, image.stem, kind)
-            write({there[key]: image.read_bytes()})
+            write_files({there[key]: image.read_bytes()})
     return {image: there[sha256(image)] for image in kinds}
 
 
@@ -164,7 +164,7 @@ def make(folder: Path) -> None:
     """Create a folder, and clear what a killed process left in it."""
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
-    sweep(folder)
+    remove_dead_drafts(folder)
 
 
 def add_mix(styles: Styles, name: str, weights: Mapping[str, float], *, force: bool) -> Path:
@@ -182,7 +182,7 @@ def add_mix(styles: Styles, name: str, weights: Mapping[str, float], *, force: b
 def put(file: Path, data: bytes, name: str, *, force: bool) -> None:
     """Write a style's file; unless forced, replace none, not even one created since `new_file` looked."""
     try:
-        write({file: data}, new=not force)
+        write_files({file: data}, new=not force)
     except Exists:
         raise taken(name) from None
 
@@ -192,7 +192,7 @@ def reference(image: str, weight: float) -> bytes:
     return b"[[reference]]\n" + dump({"image": image, "weight": weight})
 
 
-def spoken(texts: Sequence[str], what: str) -> list[str]:
+def check_words(texts: Sequence[str], what: str) -> list[str]:
     """Words as a style file stores them."""
     words = [plain(text, what) for text in texts]
     if not all(words):

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from k2cli.complete import complete_model, complete_prompt, complete_setting
+from k2cli.completion import complete_model, complete_prompt, complete_setting
 
 if TYPE_CHECKING:
     from collections.abc import Collection
@@ -116,15 +116,15 @@ def variant_of(turbo: bool | None) -> str | None:
 
 def read_style(text: str, option: str = "--style") -> tuple[str, float]:
     """ "dusk=0.6" → ("dusk", 0.6)."""
-    from model.spec import span, within
+    from model.spec import in_limits, limits_of
 
     name, _, weight = text.rpartition("=")
     try:
         value = float(weight)
     except ValueError:
         value = float("nan")
-    if not name or not within("strength", value):
-        said = f'"{text}" is not NAME=WEIGHT with a weight of {span("strength")}'
+    if not name or not in_limits("strength", value):
+        said = f'"{text}" is not NAME=WEIGHT with a weight of {limits_of("strength")}'
         raise typer.BadParameter(said, param_hint=option)
     return name.strip(), value
 

@@ -23,8 +23,8 @@ from typing import Any
 from PIL import ExifTags, Image
 
 from k2cli import comfy, history
-from k2cli.formats import record_of
-from k2cli.matrix import MOST_WORDS, escape
+from k2cli.formats import record_from_xmp
+from k2cli.matrix import MAX_PROMPT_CHARS, escape
 from k2cli.prompts import prompt_of
 from k2cli.tables import loads, tables_in
 from k2cli.texts import UNPRINTABLE
@@ -100,17 +100,17 @@ def read(path: Path) -> Origin:
                 key, _, rest = str(exif.get(tag, "")).partition(":")
                 if key in ("prompt", "workflow") and len(rest) <= MOST_SAID:
                     texts.setdefault(key, rest)
-            if record := record_of(said):
+            if record := record_from_xmp(said):
                 texts.setdefault("k2", record)
     except Exception:  # Pillow raises anything over a broken file
         raise K2Error(f"{path} is not a readable picture.", hint="k2 reads PNG, JPEG and WebP.") from None
     beside = path.with_suffix(SIDE)
-    kept = history.load(path.with_suffix(".toml")) or {}
+    kept = history.load_record(path.with_suffix(".toml")) or {}
     for found in (*readings(texts, comment), *of_k2(kept), *(of_mflux(table_in(beside)) if beside.is_file() else ())):
         if found.prompt:
-            if len(escape(found.prompt)) > MOST_WORDS:
+            if len(escape(found.prompt)) > MAX_PROMPT_CHARS:
                 hint = "No project can hold it: omit that picture."
-                raise TooLong(f"{path} has a prompt of more than {MOST_WORDS:,} characters.", hint=hint)
+                raise TooLong(f"{path} has a prompt of more than {MAX_PROMPT_CHARS:,} characters.", hint=hint)
             whole = found.width is not None and found.height is not None
             return found if whole else replace(found, width=size[0], height=size[1])
     raise K2Error(f"{path} does not state its prompt.", hint=TELLING)

@@ -10,7 +10,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
 
-from k2cli.disk import FOLDER, LOCKS, hold, opened, sweep, undisturbed, write, writing
+from k2cli.disk import HAS_LOCKS, O_DIRECTORY, opened, remove_dead_drafts, try_lock, uninterrupted, write_files, writing
 from k2cli.texts import masked
 from model.errors import K2Error
 
@@ -18,7 +18,7 @@ RUN = "run.toml"
 SHEET = "sheet.png"
 BLOCKED = ".blocked.toml"
 PICTURES = (".png", ".webp", ".jpg")  # suffixes of pictures with a record beside them
-PATIENCE = 10.0  # seconds to wait for another process that claims a number
+LOCK_TIMEOUT = 10.0  # seconds to wait for another process that claims a number
 SWEPT: set[Path] = set()  # outputs already searched for drafts
 NUMBER = re.compile(r"(\d{4,})(?:-|$)")
 
@@ -32,7 +32,7 @@ class Run:
 
     def __init__(self, folder: Path):
         self.folder = folder
-        self.made: list[Path] = []  # folders that claiming it created, outermost first
+        self.created: list[Path] = []  # folders that claiming it created, outermost first
         self.handle: int | None = None
 
     @classmethod
@@ -46,20 +46,20 @@ class Run:
         """
         run = cls(outputs)
         try:
-            with undisturbed(), writing(outputs):
+            with uninterrupted(), writing(outputs):
                 if not outputs.exists():
                     check_link(outputs)
                     outputs.mkdir(exist_ok=True)
-                    run.made.append(outputs)
-                with alone(outputs) as granted:
+                    run.created.append(outputs)
+                with exclusive(outputs) as granted:
                     if granted:
                         clear(outputs)
                     bare = run.folder = next_number(outputs)
-                    run.made.append(bare)
+                    run.created.append(bare)
                     run.lock()
-                    write({bare / file: data for file, data in (files or {}).items()})
+                    write_files({bare / file: data for file, data in (files or {}).items()})
                     run.folder = bare.rename(outputs / f"{bare.name}-{name}")
-                    run.made[-1] = run.folder
+                    run.created[-1] = run.folder
         except BaseException as error:
             run.__exit__(type(error), error, None)
             raise
@@ -86,30 +86,30 @@ class Run:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if kind is not None and not (issubclass(kind, KeyboardInterrupt) and self.planned):
+        if kind is not None and not (issubclass(kind, KeyboardInterrupt) and self.is_planned):
             self.discard()
         self.unlock()
 
     def discard(self) -> None:
         """Remove its folder if claiming created it, nothing came of it, and no other process has resumed it."""
-        if self.made and not self.has_any:
+        if self.created and not self.has_any:
             with suppress(OSError, K2Error):
                 self.lock()
-                made, self.made = self.made, []  # once: later its name may be another process's
+                made, self.created = self.created, []  # once: later its name may be another process's
                 (self.folder / RUN).unlink(missing_ok=True)
                 for folder in reversed(made):
                     folder.rmdir()
 
     def lock(self) -> None:
         """Keep other processes from resuming this run; the lock ends with this process, however that ends."""
-        if not LOCKS or self.handle is not None:
+        if not HAS_LOCKS or self.handle is not None:
             return
         with writing(self.folder):
             self.handle = os.open(self.folder, os.O_RDONLY)
-        if hold(self.handle) is False:
+        if try_lock(self.handle) is False:
             self.unlock()
             raise K2Error(f"{self.folder} is being rendered by another process.", hint="Wait for it, or stop it.")
-        sweep(self.folder)
+        remove_dead_drafts(self.folder)
 
     def unlock(self) -> None:
         """Release it to others."""
@@ -118,19 +118,19 @@ class Run:
             self.handle = None
 
     @property
-    def busy(self) -> bool:
+    def is_busy(self) -> bool:
         """Whether another process is rendering it, as far as can be known."""
-        if not LOCKS:
+        if not HAS_LOCKS:
             return False
-        with suppress(OSError), opened(self.folder, FOLDER) as handle:
-            return hold(handle) is False
+        with suppress(OSError), opened(self.folder, O_DIRECTORY) as handle:
+            return try_lock(handle) is False
         return False
 
     def __getitem__(self, name: str) -> Path:
         return self.folder / name
 
     @property
-    def planned(self) -> bool:
+    def is_planned(self) -> bool:
         """Whether it can be resumed: it has a plan and its final name."""
         return self[RUN].exists() and not self.folder.name.isdigit()
 
@@ -151,13 +151,13 @@ class Run:
     def save(self, stem: str, picture: bytes, record: bytes, suffix: str = ".png") -> Path:
         """Save a picture and its record. The record appears first, so that no picture is ever without one."""
         path = self[f"{stem}{suffix}"]
-        write({self[f"{stem}.toml"]: record, path: picture})
+        write_files({self[f"{stem}.toml"]: record, path: picture})
         return path
 
     def block(self, stem: str, record: bytes) -> Path:
         """Save the record alone, of a picture that an output filter blocked."""
         path = self[f"{stem}{BLOCKED}"]
-        write({path: record})
+        write_files({path: record})
         return path
 
 
@@ -166,7 +166,7 @@ def picture_of(file: Path) -> Path:
     return Run(file.parent).picture(file.stem) if file.suffix == ".toml" else file
 
 
-def row_alone(row: str, prompt: str) -> str:
+def row_label(row: str, prompt: str) -> str:
     """A sheet's row without the prompt: in older plans it is the prompt, or starts with it."""
     return "" if row == prompt else row.removeprefix(f"{prompt} · ")
 
@@ -212,30 +212,30 @@ def clear(outputs: Path) -> None:
     """Remove numbers that dead processes claimed but never named, and, once per process, their drafts in all runs:
     a process that claims run after run would otherwise search thousands of folders for each.
 
-    Only while `alone`: a living process that claims a number holds `outputs` until it has named it.
+    Only while `exclusive`: a living process that claims a number holds `outputs` until it has named it.
     """
-    if not LOCKS:
+    if not HAS_LOCKS:
         return
     swept = outputs in SWEPT
     SWEPT.add(outputs)
     names = [name for name in os.listdir(outputs) if NUMBER.match(name) and not (swept and "-" in name)]
     for folder in [path for name in names if not (path := outputs / name).is_symlink()]:
-        sweep(folder)
+        remove_dead_drafts(folder)
         if folder.name.isdigit():
-            with suppress(OSError), opened(folder, FOLDER) as handle:
-                if set(os.listdir(handle)) <= {RUN} and hold(handle):
+            with suppress(OSError), opened(folder, O_DIRECTORY) as handle:
+                if set(os.listdir(handle)) <= {RUN} and try_lock(handle):
                     (folder / RUN).unlink(missing_ok=True)
                     folder.rmdir()
 
 
 @contextmanager
-def alone(folder: Path) -> Iterator[bool]:
+def exclusive(folder: Path) -> Iterator[bool]:
     """One process at a time -> whether that is granted: not where locks do not work, nor if the holder hangs."""
-    if not LOCKS:
+    if not HAS_LOCKS:
         yield False
         return
-    deadline = time.monotonic() + PATIENCE
-    with opened(folder, FOLDER) as handle:
-        while (granted := hold(handle)) is False and time.monotonic() < deadline:
+    deadline = time.monotonic() + LOCK_TIMEOUT
+    with opened(folder, O_DIRECTORY) as handle:
+        while (granted := try_lock(handle)) is False and time.monotonic() < deadline:
             time.sleep(0.01)
         yield bool(granted)

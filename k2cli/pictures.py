@@ -13,11 +13,11 @@ from pathlib import Path, PurePath
 
 from PIL import Image
 
-from k2cli.folder import spelt
-from k2cli.texts import composed, folded, masked, printable, relative
+from k2cli.folder import spelled_on_disk
+from k2cli.texts import composed, fold_case, masked, printable, relative
 from model import picture_file
 from model.errors import K2Error, count_of
-from model.picture_file import LEAST_SIDE, MOST_DECODED, WILL_DO
+from model.picture_file import MAX_PIXELS, MIN_SIDE, USE_OTHER_SIZE
 
 MOST_SEEN = 100_000  # names that a glob may look at
 MOST_NEAR = 1000  # names in a folder that are searched for a similar one
@@ -48,7 +48,7 @@ def find(pattern: str, root: Path, inside: Inside, where: str, most: int) -> tup
     found: set[Path] = set()
     others: set[Path] = set()
     for path in matches(root, pattern, inside, where):
-        if picture_file.is_named_so(path) and os.path.isfile(path) and not picture_file.is_sheet(path):
+        if picture_file.has_picture_suffix(path) and os.path.isfile(path) and not picture_file.is_sheet(path):
             found.add(inside(relative(path, root), where))
             if len(found) > most:
                 raise K2Error(
@@ -73,7 +73,7 @@ def matches(root: Path, pattern: str, inside: Inside, where: str) -> Iterator[Pa
     while left:
         folder, (part, *rest) = left.pop()
         if not glob.has_magic(part):
-            path = spelt(folder, part)
+            path = spelled_on_disk(folder, part)
             if not rest and os.path.exists(path):
                 yield path
             elif rest and path.is_dir():
@@ -133,7 +133,7 @@ def check_picture(path: Path, where: str, label: str, *, whole: bool = False) ->
     try:
         with picture_file.opened(path) as image:
             width, height, kind = *image.size, str(image.format)
-            if whole and width * height <= MOST_DECODED:
+            if whole and width * height <= MAX_PIXELS:
                 decode(image, path)
     except FileNotFoundError:
         hint = nearly_called(path, label) or "Paths are relative to the project."
@@ -141,19 +141,19 @@ def check_picture(path: Path, where: str, label: str, *, whole: bool = False) ->
     except Image.DecompressionBombError:
         raise K2Error(f"{where}: {label} is far too large.", hint="Scale it down.") from None
     except Exception as error:  # Pillow's decoders raise anything over a broken file
-        hint = picture_file.cut_off(error) or "Use png, jpg or webp."
+        hint = picture_file.truncation_hint(error) or "Use png, jpg or webp."
         raise K2Error(f"{where}: {label} is not a readable picture.", hint=hint) from None
-    if width * height > MOST_DECODED or min(width, height) < LEAST_SIDE:
-        raise K2Error(f"{where}: {label} has {width} x {height} pixels.", hint=WILL_DO)
+    if width * height > MAX_PIXELS or min(width, height) < MIN_SIDE:
+        raise K2Error(f"{where}: {label} has {width} x {height} pixels.", hint=USE_OTHER_SIZE)
     return {"PNG": "png", "JPEG": "jpg", "MPO": "jpg", "WEBP": "webp"}[kind]  # MPO: a JPEG followed by further ones
 
 
 def nearly_called(path: Path, label: str) -> str:
     """A hint at a picture with nearly the name of a missing one, or the same but for capitals; "" if there is none.
     `label` is what messages call the path."""
-    there = [entry.name for entry in names(path.parent) if picture_file.is_named_so(Path(entry.name))]
+    there = [entry.name for entry in names(path.parent) if picture_file.has_picture_suffix(Path(entry.name))]
     there = [name for name in there if name != path.name]  # a broken link
-    same = [name for name in there if folded(name) == folded(path.name)]
+    same = [name for name in there if fold_case(name) == fold_case(path.name)]
     found = same or difflib.get_close_matches(path.name, there[:MOST_NEAR], 1, 0.6)
     return f"Did you mean {masked((Path(label).parent / found[0]).as_posix())}?" if found else ""
 
@@ -177,7 +177,7 @@ def sides_of(path: Path) -> tuple[int, int]:
 def is_dark(path: Path) -> bool:
     """Whether no part of a picture is lighter than half, as masks count it: transparency on black."""
     with picture_file.opened(path) as image:
-        rgba = picture_file.in_eight_bits(image).convert("RGBA")
+        rgba = picture_file.to_eight_bits(image).convert("RGBA")
     opaque = Image.new("RGB", rgba.size)
     opaque.paste(rgba, mask=rgba)
     lightest = opaque.convert("L", (1 / 3, 1 / 3, 1 / 3, 0)).getextrema()[1]  # their mean; to the eye green is lighter
@@ -186,7 +186,7 @@ def is_dark(path: Path) -> bool:
 
 def in_folder(folder: Path) -> list[Path]:
     """The pictures in a folder, sorted by name; no contact sheets and nothing hidden, as with a glob."""
-    named = (path for path in folder.iterdir() if picture_file.is_named_so(path) and path.is_file())
+    named = (path for path in folder.iterdir() if picture_file.has_picture_suffix(path) and path.is_file())
     return sorted(path for path in named if not picture_file.is_sheet(path) and not path.name.startswith("."))
 
 

@@ -38,7 +38,7 @@ def preview(paths: Sequence[Path]) -> None:
     images = []
     for path in paths:
         with suppress(Exception), picture_file.opened(path) as image:  # Pillow raises anything over a broken file
-            if image.width * image.height <= picture_file.MOST_DECODED:
+            if image.width * image.height <= picture_file.MAX_PIXELS:
                 images.append(image.convert("RGB"))
     if images:
         sys.stdout.write(draw(beside(images), way, os.environ, len(images)) + "\n")

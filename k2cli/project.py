@@ -13,19 +13,19 @@ from typing import Any
 
 from k2cli import models, moodboard
 from k2cli.expander import expander
-from k2cli.folder import FILE, Folder, Outside, root_above, spelt
+from k2cli.folder import PROJECT_FILE, Folder, OutsideProject, find_root, spelled_on_disk
 from k2cli.formats import SUFFIXES
-from k2cli.matrix import MOST, MOST_WORDS, Cell, Matrix, escape, read_matrices, settled_by
+from k2cli.matrix import MAX_PICTURES, MAX_PROMPT_CHARS, Cell, Matrix, escape, fixed_axes, read_matrices
 from k2cli.pictures import check_label, check_picture, is_dark, nearly_called, sides_of
 from k2cli.prompts import Prompt, compare, name_files, read_prompts, spread
-from k2cli.settings import HOMES, NONE, OF_PICTURE, Settings, check_frame, draw
+from k2cli.settings import MISPLACED, NONE, SPEC_KEYS, Settings, check_size_keys, draw_seed
 from k2cli.styles import BOARD, Styles, words
 from k2cli.tables import Option, Place, Toml, check_keys, check_value, read_table, read_weights, said_by
-from k2cli.texts import folded, label_of, plain, relative
+from k2cli.texts import fold_case, label_of, plain, relative
 from model.errors import USAGE, K2Error, nearest
 from model.picture_file import same_shape
-from model.region import ALMOST, LIKE, Region
-from model.spec import Leader, RenderSpec, Style, says, tied
+from model.region import EXAMPLE, REGION_LIKE, Region
+from model.spec import Leader, RenderSpec, Style, mentions, tie_to_lead
 
 INIT_OPTION, MASK_OPTION = Option("--init-image"), Option("--mask")
 Sides = tuple[int, int]  # width and height of a picture
@@ -73,26 +73,28 @@ class Project(Folder):
     @classmethod
     def around(cls, folder: Path, *, allow_outside: bool = False) -> Project | None:
         """The project of a folder, or of the nearest one above it; None if there is none."""
-        root = root_above(folder)
+        root = find_root(folder)
         return None if root is None else cls.open(root, allow_outside=allow_outside)
 
     @classmethod
     def open(cls, folder: Path, *, allow_outside: bool = False) -> Project:
         """Read and check k2.toml; styles are read when they are used."""
         folder = cls.at(folder).root
-        if not allow_outside and not (folder / FILE).resolve().is_relative_to(folder.resolve()):
-            raise Outside(f"{folder / FILE} lies outside the project.", hint="Copy it there, or use --allow-outside.")
-        toml = Toml.read(folder / FILE, label_of(folder, FILE))
+        if not allow_outside and not (folder / PROJECT_FILE).resolve().is_relative_to(folder.resolve()):
+            raise OutsideProject(
+                f"{folder / PROJECT_FILE} lies outside the project.", hint="Copy it there, or use --allow-outside."
+            )
+        toml = Toml.read(folder / PROJECT_FILE, label_of(folder, PROJECT_FILE))
         place, table = Place(toml), toml.table
-        check_keys(table, ("project", "render", "prompt", "matrix", "style", "moodboard"), place, HOMES)
-        head = read_table(Head, table.get("project", {}), place.below("project"), HOMES)
-        homes = HOMES | {"prompts": "Write each as text, under a [[prompt]] of its own."}
+        check_keys(table, ("project", "render", "prompt", "matrix", "style", "moodboard"), place, MISPLACED)
+        head = read_table(Head, table.get("project", {}), place.below("project"), MISPLACED)
+        homes = MISPLACED | {"prompts": "Write each as text, under a [[prompt]] of its own."}
         settings = read_table(Settings, table.get("render", {}), place.below("render"), homes)
-        check_frame(vars(settings), place.below("render"))
+        check_size_keys(vars(settings), place.below("render"))
         prompts = read_prompts(table.get("prompt", []), place)
         board = table.get("moodboard")
         if board is not None:
-            board = read_table(moodboard.Moodboard, board, place.below("moodboard"), HOMES)
+            board = read_table(moodboard.Moodboard, board, place.below("moodboard"), MISPLACED)
         return cls(
             root=folder,
             name=head.name or folder.name,
@@ -107,15 +109,15 @@ class Project(Folder):
 
     @cached_property
     def styles(self) -> Styles:
-        return Styles(self.root, self.inside, self.others)
+        return Styles(self.root, self.path_inside, self.others)
 
     def settle(self, **given: Any) -> Settings:
         """The project's settings, overridden by a command line's options, with the model found and a seed drawn in case
         it is random."""
-        settings = replace(self.settings.override(**given), drawn=draw())
+        settings = replace(self.settings.override(**given), drawn=draw_seed())
         shells = given.get("model") is not None  # a path relative to the shell, not the project
         try:
-            inside = None if shells else self.inside
+            inside = None if shells else self.path_inside
             return replace(settings, model=models.resolve(settings.model, inside, settings.variant))
         except K2Error as error:
             option = settings.elsewhere.get("model")
@@ -127,7 +129,7 @@ class Project(Folder):
     def board_pictures(self, board: moodboard.Moodboard) -> tuple[list[Path], set[Path]]:
         """The pictures of [moodboard], and the other files beside them."""
         where = Place(self.toml, ("moodboard",))("images")
-        pictures, others = moodboard.gather(board.images, self.root, self.inside, where)
+        pictures, others = moodboard.gather(board.images, self.root, self.path_inside, where)
         for path in pictures:
             check_label(relative(path, self.root), where)
         return pictures, others
@@ -138,7 +140,8 @@ class Project(Folder):
             if strength == 0:
                 return self
             raise K2Error(
-                f"{self.root.name} has no moodboard.", hint=f"Add one to {FILE}: [moodboard] with images under it."
+                f"{self.root.name} has no moodboard.",
+                hint=f"Add one to {PROJECT_FILE}: [moodboard] with images under it.",
             )
         limits = next(f.metadata for f in fields(self.board) if f.name == "strength")
         with said_by(Option("--moodboard")) as said:
@@ -180,7 +183,7 @@ class Project(Folder):
         if not said:
             raise K2Error(f"{where} names no picture.", hint='Name one, or "none".')
         shells = where in (INIT_OPTION, MASK_OPTION)
-        path = Path(os.path.realpath(spelt(Path(), said))) if shells else self.inside(said, where)
+        path = Path(os.path.realpath(spelled_on_disk(Path(), said))) if shells else self.path_inside(said, where)
         if shells and not path.exists():
             hint = nearly_called(path, said) or "Paths are relative to the current folder."
             raise K2Error(f"{where}: there is no {said}.", hint=hint)
@@ -194,8 +197,8 @@ class Project(Folder):
             assert size[0] and size[1]  # the init image determines them
             region.check(size[0], size[1], f"{where}: ")
             return str(region)
-        if ALMOST.fullmatch(said):
-            raise K2Error(f'{where}: "{said}" is not a region.', hint=LIKE)
+        if REGION_LIKE.fullmatch(said):
+            raise K2Error(f'{where}: "{said}" is not a region.', hint=EXAMPLE)
         path, sides = self.pictures(said, where)
         if is_dark(path):
             raise K2Error(f"{where}: nothing in {said} is white.", hint="White is repainted, dark stays as is.")
@@ -214,7 +217,7 @@ class Project(Folder):
         read = {each.name: replace(each, text=escape(each.text), base=base) for each, base in spread(self.prompts)}
         chosen: set[str] = set()
         for name in asked:
-            found = {each for each in (*known, *read) if fnmatchcase(folded(each), folded(name))}
+            found = {each for each in (*known, *read) if fnmatchcase(fold_case(each), fold_case(name))}
             if not found:
                 said = f'--only: {self.root.name} has no prompt named "{plain(name, "The name")}".'
                 raise K2Error(said, hint=nearest(name, known), code=USAGE)
@@ -226,14 +229,14 @@ class Project(Folder):
         batches."""
         named = name_files(self.prompts if prompts is None else prompts)
         names = [prompt.base or name for prompt, name in named]
-        return tuple(matrix for matrix in self.matrices if any(map(matrix.about, names)))
+        return tuple(matrix for matrix in self.matrices if any(map(matrix.covers, names)))
 
     def uncompared(self, prompts: Sequence[Prompt] | None, matrices: Sequence[Matrix]) -> list[str]:
         """The names of the prompts that no matrix compares, which are not rendered beside those that are compared."""
         if not matrices:
             return []
         names = dict.fromkeys(base for _, base in spread(self.prompts if prompts is None else prompts))
-        return [name for name in names if not any(matrix.about(name) for matrix in matrices)]
+        return [name for name in names if not any(matrix.covers(name) for matrix in matrices)]
 
     def shots(
         self,
@@ -250,34 +253,37 @@ class Project(Folder):
         matrices  settings to run every prompt through, instead of one batch
         """
         if prompts is None and not self.prompts:
-            raise K2Error(f"{FILE} has no [[prompt]].", hint='Add one, or give one with -p: k2 render -p "a red fox"')
+            raise K2Error(
+                f"{PROJECT_FILE} has no [[prompt]].", hint='Add one, or give one with -p: k2 render -p "a red fox"'
+            )
         readings = spread(self.prompts if prompts is None else prompts)
-        settled = settled_by(settings.elsewhere, styles or {})
+        settled = fixed_axes(settings.elsewhere, styles or {})
         grid = models.grid(settings.model, settings.variant)
         looks = cache(lambda asked, here: self.looks(settings, dict(asked), dict(here)))  # many shots have the same
         alone = ((prompt, [(prompt.name, Cell())]) for prompt, _ in readings)
         shots: list[Shot] = []
         letters = 0
         for prompt, cells in compare(readings, matrices, settled) if matrices else alone:
-            below = replace(settings.yielding_to(prompt.freed), **prompt.freed)
+            below = replace(settings.yielding(prompt.freed), **prompt.freed)
             here, weights = below.elsewhere, styles or {}
             if prompt.last:
-                here = below.yielding_to(prompt.settings).elsewhere
+                here = below.yielding(prompt.settings).elsewhere
                 weights = {name: weight for name, weight in weights.items() if name not in prompt.style}
             once = {"batch": 1} if matrices else {}  # a cell is one picture ...
             own = {**once, **prompt.settings} if prompt.last else {**prompt.settings, **once}
-            wanted = below.over(own, {key: prompt.where(key) for key in own})
-            wanted = wanted.over({key: getattr(below, key) for key in here}, here)  # ... unless more are asked for
+            wanted = below.overridden_by(own, {key: prompt.where(key) for key in own})
+            more = {key: getattr(below, key) for key in here}  # ... unless more are asked for
+            wanted = wanted.overridden_by(more, here)
             asked = {style: (weight, prompt.where("style", style)) for style, weight in prompt.style.items()}
             for name, cell in cells:
-                made = wanted.over(cell.settings, dict.fromkeys(cell.settings, cell.where))
+                made = wanted.overridden_by(cell.settings, dict.fromkeys(cell.settings, cell.where))
                 axes = {style: (weight, cell.where) for style, weight in cell.styles.items()}
                 styled = looks(tuple((asked | axes).items()), tuple(weights.items()))
                 series = self.series(prompt, name, made, styled, cell, grid)
                 shots += series
                 letters += len(series) * weigh(series[0])
-            if len(shots) > MOST:
-                raise K2Error(f"That is more than {MOST:,} pictures.", hint="Use fewer values or prompts.")
+            if len(shots) > MAX_PICTURES:
+                raise K2Error(f"That is more than {MAX_PICTURES:,} pictures.", hint="Use fewer values or prompts.")
             if letters > MOST_PLAN:
                 raise K2Error("The run is too large to plan.", hint="Render it in parts: --only")
         if settings.scope == "run":
@@ -298,11 +304,11 @@ class Project(Folder):
             return None
         settings = replace(settings, scope="prompt")
         if not isinstance(self.settings.seed, str):
-            settings = replace(settings.yielding_to(["seed"]), seed=self.settings.seed)
+            settings = replace(settings.yielding(["seed"]), seed=self.settings.seed)
         if matrices and tuple(matrices) == self.comparing(prompts):
             matrices = self.matrices
         known = name_files(self.prompts)
-        about = ((prompt, name) for each in matrices or [Matrix({})] for prompt, name in known if each.about(name))
+        about = ((prompt, name) for each in matrices or [Matrix({})] for prompt, name in known if each.covers(name))
         prompt, name = next(about)  # matrix by matrix, as they are compared
         first = replace(prompt, name=name)  # by which matrices know it
         spec = self.shots(settings, [first], styles, matrices)[0].spec
@@ -324,12 +330,14 @@ class Project(Folder):
             """Where a setting was given: by the prompt or its matrix, on the command line, or in [render]."""
             return settings.elsewhere.get(key) or place(key)
 
-        triggers = [trigger for trigger in words(looks, "triggers") if not says(prompt.text, trigger)]
+        triggers = [trigger for trigger in words(looks, "triggers") if not mentions(prompt.text, trigger)]
         joined = [*triggers, *words(looks, "keywords", "avoids")]
         avoids = [*filter(None, dict.fromkeys([prompt.avoid, settings.avoid])), *words(looks, "avoids", "keywords")]
         for said, what in (([prompt.text, *joined], "prompt"), (avoids, "negative prompt")):
-            if sum(map(len, said)) > MOST_WORDS:
-                raise K2Error(f'The {what} of "{name}" is longer than {MOST_WORDS:,} characters.', hint="Shorten it.")
+            if sum(map(len, said)) > MAX_PROMPT_CHARS:
+                raise K2Error(
+                    f'The {what} of "{name}" is longer than {MAX_PROMPT_CHARS:,} characters.', hint="Shorten it."
+                )
         shown = any(style.strength > 0 and (style.references or style.lora) for style in looks)
         begun, sides = None, None
         if settings.init_image not in (None, NONE):
@@ -355,7 +363,7 @@ class Project(Folder):
             denoise=settings.denoise if begun else None,
             mask=mask,
             styles=looks,
-            **{key: getattr(settings, key) for key in OF_PICTURE},
+            **{key: getattr(settings, key) for key in SPEC_KEYS},
         )
         expand = expander(settings.model, settings.creativity, settings.device)
         shots: list[Shot] = []
@@ -392,5 +400,5 @@ def weigh(shot: Shot) -> int:
 
 def tie(shots: Sequence[Shot], cohesion: float, leader: Leader | None) -> list[Shot]:
     """Shots tied together by cohesion, led by the first of them, or by another picture."""
-    specs = tied([shot.spec for shot in shots], cohesion, leader)
+    specs = tie_to_lead([shot.spec for shot in shots], cohesion, leader)
     return [replace(shot, spec=spec) for shot, spec in zip(shots, specs, strict=True)]

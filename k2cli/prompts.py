@@ -8,8 +8,8 @@ from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
-from k2cli.matrix import MOST, MOST_LETTERS, Cell, Matrix, settled_by, variants
-from k2cli.settings import HOMES, NONE, OF_PROMPT, check_frame, check_setting
+from k2cli.matrix import MAX_PICTURES, MAX_TOTAL_CHARS, Cell, Matrix, fixed_axes, variants
+from k2cli.settings import MISPLACED, NONE, PROMPT_KEYS, check_setting, check_size_keys
 from k2cli.sizes import parse_size
 from k2cli.tables import NO_KEY, Place, check_keys, read_table, read_weights, said_by
 from k2cli.texts import as_name, check_name, is_mark, plain
@@ -27,7 +27,7 @@ class Prompt:
     text: str
     name: str = ""
     avoid: str = ""
-    settings: Mapping[str, Any] = field(default_factory=dict, metadata=NO_KEY)  # of OF_PROMPT
+    settings: Mapping[str, Any] = field(default_factory=dict, metadata=NO_KEY)  # of PROMPT_KEYS
     style: Mapping[str, float] = field(default_factory=dict, metadata=NO_KEY)
     place: Place | None = field(default=None, metadata=NO_KEY)  # of its table
     base: str = field(default="", metadata=NO_KEY)  # the prompt it is a reading of, if another
@@ -61,16 +61,16 @@ def read_prompts(entries: Any, place: Place) -> tuple[Prompt, ...]:
     prompts: list[Prompt] = []
     for index, entry in enumerate(entries):
         at = place.below("prompt", index)
-        check_keys(entry, (*WORDS, *OF_PROMPT, "style"), at, HOMES)
+        check_keys(entry, (*WORDS, *PROMPT_KEYS, "style"), at, MISPLACED)
         prompt = replace(
             read_table(Prompt, {key: entry[key] for key in WORDS if key in entry}, at),
-            settings={key: check_setting(key, entry[key], at(key)) for key in OF_PROMPT if key in entry},
+            settings={key: check_setting(key, entry[key], at(key)) for key in PROMPT_KEYS if key in entry},
             style=read_weights(entry.get("style", {}), at.below("style")),
             place=at,
         )
         if not prompt.text:
             raise K2Error(f"{at('text')}: the prompt is empty.", hint=SAY)
-        check_frame(prompt.settings, at)
+        check_size_keys(prompt.settings, at)
         if "size" in prompt.settings:
             parse_size(prompt.settings["size"], at("size"))
         if prompt.settings.get("init_image") == NONE and prompt.settings.get("mask", NONE) != NONE:
@@ -105,8 +105,8 @@ def spread(prompts: Sequence[Prompt]) -> list[tuple[Prompt, str]]:
         letters += len(known[-1][2]) * len(prompt.text)
         if count > MOST_PROMPTS:
             raise K2Error(f"With their choices these are more than {MOST_PROMPTS:,} prompts.", hint="Use fewer.")
-        if letters > MOST_LETTERS:
-            raise K2Error(f"The prompts add up to more than {MOST_LETTERS:,} characters.", hint="Use fewer.")
+        if letters > MAX_TOTAL_CHARS:
+            raise K2Error(f"The prompts add up to more than {MAX_TOTAL_CHARS:,} characters.", hint="Use fewer.")
     taken = {base.casefold() for _, base, read in known if not read[0][1]}
     for prompt, base, read in known:
         for text, chosen in read:
@@ -130,18 +130,18 @@ def compare(
     """
 
     def said_of(prompt: Prompt) -> set[str]:
-        return {*settled, *(settled_by(prompt.settings, prompt.style) if prompt.last else ())}
+        return {*settled, *(fixed_axes(prompt.settings, prompt.style) if prompt.last else ())}
 
     totals: Counter[str] = Counter()
     for matrix in matrices:
         for prompt, base in readings:
-            if matrix.about(base):
+            if matrix.covers(base):
                 totals[prompt.name[:STEM]] += matrix.count(said_of(prompt))
-    most = min(MOST, max(totals.values(), default=0))
+    most = min(MAX_PICTURES, max(totals.values(), default=0))
     numbers: Counter[str] = Counter()
     for matrix in matrices:
         for prompt, base in readings:
-            if matrix.about(base):
+            if matrix.covers(base):
                 said = said_of(prompt)
                 if "batch" in said and "seed" in matrix.axes.keys() - said:
                     with said_by(matrix.where) as who:

@@ -18,9 +18,9 @@ from typing import Any, TypeVar
 from PIL import Image
 
 from k2cli import formats, models
-from k2cli.outputs import row_alone
+from k2cli.outputs import row_label
 from k2cli.project import Shot
-from k2cli.settings import as_asked
+from k2cli.settings import field_for
 from k2cli.tables import LIMIT, PATH, WEIGHT, Place, Toml, between, one_of, read_table
 from k2cli.texts import check_name, quote, relative
 from model import picture_file
@@ -44,31 +44,31 @@ class AskedPrompt:
     avoid: str = ""
     row: str = ""  # on a contact sheet, as the caption
     caption: str = ""
-    creativity: str = as_asked("creativity")
+    creativity: str = field_for("creativity")
 
 
 @dataclass(frozen=True)
 class MadeWith:
     """[settings]: as requested, or as they turned out. None in a plan means the checkpoint's own."""
 
-    seed: int = as_asked("seed")
+    seed: int = field_for("seed")
     width: int | None = between(None, *SIDES)
     height: int | None = between(None, *SIDES)
-    steps: int | None = as_asked("steps")
-    guidance: float | None = as_asked("guidance")
-    mu: float | None = as_asked("mu")
-    sampler: str | None = as_asked("sampler")
-    cohesion: float = as_asked("cohesion")
-    guidance_until: float | None = as_asked("guidance_until")  # if there is guidance
-    denoise: float | None = as_asked("denoise")  # if there is an init image
-    style_guidance: float | None = as_asked("style_guidance")  # this and the next three: if a style uses them
-    leak_guard: str | None = as_asked("leak_guard")
-    vision_tiles: int | None = as_asked("vision_tiles")
+    steps: int | None = field_for("steps")
+    guidance: float | None = field_for("guidance")
+    mu: float | None = field_for("mu")
+    sampler: str | None = field_for("sampler")
+    cohesion: float = field_for("cohesion")
+    guidance_until: float | None = field_for("guidance_until")  # if there is guidance
+    denoise: float | None = field_for("denoise")  # if there is an init image
+    style_guidance: float | None = field_for("style_guidance")  # this and the next three: if a style uses them
+    leak_guard: str | None = field_for("leak_guard")
+    vision_tiles: int | None = field_for("vision_tiles")
     vision_rows: bool | None = None
     device: str | None = None
     dtype: str | None = None
-    precision: str | None = as_asked("precision")
-    offload: str | None = as_asked("offload")
+    precision: str | None = field_for("precision")
+    offload: str | None = field_for("offload")
     threads: int | None = between(None, 1, 4096)  # on a CPU, where their number affects rounding
 
 
@@ -124,7 +124,7 @@ class LedBy:
     """The lead picture, if cohesion is on."""
 
     prompt: str
-    seed: int = as_asked("seed")
+    seed: int = field_for("seed")
     avoid: str = ""
 
 
@@ -133,7 +133,7 @@ class Record:
     """A record read back and checked; whether the files it names exist is not checked yet."""
 
     shot: Shot
-    model: models.Held
+    model: models.ModelSpec
     files: Mapping[str, str]  # of the model: name -> sha256
     threads: int | None
     references: Mapping[Path, str]
@@ -144,7 +144,7 @@ class Record:
         return self.table.get("pixels")
 
 
-def request(shot: Shot, root: Path, hash_of: HashOf = identity) -> dict[str, Any]:
+def planned_record(shot: Shot, root: Path, hash_of: HashOf = identity) -> dict[str, Any]:
     """What is known about a picture before it is rendered; reference paths are relative to the project."""
     spec, led, begun = shot.spec, shot.spec.leader, shot.spec.init_image
     return {
@@ -201,7 +201,7 @@ def compose(shot: Shot, picture: Picture, root: Path) -> dict[str, Any]:
         """A file's hash when the picture was made: by now the file may have changed or be gone."""
         return used.get(str(path)) or identity(path)
 
-    asked = request(shot, root, hash_of)
+    asked = planned_record(shot, root, hash_of)
     return {
         "schema": SCHEMA,
         "created": datetime.now(UTC),
@@ -255,14 +255,14 @@ def read(path: Path) -> Toml:
         raise K2Error(f"There is no {path}.", hint="Name a picture that k2 made, or its record.")
     try:
         with picture_file.opened(path) as image:
-            if image.width * image.height > picture_file.MOST_DECODED:
+            if image.width * image.height > picture_file.MAX_PIXELS:
                 raise ValueError
-            text = image.info.get("k2") if image.format == "PNG" else formats.record_of(image.info)
+            text = image.info.get("k2") if image.format == "PNG" else formats.record_from_xmp(image.info)
             if text is None and image.format == "PNG" and not getattr(image, "is_animated", False):
                 image.load()  # texts may also follow the image data; in an animation that is every frame
                 text = image.info.get("k2")
     except Exception as error:  # Pillow raises anything over a broken file
-        hint = picture_file.cut_off(error) or "Name a picture that k2 made, or its record."
+        hint = picture_file.truncation_hint(error) or "Name a picture that k2 made, or its record."
         raise K2Error(f"{path} is not a readable picture.", hint=hint) from None
     if text is not None and len(text) <= LIMIT:
         return Toml(text, path.name)
@@ -299,7 +299,7 @@ def parse(toml: Toml, inside: Inside | None) -> Record:
     # before these settings existed, guidance ran to the end, and the sampler was Euler's
     until = (1.0 if spec.guidance_until is None else spec.guidance_until) if spec.guidance else None
     shot = replace(shot, spec=replace(spec, guidance_until=until, sampler=spec.sampler or "euler"))
-    used, made = part(models.Held, table, "model", place), part(MadeWith, table, "settings", place)
+    used, made = part(models.ModelSpec, table, "model", place), part(MadeWith, table, "settings", place)
     files = table["model"].get("files")
     if not isinstance(files, dict) or not files or not all(isinstance(sha, str) for sha in files.values()):
         at = place.below("model")("files")
@@ -349,7 +349,7 @@ def shot_of(table: Mapping[str, Any], place: Place, inside: Inside | None) -> tu
     )
     stem = f"{check_name(prompt.name, place())}-{spec.seed}"
     kept = formats.format_of(str(table.get("file", ""))) or "png"  # from the file name in a plan
-    row = row_alone(prompt.row, prompt.text)
+    row = row_label(prompt.row, prompt.text)
     return Shot(stem, prompt.name, prompt.text, spec, row, prompt.caption, prompt.creativity, kept), hashes
 
 

@@ -12,17 +12,17 @@ from typing import TYPE_CHECKING, Any
 
 from PIL import Image, ImageChops
 
-from k2cli import embedded, history, records
-from k2cli.commands import as_problem
-from k2cli.console import for_shell, result, say, short_path, show_error, to_json
+from k2cli import history, metadata, records
+from k2cli.commands import as_user_error
+from k2cli.console import for_shell, print_result, say, short_path, show_error, to_json
 from k2cli.dialect import dump
-from k2cli.disk import Exists, write
+from k2cli.disk import Exists, write_files
 from k2cli.folder import Folder
 from k2cli.formats import SUFFIXES, encode, format_of
-from k2cli.hands import OnStep, groups_of, load
 from k2cli.outputs import BLOCKED, RUN, Run, picture_of
 from k2cli.runs import Saved, read_plan
 from k2cli.tables import LIMIT, Toml
+from k2cli.workers import OnStep, load_pipeline, wanted_groups
 from model import picture_file
 from model.errors import K2Error
 from model.spec import Picture, RenderSpec
@@ -31,8 +31,8 @@ if TYPE_CHECKING:
     from model.pipeline import Pipeline
 
 
-JPEG_APART = 16  # levels, at most, between two encoders' results for a picture; an edited one is further off
-LOST = {  # why there is no original to compare with
+MAX_JPEG_DIFFERENCE = 16  # levels, at most, between two encoders' results for a picture; an edited one is further off
+MISSING = {  # why there is no original to compare with
     "gone": "is gone",
     "barred": "may not be read",
     "broken": "is no longer a readable picture",
@@ -40,28 +40,28 @@ LOST = {  # why there is no original to compare with
 
 
 @dataclass(frozen=True)
-class Again:
+class Reproduction:
     """A reproduced picture, and how it compares."""
 
     saved: Saved
     levels_off: int | None  # largest difference from the recorded pixels, of 255; None if unknown
-    fate: str  # of the recorded picture since: "changed", one of LOST, or ""
+    original: str  # of the recorded picture since: "changed", one of MISSING, or ""
     checked: bool  # the recorded picture itself is being checked, not only its record
     other: Path | None = None  # the record beside it, if that differs from the one inside
 
     @property
     def identical(self) -> bool:
-        return self.levels_off == 0 and not (self.checked and self.fate)
+        return self.levels_off == 0 and not (self.checked and self.original)
 
 
-class Shelf(ExitStack):
+class RerunFolders(ExitStack):
     """The runs that reproduced pictures go to: one per project, and another if a name occurs twice."""
 
     def __init__(self) -> None:
         super().__init__()
         self.runs: list[Run] = []
 
-    def room(self, home: Folder, name: str, stem: str) -> Run:
+    def run_for(self, home: Folder, name: str, stem: str) -> Run:
         """A run of this project, newly claimed or an earlier one here, without such a picture yet. Raises K2Error."""
         self.drop_empty()
         for run in self.runs:
@@ -100,30 +100,30 @@ def pictures_in(files: Iterable[Path], lone: list[Path] | None = None) -> list[N
 def pictures_of(folder: Path, lone: list[Path] | None) -> list[Path]:
     """The pictures in a run's folder. Raises K2Error if it has none, and OSError."""
     unknown: list[Path] = []
-    made = history.read_run(folder, skipped=unknown.append)
-    alone = sorted(each for each in folder.glob("*.toml") if is_lone(each))
+    made = history.read_run(folder, on_skipped=unknown.append)
+    alone = sorted(each for each in folder.glob("*.toml") if is_orphan(each))
     if not (made or unknown or alone):
         raise K2Error(f"There are no k2 pictures in {folder}.", hint="Name a picture, a record, or a run.")
     there = [*(each.path for each in made), *sorted(unknown)]
     if lone is None:
         return [*there, *alone]
     if not there:
-        raise K2Error(f"All pictures in {folder} are gone.", hint=brought_back(alone))
+        raise K2Error(f"All pictures in {folder} are gone.", hint=how_to_reproduce(alone))
     lone += alone
     return there
 
 
-def brought_back(lone: Sequence[Path]) -> str:
+def how_to_reproduce(lone: Sequence[Path]) -> str:
     """How to reproduce pictures that are gone: only on request, as somebody may have deleted them."""
     return f"To reproduce one, name its record: k2 rerun {for_shell(lone[0])}"
 
 
-def is_lone(record: Path) -> bool:
+def is_orphan(record: Path) -> bool:
     """Whether a file is the record, perhaps a damaged one, of a picture that is gone; not a run's plan, a blocked
     picture's record, or something else: a project, a style, somebody's notes."""
     if record.name == RUN or record.name.endswith(BLOCKED) or picture_of(record).is_file() or not record.is_file():
         return False
-    if history.load(record) is not None:
+    if history.load_record(record) is not None:
         return True
     with suppress(OSError), record.open("rb") as file:
         lines = b"\n" + file.read(LIMIT)
@@ -131,21 +131,21 @@ def is_lone(record: Path) -> bool:
     return False
 
 
-def repeat(
+def reproduce(
     file: Path,
     home: Folder | None,
-    shelf: Shelf,
+    shelf: RerunFolders,
     output: Path | None,
     device: str | None,
     *,
     check: bool = False,
     embed: bool,
     on_step: OnStep | None = None,
-) -> Again:
+) -> Reproduction:
     """Reproduce a picture, and compare. Hashes are verified first. With `check` nothing is written, and the result's
     path is the original's. Raises K2Error.
     """
-    inside = home.recorded if home else None
+    inside = home.recorded_path if home else None
     toml = records.read(file)
     record, other = records.parse(toml, inside), other_beside(file, toml)
     if "seed" not in record.table["settings"]:
@@ -158,31 +158,31 @@ def repeat(
     kept = format_of((output or picture_of(file)).name) or "png"
     run = None
     if home is not None and output is None and not check:  # before it is rendered: if it cannot be kept, say so now
-        run = shelf.room(home, record.shot.name, record.shot.stem)
-    pipeline = load(replace(record.model, name=model, device=device or record.model.device))
-    picture, again = make_again(pipeline, record, file, home, on_step)
+        run = shelf.run_for(home, record.shot.name, record.shot.stem)
+    pipeline = load_pipeline(replace(record.model, name=model, device=device or record.model.device))
+    picture, again = render_again(pipeline, record, file, home, on_step)
     if blocked := again["blocked"]:
         raise K2Error(f'The output filter "{blocked["filter"]}" blocked the picture: {blocked["reason"]}.')
     compared = compare(picture_of(file), record, picture.image, again)
     if check:
-        return Again(Saved(picture_of(file), again, record.shot.stem), *compared, checked=True, other=other)
-    encoded, text = embedded.encode(picture.image, again, embed=embed, format=kept), dump(again)
+        return Reproduction(Saved(picture_of(file), again, record.shot.stem), *compared, checked=True, other=other)
+    encoded, text = metadata.encode(picture.image, again, embed=embed, format=kept), dump(again)
     if run is not None:
         path = run.save(record.shot.stem, encoded, text, SUFFIXES[kept])
     else:
         assert output is not None
         path = output
         try:
-            write({output.with_suffix(".toml"): text, output: encoded}, new=True)
+            write_files({output.with_suffix(".toml"): text, output: encoded}, new=True)
         except Exists as error:  # created since the check above
             raise taken(error.path) from None
-    return Again(Saved(path, again, record.shot.stem), *compared, checked=False, other=other)
+    return Reproduction(Saved(path, again, record.shot.stem), *compared, checked=False, other=other)
 
 
 def other_beside(file: Path, read: Toml) -> Path | None:
     """The record beside a picture, if it differs from the one that was read; else None."""
     beside = file.with_suffix(".toml")
-    table = None if beside == file else history.load(beside)
+    table = None if beside == file else history.load_record(beside)
     return beside if table is not None and table != read.table else None
 
 
@@ -197,7 +197,7 @@ def check_output(output: Path) -> None:
         raise K2Error(f"There is no folder {output.parent}.", hint="Create it first, or choose another.")
 
 
-def make_again(
+def render_again(
     pipeline: Pipeline, record: records.Record, file: Path, home: Folder | None, on_step: OnStep | None
 ) -> tuple[Picture, dict[str, Any]]:
     """A recorded picture reproduced, and its new record: rendered alone or, if only that gives the same pixels, in its
@@ -209,8 +209,8 @@ def make_again(
     again = records.compose(record.shot, picture, root)
     if again["pixels"] == record.pixels or again["blocked"]:
         return picture, again
-    specs, place = company(file, home, record.shot.stem)
-    (group,) = groups_of(pipeline.batches(specs), {place}) or [()]
+    specs, place = specs_of_run(file, home, record.shot.stem)
+    (group,) = wanted_groups(pipeline.batches(specs), {place}) or [()]
     if len(group) > 1:
         pictures = pipeline.stream([specs[index] for index in group], on_step=on_step)
         beside = next(each for index, each in zip(group, pictures, strict=True) if index == place)
@@ -220,7 +220,7 @@ def make_again(
     return picture, again
 
 
-def company(file: Path, home: Folder | None, stem: str) -> tuple[list[RenderSpec], int]:
+def specs_of_run(file: Path, home: Folder | None, stem: str) -> tuple[list[RenderSpec], int]:
     """The specs of a picture's whole run, and its index there; empty if the plan is not beside the picture."""
     folder = file.absolute().parent
     if home is not None and (folder / RUN).is_file():
@@ -251,38 +251,42 @@ def verdict(off: int | None) -> str:
     return f"The pixels differ from the recorded ones{by}.{rounding}"
 
 
-def tell(again: Again, file: Path, *, several: bool, as_json: bool, quiet: bool) -> None:
+def report(made: Reproduction, file: Path, *, several: bool, as_json: bool, quiet: bool) -> None:
     """Print a reproduced picture's line of results, and what the comparison found: if `quiet` only differences, as
     errors. If there are `several`, the caller counts the identical ones and reports them once."""
-    path, off = again.saved.path, again.levels_off
-    gone, changed, unreadable = again.fate == "gone", again.fate == "changed", again.fate in ("barred", "broken")
+    path, off = made.saved.path, made.levels_off
+    gone, changed, unreadable = (
+        made.original == "gone",
+        made.original == "changed",
+        made.original in ("barred", "broken"),
+    )
     if as_json:
-        about = {"identical": again.identical, "levels_off": off}
+        about = {"identical": made.identical, "levels_off": off}
         about |= {"gone": gone, "unreadable": unreadable, "changed": changed}
-        result(to_json({"file": short_path(path), "from": short_path(file), **about, **again.saved.record}))
-    elif not (gone and again.checked):
-        result(short_path(path))
-    if quiet and again.identical:
+        print_result(to_json({"file": short_path(path), "from": short_path(file), **about, **made.saved.record}))
+    elif not (gone and made.checked):
+        print_result(short_path(path))
+    if quiet and made.identical:
         return
-    if again.other:
-        followed = f"{short_path(again.other)} differs from the picture's own record, which was used."
-        say(f"{followed} To use it instead: k2 rerun {for_shell(again.other)}", "yellow")
-    if off != 0 or (again.identical and not several):
+    if made.other:
+        followed = f"{short_path(made.other)} differs from the picture's own record, which was used."
+        say(f"{followed} To use it instead: k2 rerun {for_shell(made.other)}", "yellow")
+    if off != 0 or (made.identical and not several):
         say(f"{short_path(file)}: {verdict(off)}" if several else verdict(off), "yellow" if off != 0 else "green")
-    if unreadable or (gone and again.checked):
-        say(f"{short_path(picture_of(file))} {LOST[again.fate]}: only its record was compared.", "yellow")
+    if unreadable or (gone and made.checked):
+        say(f"{short_path(picture_of(file))} {MISSING[made.original]}: only its record was compared.", "yellow")
     if changed:
         say(f"{short_path(picture_of(file))} was changed after it was made: its own pixels differ.", "yellow")
 
 
-def refuse(error: Exception, file: Path, refused: list[str], *, several: bool, as_json: bool) -> None:
+def report_refusal(error: Exception, file: Path, refused: list[str], *, several: bool, as_json: bool) -> None:
     """Report why a picture is not reproduced: with JSON also as an object, one per file. A message that is the same for
     several is shown once and added to `refused`. Raises the error if it is the only file, or if it is a bug."""
-    problem = as_problem(error)
+    problem = as_user_error(error)
     if problem is None:
         raise error
     if as_json:
-        result(to_json({"file": None, "from": short_path(file), "error": str(problem), "hint": problem.hint}))
+        print_result(to_json({"file": None, "from": short_path(file), "error": str(problem), "hint": problem.hint}))
     if not several:
         raise error
     if str(problem) not in refused:
@@ -290,7 +294,7 @@ def refuse(error: Exception, file: Path, refused: list[str], *, several: bool, a
     refused.append(str(problem))
 
 
-def in_all(identical: int, refused: int, of: int) -> str:
+def summary(identical: int, refused: int, of: int) -> str:
     """The summary for several pictures."""
     if refused == of:
         return f"None of {of} could be reproduced."
@@ -300,8 +304,8 @@ def in_all(identical: int, refused: int, of: int) -> str:
 
 def compare(path: Path, record: records.Record, image: Image.Image, again: Mapping[str, Any]) -> tuple[int | None, str]:
     """The largest difference between a reproduced picture and the recorded one, None if unknown; and what has become of
-    the recorded one: "changed", one of LOST, or "". A JPEG's pixels are never those recorded, so a change shows only if
-    the reproduction is identical: as a JPEG it gives the same pixels, or with another Pillow nearly the same.
+    the recorded one: "changed", one of MISSING, or "". A JPEG's pixels are never those recorded, so a change shows only
+    if the reproduction is identical: as a JPEG it gives the same pixels, or with another Pillow nearly the same.
 
     path   of the recorded picture
     image  the reproduction
@@ -317,17 +321,19 @@ def compare(path: Path, record: records.Record, image: Image.Image, again: Mappi
     except Exception:  # Pillow raises anything over a broken file
         return off, "broken"
     if records.pixel_hash(found) == record.pixels:
-        return (apart(found, image) if found.size == image.size else off), ""  # else its record was changed
+        return (difference(found, image) if found.size == image.size else off), ""  # else its record was changed
     if format_of(path.name) == "jpeg":
         here = record.table.get("versions", {}).get("pillow") == version("pillow")  # and so the same encoder
         left = as_jpeg(image)
-        kept = off is None or (found.size == left.size and apart(found, left) <= (0 if here else JPEG_APART))
+        kept = off is None or (
+            found.size == left.size and difference(found, left) <= (0 if here else MAX_JPEG_DIFFERENCE)
+        )
     else:
         kept = records.pixel_hash(found) == again["pixels"]
     return off, "" if kept else "changed"  # if the picture is unchanged, its record was changed
 
 
-def apart(one: Image.Image, other: Image.Image) -> int:
+def difference(one: Image.Image, other: Image.Image) -> int:
     """The largest difference, in levels of 255, between two pictures of one size."""
     counts = ImageChops.difference(one, other).histogram()  # 256 per channel
     return max(level % 256 for level, count in enumerate(counts) if count)
@@ -341,6 +347,6 @@ def as_jpeg(image: Image.Image) -> Image.Image:
 def pixels_of(path: Path) -> Image.Image:
     """A picture's pixels. Raises whatever Pillow does, and ValueError if there are too many."""
     with picture_file.opened(path) as found:
-        if found.width * found.height > picture_file.MOST_DECODED:
+        if found.width * found.height > picture_file.MAX_PIXELS:
             raise ValueError("it is too large")
         return found.convert("RGB")

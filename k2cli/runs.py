@@ -9,24 +9,24 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from k2cli import embedded, models, records
+from k2cli import metadata, models, records
 from k2cli.dialect import dump, parse_long
-from k2cli.disk import undisturbed, write
-from k2cli.facts import course
+from k2cli.disk import uninterrupted, write_files
+from k2cli.facts import steps_and_guidance
 from k2cli.folder import Folder
 from k2cli.formats import SUFFIXES
-from k2cli.hands import Crew, OnStep, make_here, spread
-from k2cli.history import Made
+from k2cli.history import MadePicture
 from k2cli.outputs import RUN, SHEET, Run, number_of
 from k2cli.pictures import check_picture
 from k2cli.project import MOST_PLAN, Project, Shot
 from k2cli.prompts import prompt_of
 from k2cli.sheet import Entry, contact_sheets
 from k2cli.tables import Place, Toml, between, read_table
+from k2cli.workers import OnStep, WorkerPool, distribute, render_here
 from model.errors import K2Error
 from model.spec import Picture
 
-LONGEST_CALLED = 50  # characters
+MAX_TITLE = 50  # characters
 
 
 @dataclass(frozen=True)
@@ -43,19 +43,19 @@ class Job:
 
     project: Project
     shots: Sequence[Shot]
-    model: models.Held
+    model: models.ModelSpec
     run: Run | None = None  # its folder, once begun; or an earlier run to resume
-    called: str = ""  # the folder's title, if not from the prompts' names
+    folder_title: str = ""  # the folder's title, if not from the prompts' names
     sheet: SheetForm = SheetForm()
     embed: bool = True  # metadata into the pictures
 
     @property
-    def left(self) -> list[Shot]:
+    def remaining(self) -> list[Shot]:
         """The pictures still to render."""
         return [shot for shot in self.shots if self.run is None or not self.run.has(shot.stem)]
 
     @property
-    def lacks_sheet(self) -> bool:
+    def needs_sheet(self) -> bool:
         """Whether an earlier run was stopped between its last picture and its contact sheet."""
         if self.run is None or len(self.shots) < 2 or self.run[SHEET].exists():
             return False
@@ -64,8 +64,8 @@ class Job:
     @property
     def title(self) -> str:
         """What the run's folder is called after its number."""
-        if self.called:
-            return self.called[:LONGEST_CALLED]
+        if self.folder_title:
+            return self.folder_title[:MAX_TITLE]
         names = list(dict.fromkeys(shot.name for shot in self.shots))
         return names[0] if len(names) == 1 else f"{names[0]}-and-{len(names) - 1}-more"
 
@@ -92,12 +92,12 @@ def begin(job: Job) -> Job:
 
 
 def render(
-    job: Job, counted: Sequence[Shot], *, on_step: OnStep | None = None, crew: Crew | None = None
+    job: Job, counted: Sequence[Shot], *, on_step: OnStep | None = None, pool: WorkerPool | None = None
 ) -> Iterator[Saved]:
     """Render a begun job's pictures that are still missing, out of those `counted`; each is on disk with its record
     before it is yielded.
 
-    Ctrl-C while a picture is being written takes effect once the caller has received it. A crew's pictures come as they
+    Ctrl-C while a picture is being written takes effect once the caller has received it. A pool's pictures come as they
     are finished. The run is unlocked in the end; if nothing came of it, the caller should discard it.
     """
     run = job.run
@@ -105,33 +105,35 @@ def render(
     try:
         run.lock()  # it may have been unlocked until its turn came
         if left := [shot for shot in counted if not run.has(shot.stem)]:
-            for shot, picture in make(job, left, on_step, crew):
+            for shot, picture in render_remaining(job, left, on_step, pool):
                 record = records.compose(shot, picture, job.project.root)
-                with undisturbed():
+                with uninterrupted():
                     yield Saved(save(run, shot, picture, record, embed=job.embed), record, shot.stem)
         if len(job.shots) > 1:
             pages = enumerate(sheets(job, run))
             files = {run[SHEET if i == 0 else f"sheet.{i + 1}.png"]: png for i, png in pages}  # pictures are NAME-SEED
-            write(dict(reversed(files.items())))  # the first is written last, so if it exists, all do
+            write_files(dict(reversed(files.items())))  # the first is written last, so if it exists, all do
     finally:
         run.unlock()
 
 
-def make(job: Job, left: Sequence[Shot], on_step: OnStep | None, crew: Crew | None) -> Iterator[tuple[Shot, Picture]]:
+def render_remaining(
+    job: Job, left: Sequence[Shot], on_step: OnStep | None, pool: WorkerPool | None
+) -> Iterator[tuple[Shot, Picture]]:
     """The remaining pictures of a job, as they are finished."""
     specs = [shot.spec for shot in job.shots]
     stems = {shot.stem for shot in left}
     wanted = {index for index, shot in enumerate(job.shots) if shot.stem in stems}
-    if crew is None:
-        made = make_here(job.model, specs, wanted, on_step)
+    if pool is None:
+        made = render_here(job.model, specs, wanted, on_step)
         yield from ((job.shots[index], picture) for index, picture in made)
         return
-    crew.begin(specs)
+    pool.begin_run(specs)
     try:
-        for index, picture in spread(crew, job.model, wanted):
+        for index, picture in distribute(pool, job.model, wanted):
             yield job.shots[index], picture
     except BaseException:
-        crew.close()  # its workers still hold work for a run that will not finish
+        pool.close()  # its workers still hold work for a run that will not finish
         raise
 
 
@@ -139,7 +141,7 @@ def save(run: Run, shot: Shot, picture: Picture, record: Mapping[str, Any], *, e
     """Save a picture and its record, or only the record if an output filter blocked it."""
     if record["blocked"]:
         return run.block(shot.stem, dump(record))
-    file = embedded.encode(picture.image, record, embed=embed, format=shot.format)
+    file = metadata.encode(picture.image, record, embed=embed, format=shot.format)
     return run.save(shot.stem, file, dump(record), SUFFIXES[shot.format])
 
 
@@ -153,7 +155,7 @@ def sheets(job: Job, run: Run) -> Iterator[bytes]:
         return iter(())
     for shot in shots:
         path = run.picture(shot.stem)
-        check_picture(job.project.inside(path), run.folder.name, path.name)
+        check_picture(job.project.path_inside(path), run.folder.name, path.name)
     prompts = Counter(given for given, _ in {(shot.given, prompt_of(shot.name, shot.caption)) for shot in shots})
     entries = []
     for shot in shots:
@@ -163,17 +165,17 @@ def sheets(job: Job, run: Run) -> Iterator[bytes]:
         if prompts[shot.given] > 1:
             label = f"{name}: {label}"
         entries.append(Entry(run.picture(shot.stem), label, shot.caption or f"seed {shot.spec.seed}", name))
-    common = in_common(job.project, run, shots)
+    common = common_facts(job.project, run, shots)
     return contact_sheets(entries, job.project.name, common, columns=job.sheet.columns, centred=job.sheet.centred)
 
 
-def in_common(project: Project, run: Run, shots: Sequence[Shot]) -> str:
+def common_facts(project: Project, run: Run, shots: Sequence[Shot]) -> str:
     """A line on what a run's pictures have in common, from the record of the first. Raises K2Error."""
     file = run[f"{shots[0].stem}.toml"]
     toml = Toml.read(file, shots[0].stem)
     record = records.parse(toml, project.root.joinpath)  # files may be anywhere, as none is opened
-    made, made_on = record.shot.spec, Made(file, toml.table).local
-    steps, guidance = course(vars(made))
+    made, made_on = record.shot.spec, MadePicture(file, toml.table).local_time
+    steps, guidance = steps_and_guidance(vars(made))
     weights = [{style.name: style.strength for style in shot.spec.styles} for shot in shots]
 
     def alike(*keys: str) -> bool:
@@ -204,7 +206,7 @@ def plan(job: Job) -> dict[str, Any]:
         "embed": job.embed,
         "sheet": vars(job.sheet),
         "model": vars(job.model) | {"name": records.portable(job.model.name, job.project.root)},
-        "picture": [{"file": shot.file, **records.request(shot, job.project.root)} for shot in job.shots],
+        "picture": [{"file": shot.file, **records.planned_record(shot, job.project.root)} for shot in job.shots],
     }
 
 
@@ -219,42 +221,44 @@ def resume(project: Project, number: int | None = None) -> Job:
         hint = "Start one with: k2 render" if number is None else "To list the runs: k2 log"
         raise K2Error(f"{project.root.name} has no {which} to resume.", hint=hint)
     toml, planned = read_plan(project, run)
-    held = weights_of(toml, project)
+    held = planned_model(toml, project)
     sheet = read_table(SheetForm, toml.table.get("sheet", {}), Place(toml).below("sheet"))
     for _, hashes in planned:
         records.verify(hashes)
     shots = [shot for shot, _ in planned]
-    held = as_begun(project, run, shots, held)
+    held = model_as_started(project, run, shots, held)
     return Job(project, shots, held, run=run, sheet=sheet, embed=toml.table.get("embed", True) is True)
 
 
-def weights_of(toml: Toml, project: Project) -> models.Held:
+def planned_model(toml: Toml, project: Project) -> models.ModelSpec:
     """The weights that a plan names, as far as it does. Raises K2Error if they are not here."""
-    used = records.part(models.Held, toml.table, "model", Place(toml))
-    return replace(used, name=models.resolve(used.name, project.recorded, used.variant))
+    used = records.part(models.ModelSpec, toml.table, "model", Place(toml))
+    return replace(used, name=models.resolve(used.name, project.recorded_path, used.variant))
 
 
-def as_begun(project: Project, run: Run, shots: Sequence[Shot], planned: models.Held) -> models.Held:
+def model_as_started(project: Project, run: Run, shots: Sequence[Shot], planned: models.ModelSpec) -> models.ModelSpec:
     """A run's weights, held as for its first picture: what the plan left open is decided the same way again.
 
     Raises K2Error if they, or the picture's references, have changed.
     """
     for shot in shots:
-        if run.has(shot.stem) and project.inside(run[f"{shot.stem}.toml"]).is_file():
+        if run.has(shot.stem) and project.path_inside(run[f"{shot.stem}.toml"]).is_file():
             label = f"{run.folder.name}/{shot.stem}.toml"
-            record = records.parse(Toml.read(run[f"{shot.stem}.toml"], label), project.recorded)
-            records.locate(record, project.recorded)
+            record = records.parse(Toml.read(run[f"{shot.stem}.toml"], label), project.recorded_path)
+            records.locate(record, project.recorded_path)
             return replace(record.model, **{key: value for key, value in vars(planned).items() if value is not None})
     return planned
 
 
 def read_plan(project: Folder, run: Run) -> tuple[Toml, list[tuple[Shot, dict[Path, str]]]]:
     """A run's plan, and the pictures in it with the hashes of their references. Raises K2Error."""
-    project.inside(run.folder)
+    project.path_inside(run.folder)
     toml = Toml.read(run[RUN], f"{run.folder.name}/{RUN}", limit=MOST_PLAN, parse=parse_long)
     if toml.table.get("schema") != records.SCHEMA or not isinstance(toml.table.get("picture"), list):
         raise K2Error(
             f"{toml.label} is not a plan that this version of k2 can read.", hint="Start a new run with: k2 render"
         )
     entries = enumerate(toml.table["picture"])
-    return toml, [records.shot_of(entry, Place(toml).below("picture", i), project.recorded) for i, entry in entries]
+    return toml, [
+        records.shot_of(entry, Place(toml).below("picture", i), project.recorded_path) for i, entry in entries
+    ]

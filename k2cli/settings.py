@@ -15,21 +15,21 @@ from model.errors import USAGE, K2Error
 from model.expand import LEVELS
 from model.headers import VARIANTS
 from model.plan import OFFLOADS, PRECISIONS
-from model.spec import LEAK_GUARDS, OF_REFERENCES, SAMPLERS, TILES
+from model.spec import LEAK_GUARDS, SAMPLERS, STYLE_SETTINGS, TILES
 
 SCOPES = ("prompt", "run")
 RANDOM = "random"  # instead of a seed
 NONE = "none"  # instead of a picture: use none, whatever was set before
-FRAME = {"size", "aspect", "resolution"}  # of which the last one given counts
-OF_PROMPT = (  # settings that a [[prompt]] may override
+SIZE_KEYS = {"size", "aspect", "resolution"}  # of which the last one given counts
+PROMPT_KEYS = (  # settings that a [[prompt]] may override
     *("batch", "seed", "size", "aspect", "resolution"),
     *("steps", "guidance", "creativity"),
     *("init_image", "denoise", "mask"),
 )
 
-OF_PICTURE = (  # settings copied as is into a picture's spec
+SPEC_KEYS = (  # settings copied as is into a picture's spec
     *("steps", "guidance", "guidance_until", "sampler", "mu"),
-    *OF_REFERENCES,
+    *STYLE_SETTINGS,
 )
 
 
@@ -75,9 +75,9 @@ class Settings:
         if "size" in checked and ("aspect" in checked or "resolution" in checked):
             said = "--size excludes --aspect and --resolution."
             raise K2Error(said, hint="Keep --size or the others.", code=USAGE)
-        return self.over(checked, options)
+        return self.overridden_by(checked, options)
 
-    def over(self, said: Mapping[str, Any], where: Mapping[str, str]) -> Settings:
+    def overridden_by(self, said: Mapping[str, Any], where: Mapping[str, str]) -> Settings:
         """These settings overridden by others, noting where those were given. Of a size and an aspect the later one
         counts."""
         if "size" in said:
@@ -86,9 +86,9 @@ class Settings:
             said = {"size": None, **said}
         return replace(self, **said, elsewhere={**self.elsewhere, **where})
 
-    def yielding_to(self, said: Collection[str]) -> Settings:
+    def yielding(self, said: Collection[str]) -> Settings:
         """These settings, but a prompt may override those named, even if a command line has set them."""
-        theirs = {*said, *(FRAME if FRAME & set(said) else ())}
+        theirs = {*said, *(SIZE_KEYS if SIZE_KEYS & set(said) else ())}
         return replace(self, elsewhere={key: where for key, where in self.elsewhere.items() if key not in theirs})
 
     @property
@@ -96,11 +96,13 @@ class Settings:
         """The seed of a batch's first picture."""
         return self.drawn if isinstance(self.seed, str) else self.seed
 
-    def held(self) -> models.Held:
+    def model_spec(self) -> models.ModelSpec:
         """The weights that these settings ask for, once the model is found."""
-        return models.Held(self.model, self.variant, device=self.device, precision=self.precision, offload=self.offload)
+        return models.ModelSpec(
+            self.model, self.variant, device=self.device, precision=self.precision, offload=self.offload
+        )
 
-    def beyond(self, prompts: Iterable[Mapping[str, Any]]) -> str:
+    def stronger_than_turbo(self, prompts: Iterable[Mapping[str, Any]]) -> str:
         """A phrase on steps and guidance that the project, not the command line, sets higher than the checkpoint named
         on the command line is made for; else "".
 
@@ -125,7 +127,7 @@ class Settings:
         if self.size is not None:
             with said_by(where("size")) as said:
                 return parse_size(self.size, said, grid.step)
-        if self.aspect is None and self.resolution is None and (begun is None or grid.knows(*begun)):
+        if self.aspect is None and self.resolution is None and (begun is None or grid.trained_for(*begun)):
             return begun or (None, None)
         with said_by(where("resolution")) as said:
             edge = grid.native if self.resolution is None else parse_resolution(self.resolution, said)
@@ -133,13 +135,13 @@ class Settings:
             return fit_aspect(self.aspect or shape_of(*(begun or (1, 1))), edge, said, grid.step)
 
 
-def draw() -> int:
+def draw_seed() -> int:
     """A random seed, short enough to type."""
     return int.from_bytes(os.urandom(4))
 
 
 FIELDS = {f.name: f for f in fields(Settings)}
-OTHERS = {  # what other tools call a setting: its name here, and how it differs
+FOREIGN_NAMES = {  # what other tools call a setting: its name here, and how it differs
     **dict.fromkeys(("negative", "negative_prompt", "no"), ("avoid", "")),
     **dict.fromkeys(("cfg", "cfg_scale", "guidance_scale"), ("guidance", ", and is 1 less than a CFG scale")),
     **dict.fromkeys(("width", "height"), ("size", ', for both sides: "320x192"')),
@@ -152,9 +154,9 @@ OTHERS = {  # what other tools call a setting: its name here, and how it differs
     "iw": ("denoise", ", and a lower value keeps more"),
     **dict.fromkeys(("checkpoint", "ckpt"), ("model", "")),
 }
-LARGER = "k2 has no upscaler; to repaint larger: k2 render --init-image PICTURE --size WxH --denoise 0.4"
-INSTEAD = {  # k2's answer to options of other tools that are none of its settings
-    **dict.fromkeys(("upscale", "hires"), LARGER),
+NO_UPSCALER = "k2 has no upscaler; to repaint larger: k2 render --init-image PICTURE --size WxH --denoise 0.4"
+FOREIGN_OPTIONS = {  # k2's answer to options of other tools that are none of its settings
+    **dict.fromkeys(("upscale", "hires"), NO_UPSCALER),
     **dict.fromkeys(("sref", "cref", "style_reference"), "Make the picture a style: k2 style add NAME PICTURE"),
     **dict.fromkeys(("s", "stylize", "sw"), "A look is as strong as the weight of its style: --style NAME=0.6"),
     **dict.fromkeys(("v", "version", "niji"), "Choose weights with --model; to list them: k2 models list"),
@@ -162,8 +164,8 @@ INSTEAD = {  # k2's answer to options of other tools that are none of its settin
     **dict.fromkeys(("-o", "output", "outdir"), "Pictures go to outputs/; their paths are printed."),
     **dict.fromkeys(("tile", "tiling"), "k2 has no seamless tiling."),
 }
-COMMANDS = {  # k2's answer to commands of other tools
-    "upscale": LARGER,
+FOREIGN_COMMANDS = {  # k2's answer to commands of other tools
+    "upscale": NO_UPSCALER,
     **dict.fromkeys(("vary", "remix"), "For more like a picture: k2 render --like PICTURE"),
     "reroll": "For new seeds: k2 render --seed random",
     **dict.fromkeys(("generate", "imagine", "txt2img"), 'Give a prompt with -p: k2 render -p "a red fox"'),
@@ -171,7 +173,7 @@ COMMANDS = {  # k2's answer to commands of other tools
     "init": "To make a project: k2 new NAME",
     **dict.fromkeys(("style rm", "style remove", "style delete"), "Delete its file, styles/NAME.toml."),
 }
-HOMES = {  # hints for keys of k2.toml that are in the wrong table
+MISPLACED = {  # hints for keys of k2.toml that are in the wrong table
     **{key: "It belongs under [render]." for key, each in FIELDS.items() if each.metadata.get("key", True)},
     "text": "It belongs under [[prompt]].",
     "prompt": "It is called text, under [[prompt]].",
@@ -180,13 +182,13 @@ HOMES = {  # hints for keys of k2.toml that are in the wrong table
     "images": "It belongs under [moodboard].",
     "turbo": 'Write variant = "turbo" under [render].',
     **dict.fromkeys(("mix", "reference", "keywords", "avoids", "lora"), "It belongs in a style: styles/NAME.toml."),
-    **{theirs: f"It is called {ours}{how}." for theirs, (ours, how) in OTHERS.items()},
-    **{key: each for key, each in INSTEAD.items() if key != "version"},  # a file may mean its own
+    **{theirs: f"It is called {ours}{how}." for theirs, (ours, how) in FOREIGN_NAMES.items()},
+    **{key: each for key, each in FOREIGN_OPTIONS.items() if key != "version"},  # a file may mean its own
     "seeds": "Write seed, and batch for more; or a [[matrix]] with seed = [1, 5].",
 }
 
 
-def as_asked(key: str) -> Any:
+def field_for(key: str) -> Any:
     """A dataclass field with the default and the limits of this key of [render]."""
     return field(default=FIELDS[key].default, metadata=FIELDS[key].metadata)
 
@@ -197,7 +199,7 @@ def check_setting(key: str, value: Any, where: str) -> Any:
         return check_value(key, value, hints_of(Settings)[key], FIELDS[key].metadata, where)
 
 
-def check_frame(said: Mapping[str, Any], where: Callable[[str], str]) -> None:
+def check_size_keys(said: Mapping[str, Any], where: Callable[[str], str]) -> None:
     """Refuse a size given together with an aspect."""
     if said.get("size") is not None and (said.get("aspect") is not None or said.get("resolution") is not None):
         raise K2Error(f'{where("size")}: "size" excludes "aspect" and "resolution".', hint="Keep size or the others.")

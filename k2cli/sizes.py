@@ -6,7 +6,7 @@ import math
 import re
 
 from model.errors import K2Error
-from model.spec import MOST_PIXELS, SIDES
+from model.spec import MAX_PIXELS, SIDES
 
 STEP = 16  # px; some models need larger steps
 WIDEST = 4  # to 1, for a shape that was not asked for explicitly
@@ -24,8 +24,8 @@ def parse_size(size: str, where: str, step: int = 1) -> tuple[int, int]:
             f"{where}: {width}x{height} is out of range.",
             hint=f"Sides are from {SIDES[0]} to {SIDES[1]} pixels.",
         )
-    if width * height > MOST_PIXELS:
-        raise K2Error(f"{where}: {width}x{height} is more than {MOST_PIXELS:,} pixels.", hint="Choose a smaller size.")
+    if width * height > MAX_PIXELS:
+        raise K2Error(f"{where}: {width}x{height} is more than {MAX_PIXELS:,} pixels.", hint="Choose a smaller size.")
     if width % step or height % step:
         raise K2Error(
             f"{where}: the sides of {width}x{height} are not multiples of {step}.",
@@ -45,7 +45,7 @@ def fit_aspect(aspect: str, edge: int, where: str, step: int = STEP) -> tuple[in
         )
     sides = [edge * math.sqrt(r) / step for r in (ratio, 1 / ratio)]
     width, height = (round(side) * step for side in sides)
-    if width * height > MOST_PIXELS >= edge**2:
+    if width * height > MAX_PIXELS >= edge**2:
         width, height = (math.floor(side) * step for side in sides)
     return parse_size(f"{width}x{height}", where, step)
 

@@ -15,33 +15,35 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
-from k2cli.commands import as_problem
-from k2cli.console import Unwritable, result, say, show_error, to_json
+from k2cli.commands import as_user_error
+from k2cli.console import Unwritable, print_result, say, show_error, to_json
 from k2cli.prompts import WORDS, Prompt, read_prompts, refuse_twins, typed
-from k2cli.settings import FIELDS, HOMES, OF_PROMPT
-from k2cli.several import Several
+from k2cli.settings import FIELDS, MISPLACED, PROMPT_KEYS
+from k2cli.several import MultipleErrors
 from k2cli.tables import Place, Toml, check_keys, check_numbers, check_value, describe
 from model.errors import K2Error
 
 OBJECT = re.compile(r'\{\s*"')  # start of a line that is JSON, not a prompt with choices
-OTHERWISE = re.compile(  # a line that means objects, but is not one JSON object on its own line
+OTHER_JSON = re.compile(  # a line that means objects, but is not one JSON object on its own line
     r"""[][{},\s]+$|\[\s*\{\s*["}]"""  # a list, or an object spread over lines
     r"""|"[^"|]*"\s*:\s*(?:".*"|-?\d[\d.e+-]*|[\[{]|true|false|null)[]},\s]*$"""  # a line of such an object
     r"""|\[?\s*\{\s*'[^'|]*'\s*:"""  # Python's; but {a: b|c: d} is a prompt's choice
     r"""|\[?\s*\{\s*\w+\s*:(?:\s*(?:"[^"]*"|'[^']*')\s*[,}]|[^|]*\}\s*\]?,?$)"""  # JavaScript's
 )
-PIECE = re.compile(r"""["'][^"'|]*["']\s*:""")  # start of a line of an object spread over lines
-LIKE = '{"prompt": "a red fox", "seed": 4}'
+JSON_PIECE = re.compile(r"""["'][^"'|]*["']\s*:""")  # start of a line of an object spread over lines
+EXAMPLE = '{"prompt": "a red fox", "seed": 4}'
 KEYS = {"prompt": "text", "styles": "style"}  # a line's names for keys that differ from [[prompt]]'s
-OF_ALL = "It applies to all lines: set {} on the command line."
-ELSEWHERE = {  # hints for keys that a line cannot have
-    **HOMES,
-    **{key: OF_ALL.format(f"--{key.replace('_', '-')}") for key in (FIELDS.keys() & HOMES) - set(OF_PROMPT)},
-    **dict.fromkeys(("variant", "turbo"), OF_ALL.format("--turbo")),
-    **dict.fromkeys(("mu", "leak_guard", "vision_tiles", "vision_rows"), HOMES["mu"]),  # which have no option
+WHOLE_STREAM = "It applies to all lines: set {} on the command line."
+MISPLACED = {  # hints for keys that a line cannot have
+    **MISPLACED,
+    **{
+        key: WHOLE_STREAM.format(f"--{key.replace('_', '-')}") for key in (FIELDS.keys() & MISPLACED) - set(PROMPT_KEYS)
+    },
+    **dict.fromkeys(("variant", "turbo"), WHOLE_STREAM.format("--turbo")),
+    **dict.fromkeys(("mu", "leak_guard", "vision_tiles", "vision_rows"), MISPLACED["mu"]),  # which have no option
     "seeds": "Write seed, and batch for more.",
 }
-KNOWN = (*KEYS, *(key for key in (*WORDS, *OF_PROMPT) if key not in KEYS.values()))
+KNOWN_KEYS = (*KEYS, *(key for key in (*WORDS, *PROMPT_KEYS) if key not in KEYS.values()))
 
 
 def render_each(render: Callable[[Prompt], object], *, as_json: bool) -> int:
@@ -53,19 +55,19 @@ def render_each(render: Callable[[Prompt], object], *, as_json: bool) -> int:
     for said in lines():
         line = said.decode(errors="replace").strip()  # for messages, if it is not text
         try:
-            line = as_text(said).strip().removeprefix("\ufeff")
-            render(asked_by(line))
+            line = decode(said).strip().removeprefix("\ufeff")
+            render(parse_line(line))
         except Exception as error:
-            problem = as_problem(error)
+            problem = as_user_error(error)
             if problem is None or isinstance(error, Unwritable):
                 raise
             show_error(problem)
             wrong += 1
             if as_json:
-                all_of = [*(problem.told if isinstance(problem, Several) else ()), problem]
+                all_of = [*(problem.shown if isinstance(problem, MultipleErrors) else ()), problem]
                 hints = dict.fromkeys(each.hint for each in all_of if each.hint)
                 about = {"file": None, "error": "\n".join(map(str, all_of)), "hint": "\n".join(hints)}
-                result(to_json({**about, "prompt": {"text": text_of(line)}}))
+                print_result(to_json({**about, "prompt": {"text": text_of(line)}}))
     return wrong
 
 
@@ -80,27 +82,27 @@ def text_of(line: str) -> str:
     return line
 
 
-def asked_by(line: str, called: str = "The line") -> Prompt:
+def parse_line(line: str, called: str = "The line") -> Prompt:
     """The prompt that a line gives, as text or as a JSON object with the keys of a [[prompt]]. Raises K2Error."""
     if not OBJECT.match(line):
-        if means_objects(line):
-            hint = f'One object per line, as jq -c and json.dumps write it: {LIKE}. To split a list: jq -c ".[]".'
+        if looks_like_json(line):
+            hint = f'One object per line, as jq -c and json.dumps write it: {EXAMPLE}. To split a list: jq -c ".[]".'
             raise K2Error(f"{called} is neither a prompt nor a JSON object that holds one.", hint=hint)
         return typed(line)
     try:
         said = json.loads(line, object_pairs_hook=partial(read_object, called))
         check_numbers(said)
     except (ValueError, RecursionError) as error:
-        raise K2Error(f"{called} is not JSON: {error}.", hint=f"Like {LIKE}.") from None
+        raise K2Error(f"{called} is not JSON: {error}.", hint=f"Like {EXAMPLE}.") from None
     for key, own in KEYS.items():
         if key in said and own in said:
             raise K2Error(f'{called}: "{key}" and "{own}" are the same.', hint="Keep one.")
     place = Place(Toml("", called))  # [[prompt]]'s own names are accepted, too, but not suggested
-    check_keys({key: value for key, value in said.items() if key not in KEYS.values()}, KNOWN, place, ELSEWHERE)
+    check_keys({key: value for key, value in said.items() if key not in KEYS.values()}, KNOWN_KEYS, place, MISPLACED)
     words, styles = (key if key in said else own for key, own in KEYS.items())  # as the line names them
     for key, value in said.items():
         if isinstance(value, dict) and key != styles:
-            raise K2Error(f'{called}: "{key}" cannot be an object.', hint=f"Like {LIKE}.")
+            raise K2Error(f'{called}: "{key}" cannot be an object.', hint=f"Like {EXAMPLE}.")
     check_value(words, said.get(words, ""), str, {}, called)
     if not isinstance(weights := said.get(styles, {}), dict):
         hint = f'Like "{styles}": {{"dusk": 0.6}}.'
@@ -120,17 +122,17 @@ def read_object(called: str, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return {key: value for key, value in table.items() if value is not None}
 
 
-def means_objects(line: str) -> bool:
+def looks_like_json(line: str) -> bool:
     """Whether a line is JSON of another shape, part of some, or nearly JSON, so that it is not meant as a prompt."""
-    if OTHERWISE.match(line):
+    if OTHER_JSON.match(line):
         return True
-    if PIECE.match(line):
+    if JSON_PIECE.match(line):
         cut = line.rstrip("]}, ")  # its closing brackets may belong to an earlier line
-        return any(readable("{" + said + "}") for said in (line.rstrip(", "), cut, cut + "}", cut + "]"))
-    return line[:1] in ("{", "[") and readable(line)
+        return any(is_json("{" + said + "}") for said in (line.rstrip(", "), cut, cut + "}", cut + "]"))
+    return line[:1] in ("{", "[") and is_json(line)
 
 
-def readable(text: str) -> bool:
+def is_json(text: str) -> bool:
     """Whether a text is an object or a list, in JSON or Python syntax."""
     for read in (json.loads, ast.literal_eval):
         with suppress(ValueError, SyntaxError, TypeError, MemoryError, RecursionError), warnings.catch_warnings():
@@ -146,7 +148,7 @@ def lines() -> Iterator[bytes]:
     yield from sys.stdin.buffer
 
 
-def asked_for(texts: Sequence[str], *, stdin: bool) -> list[Prompt] | None:
+def prompts_given(texts: Sequence[str], *, stdin: bool) -> list[Prompt] | None:
     """Prompts from the command line and standard input; None if neither was used."""
     prompts = [typed(text) for text in texts]
     if stdin:
@@ -154,7 +156,7 @@ def asked_for(texts: Sequence[str], *, stdin: bool) -> list[Prompt] | None:
             say("Prompts, one per line; Ctrl-D ends:")
         # the byte order mark that some editors write also appears inside, where such files are joined
         lines = (line.removeprefix("\ufeff").strip() for line in re.split(r"\r\n?|\n", read_input()))
-        said = {number: asked_by(line, f"Line {number}") for number, line in enumerate(lines, 1) if line}
+        said = {number: parse_line(line, f"Line {number}") for number, line in enumerate(lines, 1) if line}
         if not (said or texts):
             raise K2Error("Standard input holds no prompt.", hint="Give one per line, or omit the -.")
         refuse_twins((f"Line {number}", prompt) for number, prompt in said.items())
@@ -164,10 +166,10 @@ def asked_for(texts: Sequence[str], *, stdin: bool) -> list[Prompt] | None:
 
 def read_input() -> str:
     """All of standard input. Raises K2Error if it is not text."""
-    return as_text(sys.stdin.buffer.read())
+    return decode(sys.stdin.buffer.read())
 
 
-def as_text(said: bytes) -> str:
+def decode(said: bytes) -> str:
     """Standard input decoded as UTF-8, which programs write, or else in the encoding here. Raises K2Error."""
     encoding = codecs.lookup(sys.stdin.encoding).name
     for each in ("utf-8", encoding):

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from k2cli.commands import Commands, Group
-from k2cli.complete import complete_method, complete_style, complete_weight
-from k2cli.finding import find_project
+from k2cli.commands import CommandApp, CommandGroup
+from k2cli.completion import complete_method, complete_style, complete_weight
+from k2cli.locate import find_project
 from k2cli.options import (
     DenoiseOption,
     DeviceOption,
@@ -41,8 +41,8 @@ if TYPE_CHECKING:
     from k2cli.prompts import Prompt
     from k2cli.styles import StyleFile, Styles
 
-style_app = Commands(cls=Group, no_args_is_help=True, rich_markup_mode=None)
-moodboard_app = Commands(cls=Group, no_args_is_help=True, rich_markup_mode=None)
+style_app = CommandApp(cls=CommandGroup, no_args_is_help=True, rich_markup_mode=None)
+moodboard_app = CommandApp(cls=CommandGroup, no_args_is_help=True, rich_markup_mode=None)
 
 ForceOption = Annotated[bool, typer.Option("--force", help="Replace an existing style of this name.")]
 
@@ -90,8 +90,8 @@ def add(
       k2 style add night outputs/0001-owl/owl-7.png
       k2 style add ink ~/Downloads/ink.safetensors --trigger "in the ink style"
     """
-    from k2cli.console import result, say, short_path, to_json
-    from k2cli.folder import Outside
+    from k2cli.console import print_result, say, short_path, to_json
+    from k2cli.folder import OutsideProject
     from k2cli.new_style import add_style
     from k2cli.pictures import without_sheets
     from k2cli.tables import Option, check_value, said_by
@@ -104,7 +104,7 @@ def add(
     words = {"keywords": keyword or [], "avoids": avoid or [], "triggers": trigger or []}
     try:
         added = add_style(find_project(project).styles, name, files, **words, method=method, force=force)
-    except Outside as error:
+    except OutsideProject as error:
         raise K2Error(str(error), hint="Replace the link with the file or folder itself.") from None
     about = {
         "name": name,
@@ -112,12 +112,12 @@ def add(
         "references": [short_path(picture) for picture in added.pictures],
         "lora": short_path(added.lora) if added.lora else None,
     }
-    result(to_json(about) if json else short_path(added.file))
+    print_result(to_json(about) if json else short_path(added.file))
     if not quiet:
-        for note in filter(None, (sheets, added.over)):
+        for note in filter(None, (sheets, added.passed_over)):
             say(note, "yellow")
-        if added.stated:
-            say(f"Trigger words stated by the LoRA, added to the prompt: {', '.join(added.stated)}", "dim")
+        if added.stated_triggers:
+            say(f"Trigger words stated by the LoRA, added to the prompt: {', '.join(added.stated_triggers)}", "dim")
         pictures = count_of(len(added.pictures), "picture") if added.pictures else ""
         holds = " and ".join(filter(None, [pictures, "1 LoRA" if added.lora else ""]))
         say(f"{holds}. Next: k2 render --style {name}=0.6", "dim")
@@ -129,8 +129,8 @@ def list_styles(project: ProjectOption = None, allow_outside: OutsideOption = Fa
 
     On a terminal also each style's weight in the project; in a pipe one line per style, fields separated by tabs.
     """
-    from k2cli.console import result, results, screen, short_path, to_json
-    from k2cli.here import weight_in
+    from k2cli.console import print_result, print_results, screen_width, short_path, to_json
+    from k2cli.status import describe_weight
 
     opened, rows = find_project(project, allow_outside), []
     usable = usable_of(opened.styles)
@@ -153,11 +153,11 @@ def list_styles(project: ProjectOption = None, allow_outside: OutsideOption = Fa
             "weight": opened.weights.get(name, 0.0),
         }
         if json:
-            result(to_json(about))
-        weight = [weight_in(opened, name)] if screen() else []
+            print_result(to_json(about))
+        weight = [describe_weight(opened, name)] if screen_width() else []
         rows.append([short_path(path), *weight, ", ".join(filter(None, kinds)) or "words", ", ".join(style.keywords)])
     if not json:
-        results(rows)
+        print_results(rows)
     if len(usable) < len(opened.styles.known):
         raise typer.Exit(1)
 
@@ -198,20 +198,22 @@ def show_style(
 
     Its mixes broken down into parts; the words, references and weights of each.
     """
-    from k2cli.console import result, to_json
-    from k2cli.here import weight_in
+    from k2cli.console import print_result, to_json
     from k2cli.records import style_table
+    from k2cli.status import describe_weight
     from k2cli.texts import relative
 
     opened = find_project(project, allow_outside)
     parts = opened.styles.resolve({name: 1.0}, lambda name: "k2 style show")
     if json:
         weight = opened.weights.get(name, 0.0)
-        result(to_json({"name": name, "weight": weight, "parts": [style_table(part, opened.root) for part in parts]}))
+        print_result(
+            to_json({"name": name, "weight": weight, "parts": [style_table(part, opened.root) for part in parts]})
+        )
         return
-    result(f"{name} at weight 1 (in the project: {weight_in(opened, name).removeprefix('weight ')})")
+    print_result(f"{name} at weight 1 (in the project: {describe_weight(opened, name).removeprefix('weight ')})")
     for part in parts:
-        result(f"{part.name} {part.strength:g}")
+        print_result(f"{part.name} {part.strength:g}")
         facts = {
             "keywords": ", ".join(part.keywords),
             "avoids": ", ".join(part.avoids),
@@ -224,7 +226,7 @@ def show_style(
         }
         for key, fact in facts.items():
             if fact:
-                result(f"  {key:<10}{fact}")
+                print_result(f"  {key:<10}{fact}")
 
 
 def mix_styles(
@@ -279,8 +281,8 @@ def mix_styles(
       k2 mix-styles dusk=1 riso=1 --init-image sketch.png --denoise 0.6
     """
     from k2cli import mix
-    from k2cli.carry import carry_out
-    from k2cli.console import result, say, short_path, to_json
+    from k2cli.console import print_result, say, short_path, to_json
+    from k2cli.execute import execute
     from k2cli.matrix import variants
     from k2cli.new_style import add_mix
 
@@ -305,13 +307,13 @@ def mix_styles(
             say(f"The prompt has {choices} choices; only the first is used.", "yellow")
     if save_as is not None:
         file = short_path(add_mix(opened.styles, save_as, weights, force=force))
-        result(to_json({"kind": "style", "name": save_as, "file": file, "mix": weights}) if json else file)
+        print_result(to_json({"kind": "style", "name": save_as, "file": file, "mix": weights}) if json else file)
         if not quiet and not jobs:
             say(f"Next: k2 render --style {save_as}=1", "dim")
-    for folder in carry_out(jobs, embed=not no_embed, as_json=json, quiet=quiet):
+    for folder in execute(jobs, embed=not no_embed, as_json=json, quiet=quiet):
         if (folder / "sheet.png").exists():
             sheet = short_path(folder / "sheet.png")
-            result(to_json({"kind": "sheet", "file": sheet}) if json else sheet)
+            print_result(to_json({"kind": "sheet", "file": sheet}) if json else sheet)
 
 
 def pick_prompt(project: Project, text: str | None) -> Prompt:
@@ -352,17 +354,17 @@ def analyze(
     from dataclasses import replace
 
     from k2cli import moodboard
-    from k2cli.console import meter, result, say, short_path, to_json
+    from k2cli.console import meter, print_result, say, short_path, to_json
     from k2cli.disk import Exists
     from k2cli.pictures import without_sheets
     from k2cli.tables import Option, said_by
     from k2cli.texts import masked
-    from model.picture_file import passed_over
+    from model.picture_file import describe_skipped
 
     home = find_project(project, allow_outside)
     with said_by(Option("--name")) as said:
         name = home.styles.new_name(name, said)
-    target = home.inside(f"styles/{name}.toml")
+    target = home.path_inside(f"styles/{name}.toml")
 
     def taken(path: Path) -> K2Error:
         return K2Error(f"{short_path(path)} exists already.", hint="Choose another --name, or replace it with --force.")
@@ -374,20 +376,20 @@ def analyze(
     images, sheets = without_sheets(images or [])
     paths, others = pictures_of(home, images)
     with meter(len(paths), quiet=quiet) as bar:
-        board = moodboard.look(paths, home.settings.model, lambda done, of: bar.saved(done))
-    board = replace(board, notes=(*filter(None, (sheets, passed_over(others))), *board.notes))
+        board = moodboard.analyse_board(paths, home.settings.model, lambda done, of: bar.saved(done))
+    board = replace(board, notes=(*filter(None, (sheets, describe_skipped(others))), *board.notes))
     model = ""
     with suppress(K2Error):  # a model not pulled yet has nothing to say
         model = home.settle().model
     if model:
-        board = moodboard.tell(board, model, home.settings.device)
+        board = moodboard.describe_taste(board, model, home.settings.device)
     # The project's board may be refs/NAME itself, which must not grow by its own looks.
-    board = moodboard.outlasting(board, home, f"refs/{target.stem}-looks")
+    board = moodboard.with_copies(board, home, f"refs/{target.stem}-looks")
     try:
         strip = moodboard.save(board, home.root, target, new=not force)
     except Exists as error:  # created since the check above
         raise taken(error.path) from None
-    result(
+    print_result(
         to_json({"file": short_path(target), **moodboard.to_table(board, home.root)}) if json else short_path(target)
     )
     if not quiet:
@@ -409,7 +411,7 @@ def pictures_of(home: Project, images: Sequence[Path]) -> tuple[list[Path], set[
         root = home.root.resolve()  # links may lead to either
         typed = [relative(image.parent.resolve() / image.name, root) for image in images]
         anywhere = Folder(root=home.root, allow_outside=True)  # a path typed by the user may lie outside
-        return moodboard.gather(typed, home.root, anywhere.inside, "The moodboard")
+        return moodboard.gather(typed, home.root, anywhere.path_inside, "The moodboard")
     if home.board:
         return home.board_pictures(home.board)
     raise K2Error(

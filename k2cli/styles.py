@@ -9,14 +9,14 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from k2cli.folder import names_in
+from k2cli.folder import list_names
 from k2cli.pictures import Inside, check_label, check_picture, find
 from k2cli.tables import PATH, WEIGHT, Place, Toml, check_keys, check_value, read_table, read_weights, said_by
-from k2cli.texts import UNPRINTABLE, check_name, composed, folded, label_of, relative
+from k2cli.texts import UNPRINTABLE, check_name, composed, fold_case, label_of, relative
 from model.errors import K2Error, nearest
 from model.headers import read_header
-from model.picture_file import passed_over
-from model.spec import METHODS, Reference, Style, span, within
+from model.picture_file import describe_skipped
+from model.spec import METHODS, Reference, Style, in_limits, limits_of
 
 BOARD = "moodboard"  # the style name of a project's [moodboard]
 MOST_REFERENCES = 64  # pictures of a style; a glob that finds more is a mistake
@@ -77,7 +77,7 @@ class Styles:
     def files(self) -> dict[str, str]:
         """The names of all styles, and their files: some systems store accents apart from their letters, and a name is
         the same either way. What cannot be typed is not a name. Raises K2Error."""
-        files = sorted(names_in(self.inside("styles", "")))
+        files = sorted(list_names(self.inside("styles", "")))
         found = ((composed(Path(file).stem), file) for file in files if file.endswith(".toml"))
         return {name: file for name, file in found if not UNPRINTABLE.search(name)}
 
@@ -173,7 +173,7 @@ class Styles:
         name = check_name(name, where, alone=True)
         if name == BOARD:
             raise K2Error(f"{where}: the name {BOARD} is reserved for [moodboard].", hint="Choose another name.")
-        alike = [each for each in self.known if folded(each) == folded(name)]
+        alike = [each for each in self.known if fold_case(each) == fold_case(name)]
         if alike and name not in alike:
             said = f'{where}: on many systems "{name}" would be the same file as the style {alike[0]}.'
             raise K2Error(said, hint="Choose another name.")
@@ -202,7 +202,7 @@ class Styles:
         """The pictures that a path, a folder or a glob names, sorted and each checked."""
         found, others = find(pattern, self.root, self.inside, where, MOST_REFERENCES)
         if not found:
-            hint = passed_over(others) or "Put png, jpg or webp files there."
+            hint = describe_skipped(others) or "Put png, jpg or webp files there."
             raise K2Error(f"{where}: {pattern} matches no picture.", hint=hint)
         self.others.update(others)
         for path in found:
@@ -240,8 +240,8 @@ class Styles:
             add(total, take_apart(name, (), where(name)), weight)
         total = {name: round(strength, 9) for name, strength in total.items()}
         for name, strength in total.items():
-            if not within("strength", strength):
-                said = f'The weights of style "{name}" add up to {strength:g}, beyond {span("strength")}.'
+            if not in_limits("strength", strength):
+                said = f'The weights of style "{name}" add up to {strength:g}, beyond {limits_of("strength")}.'
                 raise K2Error(said, hint="Lower them.")
         strongest = sorted(((s, name) for name, s in total.items()), key=lambda pair: (-pair[0], pair[1]))
         return tuple(files[name].at(name, strength) for strength, name in strongest if strength)

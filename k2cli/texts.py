@@ -11,14 +11,14 @@ from pathlib import Path
 
 from model.errors import K2Error
 
-LONGEST_NAME = 60
-LONGEST_PATH, LONGEST_PART = 2000, 255  # characters, and bytes between slashes
+MAX_NAME = 60
+MAX_PATH, MAX_PATH_PART = 2000, 255  # characters, and bytes between slashes
 UNPRINTABLE = re.compile(  # terminal controls; surrogates, in which Python keeps undecodable bytes; non-characters
     r"[\x00-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff\ufffe\uffff]"
 )
-DEVICE = re.compile(r"(?i)(con|prn|aux|nul|com[0-9]|lpt[0-9])(\.|$)")  # device names on Windows, in any folder
-APART = re.compile(r"[\u0300-\u036f]")  # combining accents
-UNSEEN = dict.fromkeys(map(ord, "\u200c\u200d\ufe0e\ufe0f"))  # joiners and variation selectors
+WINDOWS_DEVICE = re.compile(r"(?i)(con|prn|aux|nul|com[0-9]|lpt[0-9])(\.|$)")  # device names on Windows, in any folder
+COMBINING_ACCENTS = re.compile(r"[\u0300-\u036f]")  # combining accents
+INVISIBLE = dict.fromkeys(map(ord, "\u200c\u200d\ufe0e\ufe0f"))  # joiners and variation selectors
 USE_UTF_8 = "Use a UTF-8 locale: export LC_ALL=C.UTF-8"
 
 
@@ -63,21 +63,21 @@ def composed(name: str) -> str:
     return unicodedata.normalize("NFC", name)
 
 
-def folded(text: str) -> str:
+def fold_case(text: str) -> str:
     """A text for comparison: accents composed, no capitals."""
     return composed(text).casefold()
 
 
-def sought(text: str) -> str:
-    """A text for searching: like `folded`, without accents that cannot be composed, such as the stress marks of Russian
-    words."""
-    return APART.sub("", composed(folded(text)))
+def search_form(text: str) -> str:
+    """A text for searching: like `fold_case`, without accents that cannot be composed, such as the stress marks of
+    Russian words."""
+    return COMBINING_ACCENTS.sub("", composed(fold_case(text)))
 
 
 def as_name(text: str, besides: str = "") -> str:
     """A text as part of a file name: letters with their marks, digits, _ and the characters in `besides`; else -."""
     signs: list[str] = []
-    for sign in composed(text.translate(UNSEEN)):
+    for sign in composed(text.translate(INVISIBLE)):
         belongs = is_mark(sign) and bool(signs) and signs[-1] not in f"-_{besides}"  # which are stripped from names
         signs.append(sign if belongs or sign.isalnum() or sign in f"_{besides}" else "-")
     return re.sub("-+", "-", "".join(signs))
@@ -88,18 +88,18 @@ def check_name(name: str, where: str, *, alone: bool = False) -> str:
     `alone`, else followed by a - and more."""
     name = composed(name)
     bare = name[:1] + "".join(sign for sign in name[1:] if not is_mark(sign))
-    if not re.fullmatch(r"\w[\w.-]*", bare) or len(name) > LONGEST_NAME:
-        said = f'"{name}"' if len(name) <= LONGEST_NAME else f"a name of {len(name):,} characters"
-        hint = f"Use letters, digits, - and _, at most {LONGEST_NAME}."
+    if not re.fullmatch(r"\w[\w.-]*", bare) or len(name) > MAX_NAME:
+        said = f'"{name}"' if len(name) <= MAX_NAME else f"a name of {len(name):,} characters"
+        hint = f"Use letters, digits, - and _, at most {MAX_NAME}."
         raise K2Error(f"{where}: {said} cannot be a file name.", hint=hint)
-    if DEVICE.match(name if alone else f"{name}-") or (alone and name.endswith(".")):
+    if WINDOWS_DEVICE.match(name if alone else f"{name}-") or (alone and name.endswith(".")):
         raise K2Error(f'{where}: "{name}" cannot be a file name on Windows.', hint="Choose another name.")
     return name
 
 
 def check_path(path: str | Path, asked: str = "") -> None:
     """Refuse a path too long for any file system before it is looked up. `asked` is a prefix for the message."""
-    if len(str(path)) > LONGEST_PATH or any(len(os.fsencode(part)) > LONGEST_PART for part in Path(path).parts):
+    if len(str(path)) > MAX_PATH or any(len(os.fsencode(part)) > MAX_PATH_PART for part in Path(path).parts):
         raise K2Error(f"{asked}no file can have a name that long: {str(path)[:40]}…", hint="Check the name.")
 
 

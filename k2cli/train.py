@@ -11,7 +11,7 @@ from typing import Annotated, Any
 
 import typer
 
-from k2cli.complete import complete_recipe
+from k2cli.completion import complete_recipe
 from k2cli.options import QuietOption
 from model.errors import K2Error, brief
 
@@ -29,10 +29,10 @@ def explained(name: str) -> Iterator[None]:
     from safetensors import SafetensorError
 
     from k2cli.disk import HINTS, DiskFull
-    from model.plan import lacking_memory
+    from model.plan import memory_errors
 
     try:
-        with lacking_memory(f'the run "{name}"', LESS):
+        with memory_errors(f'the run "{name}"', LESS):
             yield
     except (OSError, SafetensorError) as error:
         folder = f".runs/{name}"
@@ -87,8 +87,8 @@ def train(
     from dataclasses import replace
 
     from k2cli import licence
-    from k2cli.console import for_shell, result, say, short_path
-    from k2cli.folder import root_above
+    from k2cli.console import for_shell, print_result, say, short_path
+    from k2cli.folder import find_root
     from k2cli.texts import quote
     from model.train import recipe as recipes
 
@@ -110,7 +110,7 @@ def train(
     from model.train import parallel
 
     place = parallel.join(str(pick_device(device)))
-    report = (lambda line: None) if quiet or not parallel.world().leads else say
+    report = (lambda line: None) if quiet or not parallel.world().is_main else say
     try:
         with explained(chosen.name):
             run = recipes.module(chosen.stage, recipe).main(chosen, place, report)
@@ -119,13 +119,13 @@ def train(
         options = [f" --{name} {quote(str(value))}" for name, value in asked.items() if value is not None]
         say(f"Interrupted; what was saved is kept. Resume with: k2 train {quote(recipe)}{''.join(options)}")
         raise
-    if not parallel.world().leads:
+    if not parallel.world().is_main:
         parallel.leave()
         return
-    result(short_path(run.result))
+    print_result(short_path(run.result))
     if chosen.stage == "lora" and not quiet:
         words = ["k2 style add", quote(run.result.stem), for_shell(run.result)]
         words += ["--trigger", quote(chosen.trigger)] if chosen.trigger else []
-        words += [] if root_above(Path.cwd()) else ["--project DIR"]
+        words += [] if find_root(Path.cwd()) else ["--project DIR"]
         say(f"Make it a style: {' '.join(words)}", "dim")
     parallel.leave()

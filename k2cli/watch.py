@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 import typer
 
-from k2cli.commands import as_problem
-from k2cli.finding import find_project
+from k2cli.commands import as_user_error
+from k2cli.locate import find_project
 from k2cli.options import (
     BatchOption,
     DeviceOption,
@@ -32,15 +32,15 @@ from k2cli.options import (
 from model.errors import K2Error
 
 if TYPE_CHECKING:
-    from k2cli.models import Held
+    from k2cli.models import ModelSpec
     from k2cli.outputs import Run
     from k2cli.project import Project, Shot
     from k2cli.runs import Job, Saved
 
-EVERY = 0.4  # seconds between two looks at the files
-WEIGHTS = (".safetensors", ".gguf", ".json")  # and what says how a model is built
-LOOKED_BACK = 50  # runs searched for pictures that need not be made
-GONE = (0, 0)  # the stamp of a deleted file
+POLL_SECONDS = 0.4  # seconds between two looks at the files
+WEIGHT_SUFFIXES = (".safetensors", ".gguf", ".json")  # and what says how a model is built
+MAX_RUNS = 50  # runs searched for pictures that need not be made
+DELETED = (0, 0)  # the stamp of a deleted file
 
 Stamps = Mapping[str, tuple[int, int]]
 
@@ -74,10 +74,10 @@ def watch(
       k2 watch
       k2 watch moody --turbo --only fox --batch 1
     """
-    from k2cli.carry import carry_out
-    from k2cli.console import Unwritable, console, last_words, say, show_error
+    from k2cli.console import Unwritable, console, say, say_at_exit, show_error
+    from k2cli.execute import execute
     from k2cli.folder import Folder
-    from k2cli.settings import draw
+    from k2cli.settings import draw_seed
 
     if folder and project:
         raise typer.BadParameter("name the project as an argument or with --project, not both", param_hint="--project")
@@ -88,22 +88,22 @@ def watch(
     made = made_before(root, allow_outside)
     keys: dict[str, str] = {}
     before: Stamps = {}
-    drawn = draw()  # once: else a random seed would change every picture on any change
+    drawn = draw_seed()  # once: else a random seed would change every picture on any change
     try:
         while True:
             before = stamp(root, before)
             try:
-                job, keys, used = look(find_project(root, allow_outside), only, settings, made, keys, drawn)
+                job, keys, used = plan_missing(find_project(root, allow_outside), only, settings, made, keys, drawn)
                 before = {**stamp_of(elsewhere(used, before)), **before}
                 if job.shots:
-                    saved = partial(note, made, keys)
-                    carry_out([job], embed=not no_embed, as_json=json, quiet=quiet, on_saved=saved)
+                    saved = partial(remember, made, keys)
+                    execute([job], embed=not no_embed, as_json=json, quiet=quiet, on_saved=saved)
                 elif not quiet:
                     say("No picture changes.", "dim")
             except Unwritable:  # no change of a file fixes that
                 raise
             except Exception as error:
-                problem = as_problem(error)
+                problem = as_user_error(error)
                 if problem is None:
                     raise
                 show_error(problem)
@@ -112,7 +112,7 @@ def watch(
             wait(root, before)
     except KeyboardInterrupt:
         if console.is_terminal:
-            last_words("")  # the terminal shows ^C, and the shell continues on that line
+            say_at_exit("")  # the terminal shows ^C, and the shell continues on that line
         raise
 
 
@@ -138,25 +138,25 @@ def made_before(root: Path, allow_outside: bool) -> dict[str, Path]:
 
     try:
         project = find_project(root, allow_outside)
-        runs = Run.planned_in(project.outputs)[-LOOKED_BACK:]
+        runs = Run.planned_in(project.outputs)[-MAX_RUNS:]
     except K2Error:  # it is reported when the project is rendered
         return {}
-    taken_by = cache(Taken.by)  # many runs have the same weights
+    taken_by = cache(WeightsUsed.by)  # many runs have the same weights
     return {key: path for run in runs for key, path in made_by(run, project, taken_by) if path.is_file()}
 
 
-def made_by(run: Run, project: Project, taken_by: Callable[[Held], Taken]) -> Iterator[tuple[str, Path]]:
+def made_by(run: Run, project: Project, taken_by: Callable[[ModelSpec], WeightsUsed]) -> Iterator[tuple[str, Path]]:
     """The pictures in a run's plan, with their keys; none if it is no longer readable."""
-    from k2cli.runs import read_plan, weights_of
+    from k2cli.runs import planned_model, read_plan
 
     with suppress(K2Error):
         toml, planned = read_plan(project, run)
-        taken = taken_by(weights_of(toml, project))
+        taken = taken_by(planned_model(toml, project))
         for shot, hashes in planned:
             yield key_of(taken, shot, project.root, hashes.__getitem__), run[shot.file]
 
 
-def look(
+def plan_missing(
     project: Project,
     only: list[str] | None,
     settings: Mapping[str, object],
@@ -167,14 +167,14 @@ def look(
     """The run of what is not made yet; the key of each picture of the project, by stem; and the files they are made
     from. `asked`: the keys of the last look; a picture that was made and is gone is rendered again only if its key is
     not among them, as otherwise somebody deleted it. `drawn`: the seed, if it is random."""
-    from k2cli.asked import plan_job
+    from k2cli.planning import plan_job
     from model.hashes import files_of, identity
 
     chosen = replace(project.settle(**settings), drawn=drawn)
     prompts = project.choose(only) if only else None
     matrices = project.comparing(prompts)
     shots = project.shots(chosen, prompts, None, matrices)
-    taken = Taken.by(chosen.held())
+    taken = WeightsUsed.by(chosen.model_spec())
     known = {key_of(taken, shot, project.root, identity): shot for shot in shots}
     new = known.keys() - set(asked.values())
     left = [shot for key, shot in known.items() if key not in made or (key in new and not made[key].exists())]
@@ -183,19 +183,19 @@ def look(
     return plan_job(project, chosen, left, compared=bool(matrices)), keys, used
 
 
-def note(made: dict[str, Path], keys: Mapping[str, str], saved: Saved) -> None:
+def remember(made: dict[str, Path], keys: Mapping[str, str], saved: Saved) -> None:
     """Note that a picture is made, and where, so that an error in a later one does not make it again."""
     made[keys[saved.stem]] = saved.path
 
 
-class Taken(NamedTuple):
+class WeightsUsed(NamedTuple):
     """The weights that pictures are made with, as far as known, and their defaults."""
 
     weights: Mapping[str, Any]
     own: Mapping[str, Any]
 
     @classmethod
-    def by(cls, held: Held) -> Taken:
+    def by(cls, held: ModelSpec) -> WeightsUsed:
         """Reads their headers, which takes a moment. Raises K2Error."""
         from k2cli.models import recommended
         from model.library import find
@@ -208,25 +208,25 @@ class Taken(NamedTuple):
         return cls(vars(held) | chosen, recommended(held.name, held.variant))
 
 
-def key_of(taken: Taken, shot: Shot, root: Path, hash_of: Callable[[Path], str]) -> str:
+def key_of(taken: WeightsUsed, shot: Shot, root: Path, hash_of: Callable[[Path], str]) -> str:
     """A picture's key: a hash of everything that goes into it, except what would change nothing."""
     from k2cli.console import to_json
-    from k2cli.records import request
-    from model.spec import OF_REFERENCES, Leader, denoise_of
+    from k2cli.records import planned_record
+    from model.spec import STYLE_SETTINGS, Leader, resolve_denoise
 
     spec = shot.spec
     if spec.leader == Leader(spec.prompt, spec.seed, spec.negative):  # the lead picture is what it would be alone
         shot = replace(shot, spec=replace(spec, cohesion=0.0, leader=None))
-    asked = request(shot, root, hash_of)
+    asked = planned_record(shot, root, hash_of)
     said = asked["settings"]
     said |= {key: own for key, own in taken.own.items() if said[key] is None}
     said |= {"guidance": float(said["guidance"]), "sampler": said["sampler"] or "euler"}
     until = said["guidance_until"]
     said["guidance_until"] = float(until) if said["guidance"] and until not in (None, 1) else None
     if asked["init_image"]:
-        said["denoise"] = float(denoise_of(said["denoise"], masked=bool(asked["mask"])))
+        said["denoise"] = float(resolve_denoise(said["denoise"], masked=bool(asked["mask"])))
     if not any(style["reference"] for style in asked["style"] or ()):
-        said |= dict.fromkeys(OF_REFERENCES)
+        said |= dict.fromkeys(STYLE_SETTINGS)
     return sha256(to_json([taken.weights, shot.format, asked]).encode()).hexdigest()
 
 
@@ -235,27 +235,31 @@ def stamp(root: Path, before: Iterable[str] = ()) -> dict[str, tuple[int, int]]:
 
     No others: the output of `k2 watch` itself may go to a file in the project, which would change forever.
     """
-    from model.picture_file import MADE, is_named_so
+    from model.picture_file import OUTPUT_FOLDERS, has_picture_suffix
 
     found: dict[str, tuple[int, int]] = {}
     for folder, folders, names in os.walk(root):
         top = Path(folder) == root
-        folders[:] = [name for name in folders if not name.startswith(".") and not (top and name in MADE)]
+        folders[:] = [name for name in folders if not name.startswith(".") and not (top and name in OUTPUT_FOLDERS)]
         paths = (Path(folder, name) for name in names if not name.startswith("."))  # hidden ones are editors' own
-        found |= stamp_of(path for path in paths if is_named_so(path) or path.suffix in (".toml", *WEIGHTS))
+        found |= stamp_of(
+            path for path in paths if has_picture_suffix(path) or path.suffix in (".toml", *WEIGHT_SUFFIXES)
+        )
     others = stamp_of(elsewhere(map(Path, before), found))
-    return {**dict.fromkeys(before, GONE), **found, **others}
+    return {**dict.fromkeys(before, DELETED), **found, **others}
 
 
 def elsewhere(files: Iterable[Path], found: Container[str]) -> set[Path]:
     """The files that were not found in the project, as behind a link to a folder, and the pictures beside them, as a
     new one may count, too."""
-    from model.picture_file import is_named_so
+    from model.picture_file import has_picture_suffix
 
     others = {path for path in files if str(path) not in found}
     for folder in {path.parent for path in others}:
         with suppress(OSError):
-            others.update(path for path in folder.iterdir() if is_named_so(path) and not path.name.startswith("."))
+            others.update(
+                path for path in folder.iterdir() if has_picture_suffix(path) and not path.name.startswith(".")
+            )
     return others
 
 
@@ -273,10 +277,10 @@ def wait(root: Path, before: Stamps) -> None:
     """Wait until a file changes, and then until the writing has stopped."""
     now = before
     while now == before:
-        time.sleep(EVERY)
+        time.sleep(POLL_SECONDS)
         now = stamp(root, before)
     while True:
-        time.sleep(EVERY)
+        time.sleep(POLL_SECONDS)
         later = stamp(root, before)
         if later == now:
             return

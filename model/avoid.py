@@ -18,14 +18,14 @@ from torch import Tensor
 from model.spec import RenderSpec, Style
 from model.text_encoder import SUFFIX_TOKENS
 
-SAYS_NOTHING = "a picture"  # the neutral prompt
-MOST = 2.0  # largest weight of one avoided phrase
-ASIDE = 0.5  # share of the avoided mean taken from unrelated rows: all of it would cost one subject in ten
+NEUTRAL_PROMPT = "a picture"  # the neutral prompt
+MAX_WEIGHT = 2.0  # largest weight of one avoided phrase
+MEAN_SHARE = 0.5  # share of the avoided mean taken from unrelated rows: all of it would cost one subject in ten
 
-Avoided = tuple[tuple[str, float], ...]  # phrases and their weights, sorted by phrase
+AvoidedPhrases = tuple[tuple[str, float], ...]  # phrases and their weights, sorted by phrase
 
 
-def avoided(spec: RenderSpec) -> Avoided:
+def avoided_phrases(spec: RenderSpec) -> AvoidedPhrases:
     """What a picture without guidance is steered away from; with guidance nothing, as the negative prompt does that.
 
     A style's avoids weigh as much as the style, and so do the keywords of one with negative strength; phrases of the
@@ -34,35 +34,41 @@ def avoided(spec: RenderSpec) -> Avoided:
     if spec.guidance:
         return ()
     strengths: dict[str, list[float]] = defaultdict(list)
-    for phrase, strength in of_styles(spec):
+    for phrase, strength in style_avoids(spec):
         strengths[phrase].append(strength)
-    weights = defaultdict(float, {phrase: min(math.fsum(each), MOST) for phrase, each in strengths.items()})
-    joined = dict.fromkeys(text for style in spec.styles for text in unsaid(style))  # what two styles add is added once
-    for phrase in Counter(phrases(spec.negative)) - Counter(phrase for text in joined for phrase in phrases(text)):
+    weights = defaultdict(float, {phrase: min(math.fsum(each), MAX_WEIGHT) for phrase, each in strengths.items()})
+    # what two styles add is added once
+    joined = dict.fromkeys(text for style in spec.styles for text in avoided_words(style))
+    for phrase in Counter(phrases_in(spec.negative)) - Counter(
+        phrase for text in joined for phrase in phrases_in(text)
+    ):
         weights[phrase] = max(weights[phrase], 1.0)
     return tuple(sorted((phrase, weight) for phrase, weight in weights.items() if weight))
 
 
 def negative_prompt(spec: RenderSpec) -> str:
     """What guidance leads away from: the spec's negative prompt, plus the styles' avoids that it lacks."""
-    said = phrases(spec.negative)
-    lacking = sorted({phrase for phrase, _ in of_styles(spec) if phrase not in said})
+    said = phrases_in(spec.negative)
+    lacking = sorted({phrase for phrase, _ in style_avoids(spec) if phrase not in said})
     return ", ".join(filter(None, [spec.negative, *lacking]))
 
 
-def unsaid(style: Style) -> tuple[str, ...]:
+def avoided_words(style: Style) -> tuple[str, ...]:
     """What a style adds to the negative prompt."""
     return style.avoids if style.strength > 0 else style.keywords
 
 
-def of_styles(spec: RenderSpec) -> list[tuple[str, float]]:
+def style_avoids(spec: RenderSpec) -> list[tuple[str, float]]:
     """Each phrase that a style avoids, and how strongly, once for every style that does."""
     return [
-        (phrase, abs(style.strength)) for style in spec.styles for text in unsaid(style) for phrase in phrases(text)
+        (phrase, abs(style.strength))
+        for style in spec.styles
+        for text in avoided_words(style)
+        for phrase in phrases_in(text)
     ]
 
 
-def phrases(text: str) -> list[str]:
+def phrases_in(text: str) -> list[str]:
     return [phrase for part in text.split(",") if (phrase := " ".join(part.split()))]
 
 
@@ -75,7 +81,7 @@ class Direction(NamedTuple):
 
 
 def directions(
-    encode: Callable[[str], Tensor], unread: Callable[[str], int], prompt: str, away: Avoided
+    encode: Callable[[str], Tensor], unread: Callable[[str], int], prompt: str, avoided: AvoidedPhrases
 ) -> list[Direction]:
     """The directions of avoided phrases for a prompt.
 
@@ -87,13 +93,13 @@ def directions(
     prompt too long for the phrase to fit after it loses its last words, each being at least one token.
     """
     found = []
-    for phrase, weight in away:
+    for phrase, weight in avoided:
         too_many = unread(f"{prompt}, {phrase}")
         said = " ".join(prompt.split()[:-too_many]) if too_many else prompt
         without = re.sub(rf"[\s,]*(?<!\w){re.escape(phrase)}(?!\w)", "", said, flags=re.IGNORECASE)
         with_it = said if without != said else ", ".join(filter(None, (said, phrase)))
-        suffixes = [split(encode(text).cpu().double())[1] for text in (with_it, without)]
-        found.append(Direction(split(encode(phrase))[0], suffixes[0] - suffixes[1], weight))
+        suffixes = [split_suffix(encode(text).cpu().double())[1] for text in (with_it, without)]
+        found.append(Direction(split_suffix(encode(phrase))[0], suffixes[0] - suffixes[1], weight))
     return found
 
 
@@ -106,7 +112,7 @@ def steer_away(embeds: Tensor, away: Sequence[Direction], neutral: Tensor) -> Te
 
     Tap by tap, with m the mean of the neutral prompt's own rows, R_a − m the avoided phrase's, r_a their mean, P_a the
     projection onto what they span, g = |P_a (h − m)|² / |h − m|² of an own row h, averaged over the taps, s(g) =
-    3 g² − 2 g³, and c = ASIDE (1 − the largest s(g) of all own rows),
+    3 g² − 2 g³, and c = MEAN_SHARE (1 − the largest s(g) of all own rows),
 
         h' = h − Σ_a w_a (s(g) (h − m) + c (1 − s(g)) r_a)
 
@@ -119,9 +125,9 @@ def steer_away(embeds: Tensor, away: Sequence[Direction], neutral: Tensor) -> Te
     """
     if not away:
         return embeds
-    own, suffix = split(embeds.cpu().double())
-    middle = split(neutral.cpu().double())[0].mean(1, keepdim=True)
-    parts = [(away_from(own - middle, rows.cpu().double() - middle), adds, weight) for rows, adds, weight in away]
+    own, suffix = split_suffix(embeds.cpu().double())
+    middle = split_suffix(neutral.cpu().double())[0].mean(1, keepdim=True)
+    parts = [(removal(own - middle, rows.cpu().double() - middle), adds, weight) for rows, adds, weight in away]
     parts.sort(key=lambda part: (part[2], part[1].sum().item()))  # so that sums round the same in any order
     moved = []
     from_own = [weight * toward for toward, _, weight in parts]
@@ -135,7 +141,7 @@ def steer_away(embeds: Tensor, away: Sequence[Direction], neutral: Tensor) -> Te
     return torch.cat(moved, 1).to(embeds)
 
 
-def away_from(rows: Tensor, avoided: Tensor) -> Tensor:
+def removal(rows: Tensor, avoided: Tensor) -> Tensor:
     """What weight 1 removes from rows [1, T, N, E], for avoided rows [1, T_a, N, E], both relative to the neutral
     mean."""
     by_tap, spanning = rows[0].transpose(0, 1), avoided[0].transpose(0, 1)  # [N, T, E], [N, T_a, E]
@@ -144,11 +150,11 @@ def away_from(rows: Tensor, avoided: Tensor) -> Tensor:
     inside = (by_tap @ basis.transpose(1, 2)).square().sum(-1, keepdim=True)
     share = (inside / by_tap.square().sum(-1, keepdim=True).clamp(min=1e-12)).mean(0)
     share = share**2 * (3 - 2 * share)
-    aside = ASIDE * (1 - share.amax()) if len(share) else 0.0
+    aside = MEAN_SHARE * (1 - share.amax()) if len(share) else 0.0
     taken = share * by_tap + aside * (1 - share) * spanning.mean(1, keepdim=True)
     return taken.transpose(0, 1)[None]
 
 
-def split(embeds: Tensor) -> tuple[Tensor, Tensor]:
+def split_suffix(embeds: Tensor) -> tuple[Tensor, Tensor]:
     """A prompt's own rows and the suffix's."""
     return embeds[:, :-SUFFIX_TOKENS], embeds[:, -SUFFIX_TOKENS:]

@@ -14,54 +14,54 @@ from math import prod
 import torch
 from torch import Tensor
 
-from model.headers import Stored
-from model.marks import BLOCKS, SCALES
+from model.comfy_formats import BLOCK_SIZES, SCALE_DTYPES
+from model.headers import StoredTensor
 
-HALVES = torch.tensor([0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12], dtype=torch.int8)  # e2m1, times 2
+E2M1_TIMES_2 = torch.tensor([0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12], dtype=torch.int8)
 TILE = (128, 4)  # rows and blocks
-STACKED = 32  # rows of a tile that are stacked
-AT_ONCE = 1 << 22  # bytes unpacked at once, to keep working copies small
+STACKED_ROWS = 32  # rows of a tile that are stacked
+CHUNK_BYTES = 1 << 22  # bytes unpacked at once, to keep working copies small
 
 
-def in_blocks(kind: str, matrix: Tensor, scale: Tensor, whole: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def unpack_blocks(kind: str, matrix: Tensor, scale: Tensor, whole: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """A matrix as stored -> numbers [out, in], int8 or fp8, and fp32 scales [out, in / block].
 
     whole: NVFP4's scale of the matrix.
     """
-    numbers = from_halves(matrix) if kind == "nvfp4" else matrix
-    scales = in_order(scale, len(numbers), numbers.shape[1] // BLOCKS[kind])
+    numbers = unpack_e2m1(matrix) if kind == "nvfp4" else matrix
+    scales = unswizzle(scale, len(numbers), numbers.shape[1] // BLOCK_SIZES[kind])
     if whole is None:
         return numbers, scales.view(torch.float8_e8m0fnu).float()
     return numbers, scales.float() * (whole.float() / 2)
 
 
-def from_halves(matrix: Tensor) -> Tensor:
+def unpack_e2m1(matrix: Tensor) -> Tensor:
     """Bytes [out, in / 2] -> their numbers times 2, int8 [out, in]."""
-    halves = HALVES.to(matrix.device)
+    halves = E2M1_TIMES_2.to(matrix.device)
     numbers = torch.empty(*matrix.shape, 2, dtype=torch.int8, device=matrix.device)
-    step = max(AT_ONCE // matrix.shape[1], 1)
+    step = max(CHUNK_BYTES // matrix.shape[1], 1)
     for start in range(0, len(matrix), step):
         rows = matrix[start : start + step]
         numbers[start : start + step] = halves[torch.stack([rows >> 4, rows & 15], -1).int()]
     return numbers.view(len(matrix), -1)
 
 
-def in_order(scale: Tensor, rows: int, blocks: int) -> Tensor:
+def unswizzle(scale: Tensor, rows: int, blocks: int) -> Tensor:
     """Scales in cuBLAS's order -> [rows, blocks]."""
-    tiles = [whole // size for whole, size in zip(padded(rows, blocks), TILE, strict=True)]
-    stored = scale.view(*tiles, STACKED, TILE[0] // STACKED, TILE[1])
+    tiles = [whole // size for whole, size in zip(pad_to_tiles(rows, blocks), TILE, strict=True)]
+    stored = scale.view(*tiles, STACKED_ROWS, TILE[0] // STACKED_ROWS, TILE[1])
     return stored.permute(0, 3, 2, 1, 4).reshape(tiles[0] * TILE[0], -1)[:rows, :blocks].contiguous()
 
 
-def padded(rows: int, blocks: int) -> Sequence[int]:
+def pad_to_tiles(rows: int, blocks: int) -> Sequence[int]:
     """The numbers of rows and blocks with scales, rounded up to whole tiles."""
     return [-(-count // size) * size for count, size in zip((rows, blocks), TILE, strict=True)]
 
 
-def lacking(kind: str, stored: Stored, scale: Stored | None, whole: Stored | None) -> str:
+def find_problem(kind: str, stored: StoredTensor, scale: StoredTensor | None, whole: StoredTensor | None) -> str:
     """What is missing or wrong in a matrix scaled in blocks; empty if nothing is."""
     rows, numbers = stored.shape if len(stored.shape) == 2 else (0, 0)
-    if not numbers or numbers % BLOCKS[kind]:
+    if not numbers or numbers % BLOCK_SIZES[kind]:
         return f"{kind} of shape {list(stored.shape)}"
     if (kind == "nvfp4") != (whole is not None):
         return f"{kind} with{'out' if whole is None else ''} a scale of the whole matrix"
@@ -69,5 +69,7 @@ def lacking(kind: str, stored: Stored, scale: Stored | None, whole: Stored | Non
         return f"{kind} with {whole.dtype} {list(whole.shape)} as the scale of the whole matrix"
     if scale is None:
         return f"{kind} without scales"
-    right = scale.dtype in SCALES[kind] and prod(scale.shape) == prod(padded(rows, numbers // BLOCKS[kind]))
+    right = scale.dtype in SCALE_DTYPES[kind] and prod(scale.shape) == prod(
+        pad_to_tiles(rows, numbers // BLOCK_SIZES[kind])
+    )
     return "" if right else f"{kind} with scales of {scale.dtype} {list(scale.shape)}"

@@ -12,24 +12,24 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from model.cohesion import Tie
+from model.cohesion import LeadAttention
 from model.dit import Attend, Krea2
 from model.sampler import guided, style_guided
 from model.splice import Splice
 
 
-class Told(NamedTuple):
-    """One wording: its share in the velocity, and its contexts [1, T, D], one for each picture."""
+class WeightedContexts(NamedTuple):
+    """One version of the prompts: its share in the velocity, and its contexts [1, T, D], one for each picture."""
 
     share: float
     contexts: Sequence[Tensor]
 
 
-class Said(NamedTuple):
-    """The prompts of pictures rendered together, in wordings whose shares add up to 1."""
+class PromptContexts(NamedTuple):
+    """The prompts of pictures rendered together, in versions whose shares add up to 1."""
 
-    ways: Mapping[str, Sequence[Told]]  # as `model.settle.ways` names and orders them
-    negative: Sequence[Told] = ()  # what guidance leads away from, if anything
+    branches: Mapping[str, Sequence[WeightedContexts]]  # as `model.resolve.prompt_branches` names and orders them
+    negative: Sequence[WeightedContexts] = ()  # what guidance leads away from, if anything
 
 
 class Group(NamedTuple):
@@ -38,38 +38,38 @@ class Group(NamedTuple):
     rows: list[int]
     context: Tensor  # [rows, T, D]
     rope: Tensor
-    leads: bool = False  # the lead picture's rows, which the others follow
+    is_lead: bool = False  # the lead picture's rows, which the others follow
 
 
-class Branches:
+class GuidedVelocity:
     """The velocity of pictures of one schedule, as `model.sampler.euler` needs it."""
 
     def __init__(
         self,
         dit: Krea2,
-        said: Said,
+        prompts: PromptContexts,
         mods: Tensor,
         grid: tuple[int, int],
         *,
         guidance: float,
         style_guidance: float | None,
-        presence: float = 1.0,
+        fade: float = 1.0,
         splice: Splice | None = None,
-        tie: Tie | None = None,
-        pack: int = 0,
+        cohesion: LeadAttention | None = None,
+        one_stream: int = 0,
     ):
-        """mods [steps, 1, 7D] from `Krea2.modulate`. With a tie the first picture leads. `presence`: how much of what
-        is "styled" but not "lasting" counts; below 1 it is fading out. `pack`: up to this many image tokens all groups
-        run as one stream."""
-        self.dit, self.said, self.mods, self.grid = dit, said, mods, grid
-        self.guidance, self.style_guidance, self.presence = guidance, style_guidance, presence
-        self.splice, self.tie, self.pack = splice, tie, pack
-        branches = [told.contexts for way in (*said.ways.values(), said.negative) for told in way]
+        """mods [steps, 1, 7D] from `Krea2.modulate`. With cohesion the first picture leads. `fade`: how much of
+        what is "styled" but not "lasting" counts; below 1 it is fading out. `one_stream`: up to this many image tokens
+        all groups run as one stream."""
+        self.dit, self.prompts, self.mods, self.grid = dit, prompts, mods, grid
+        self.guidance, self.style_guidance, self.fade = guidance, style_guidance, fade
+        self.splice, self.cohesion, self.one_stream = splice, cohesion, one_stream
+        branches = [each.contexts for versions in (*prompts.branches.values(), prompts.negative) for each in versions]
         self.count, self.pictures = len(branches), len(branches[0])
         rows = [context for branch in branches for context in branch]
         # The splice enters every branch, so that guidance contrasts prompts and not looks; the style's own guidance
         # term is the difference between a branch with the splice and one without.
-        without = 0 if style_guidance is None else len(said.ways["plain"]) + len(said.negative)
+        without = 0 if style_guidance is None else len(prompts.branches["plain"]) + len(prompts.negative)
         spliced = (self.count - without) * self.pictures if splice else 0
         self.spliced, self.others = self._groups(rows, range(spliced)), self._groups(rows, range(spliced, len(rows)))
 
@@ -80,21 +80,22 @@ class Branches:
         if self.splice is not None:
             v = v + self.splice.velocity(lambda attend: self._evaluate(x, self.spliced, step, attend), step)
         answers = iter(v.chunk(self.count))
-        ways = {way: whole(told, answers) for way, told in self.said.ways.items()}
-        with_style = ways["styled"]
-        if self.presence < 1:
-            with_style = torch.lerp(ways["lasting" if "lasting" in ways else "plain"], with_style, self.presence)
-        conditional = with_style if self.style_guidance is None else ways["plain"]
+        velocities = {name: weighted_sum(versions, answers) for name, versions in self.prompts.branches.items()}
+        with_style = velocities["styled"]
+        if self.fade < 1:
+            without = velocities["lasting" if "lasting" in velocities else "plain"]
+            with_style = torch.lerp(without, with_style, self.fade)
+        conditional = with_style if self.style_guidance is None else velocities["plain"]
         v = conditional
-        if self.said.negative:
-            v = guided(conditional, whole(self.said.negative, answers), self.guidance)
+        if self.prompts.negative:
+            v = guided(conditional, weighted_sum(self.prompts.negative, answers), self.guidance)
         return v if self.style_guidance is None else style_guided(with_style, conditional, v, self.style_guidance)
 
     def _groups(self, contexts: Sequence[Tensor], rows: Sequence[int]) -> list[Group]:
         """Rows grouped by context length; the lead picture's groups come first."""
         found: dict[tuple[bool, int], list[int]] = {}
         for row in rows:
-            leads = self.tie is not None and row % self.pictures == 0
+            leads = self.cohesion is not None and row % self.pictures == 0
             found.setdefault((not leads, contexts[row].shape[1]), []).append(row)
         return [
             Group(group, torch.cat([contexts[row] for row in group]), self.dit.rope(length, self.grid), not follows)
@@ -108,9 +109,9 @@ class Branches:
         since x is integrated in fp32."""
         v = torch.zeros_like(x)
         mods = self.mods[step : step + 1]
-        attends = [self._tied(group, attend, step) for group in groups]
+        attends = [self._with_lead(group, attend, step) for group in groups]
         streams = [(x[rows].to(context.dtype), context, rope) for rows, context, rope, _ in groups]
-        if len(groups) > 1 and sum(len(group.rows) for group in groups) * x.shape[1] <= self.pack:
+        if len(groups) > 1 and sum(len(group.rows) for group in groups) * x.shape[1] <= self.one_stream:
             answers = self.dit.velocities(streams, mods, attends)
         else:
             answers = [
@@ -121,16 +122,18 @@ class Branches:
             v[group.rows] = answer.float()
         return v
 
-    def _tied(self, group: Group, attend: Sequence[Attend | None] | None, step: int) -> Sequence[Attend | None] | None:
+    def _with_lead(
+        self, group: Group, attend: Sequence[Attend | None] | None, step: int
+    ) -> Sequence[Attend | None] | None:
         """A group's attention: the lead's is recorded, the others follow it."""
-        if self.tie is None:
+        if self.cohesion is None:
             return attend
         branches = [row // self.pictures for row in group.rows]
-        return self.tie.listen(attend, branches, step) if group.leads else self.tie.follow(attend, branches)
+        return self.cohesion.record(attend, branches, step) if group.is_lead else self.cohesion.follow(attend, branches)
 
 
-def whole(wordings: Sequence[Told], answers: Iterator[Tensor]) -> Tensor:
-    """The weighted sum of all wordings' velocities; takes the next answers."""
-    if len(wordings) == 1:
+def weighted_sum(versions: Sequence[WeightedContexts], answers: Iterator[Tensor]) -> Tensor:
+    """The weighted sum of all versions' velocities; takes the next answers."""
+    if len(versions) == 1:
         return next(answers)
-    return torch.stack([told.share * next(answers) for told in wordings]).sum(0)
+    return torch.stack([each.share * next(answers) for each in versions]).sum(0)

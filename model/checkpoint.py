@@ -21,32 +21,32 @@ import torch
 from torch import Tensor, nn
 
 from model import blockwise, four_bit
-from model.errors import K2Error, listed
-from model.few_bits import ENDS, Format, few_bit_layers, hold
-from model.four_bit import Codes, codes_of
-from model.gguf_file import GGUFTensors
-from model.headers import AGAIN, Stored, own_words, read_json, shards, stored_in
-from model.marks import (
-    BESIDE,
-    BLOCKS,
-    CODES,
-    OTHER_SCALES,
+from model.atomic import atomic_write
+from model.comfy_formats import (
+    ALL_SCALE_SUFFIXES,
+    BLOCK_SIZES,
+    CODE_FORMATS,
     OTHER_TOOLS,
-    SCALE_ENDS,
-    SECOND,
+    SECOND_SCALE,
+    UNSUPPORTED_SCALES,
+    W4A8_SUFFIXES,
     Mark,
-    form_of,
+    find_problem,
     is_auxiliary,
     rotation,
-    unreadable,
+    special_format,
 )
+from model.errors import K2Error, listed
+from model.four_bit import Codes, codes_of
+from model.gguf_file import GGUFTensors
+from model.headers import FETCH_AGAIN, StoredTensor, own_metadata, read_json, shards, stored_tensors
+from model.low_bit import SUFFIXES, Format, few_bit_layers, pack
 from model.plan import free_memory
 from model.quantize import Rows, restore, scale_of
-from model.safetensors_file import PLAINER, Arriving, SafeTensors
-from model.whole import whole
+from model.safetensors_file import USE_PLAIN_FILE, SafeTensors, StreamedMatrix
 
-WIDE = ("F64", "F32", "F16", "BF16")
-WHOLE = ("BOOL", "U8", "I16", "U16", "I32", "U32", "I64", "U64")  # as weights these pack another format
+WIDE_DTYPES = ("F64", "F32", "F16", "BF16")
+INTEGER_DTYPES = ("BOOL", "U8", "I16", "U16", "I32", "U32", "I64", "U64")  # as weights these pack another format
 
 
 @dataclass(frozen=True)
@@ -54,10 +54,10 @@ class Checkpoint:
     """The contents of a file or a folder of shards, by its headers. No tensor is read yet."""
 
     path: Path
-    tensors: dict[str, Stored]
+    tensors: dict[str, StoredTensor]
     metadata: dict[str, Any] = field(default_factory=dict)  # our own, `k2`; empty for other files
     config: dict[str, Any] = field(default_factory=dict)  # a folder's config.json
-    astray: tuple[Mark, ...] = ()  # marks for weights that the file lacks
+    stray_marks: tuple[Mark, ...] = ()  # marks for weights that the file lacks
 
     @property
     def files(self) -> list[Path]:
@@ -81,7 +81,7 @@ class Checkpoint:
         Anything that `refuse_unreadable` lets pass is read correctly.
 
         few: matrices wanted in few bits, and their formats; each is followed by what is needed to read it, named as in
-        `few_bits.ENDS`. They are rounded a few rows at a time while the next are read, or kept as stored if the file
+        `low_bit.SUFFIXES`. They are rounded a few rows at a time while the next are read, or kept as stored if the file
         holds the very same format.
         """
         wanted, few = set(self.tensors) if names is None else set(names), few or {}
@@ -90,25 +90,27 @@ class Checkpoint:
         def fetch(index: int) -> tuple[Rows | Codes, Tensor | None]:
             name = order[index]
             stored, scale = self.tensors[name], scale_of(name, self.tensors)
-            if scale is None and name in few and stored.dtype in WIDE:
+            if scale is None and name in few and stored.dtype in WIDE_DTYPES:
                 return files.rows(stored, reader), None
             tensor = files.get(stored)
             factor = None if scale is None else files.get(self.tensors[scale])
             if factor is None:
                 return tensor, None
-            if kind := form_of(stored.marks, CODES):
-                groups, levels = (files.get(s) if (s := self.tensors.get(name + end)) else None for end in BESIDE)
+            if kind := special_format(stored.marks, CODE_FORMATS):
+                groups, levels = (
+                    files.get(s) if (s := self.tensors.get(name + end)) else None for end in W4A8_SUFFIXES
+                )
                 return codes_of(kind, tensor, factor, groups, levels), factor
-            if kind := form_of(stored.marks, BLOCKS):
-                whole = self.tensors.get(name + SECOND)
-                return blockwise.in_blocks(kind, tensor, factor, None if whole is None else files.get(whole))
+            if kind := special_format(stored.marks, BLOCK_SIZES):
+                whole = self.tensors.get(name + SECOND_SCALE)
+                return blockwise.unpack_blocks(kind, tensor, factor, None if whole is None else files.get(whole))
             return tensor, factor
 
         device = torch.device(device)
         if device.type == "cuda" and device.index is None:  # the current one, which is per thread
             device = torch.device("cuda", torch.cuda.current_device())
         where = "cpu" if device.type == "mps" else str(device)  # Metal has no 8-bit floats
-        with Opened(where, not few or self.can_be_cached()) as files, ThreadPoolExecutor(1, "weights") as reader:
+        with OpenFiles(where, not few or self.can_be_cached()) as files, ThreadPoolExecutor(1, "weights") as reader:
             coming = reader.submit(fetch, 0) if order else None
             for index, name in enumerate(order):
                 assert coming is not None
@@ -116,8 +118,8 @@ class Checkpoint:
                 coming = reader.submit(fetch, index + 1) if index + 1 < len(order) else None
                 group = rotation(self.tensors[name].marks)
                 if name in few:
-                    held = hold(tensor, factor, group, few[name])
-                    for end, part in zip(ENDS[few[name].bits], held, strict=True):
+                    held = pack(tensor, factor, group, few[name])
+                    for end, part in zip(SUFFIXES[few[name].bits], held, strict=True):
                         yield name + end, part.to(device)
                 else:
                     tensor = tensor.numbers if isinstance(tensor, Codes) else tensor
@@ -126,22 +128,22 @@ class Checkpoint:
                     yield name, restore(tensor, factor, wide, group).to(device)
 
 
-class Opened(ExitStack):
+class OpenFiles(ExitStack):
     """Weights files, open for reading."""
 
     def __init__(self, device: str, cached: bool):
         super().__init__()
         self.device, self.cached, self._files = device, cached, dict[Path, Any]()
 
-    def get(self, stored: Stored) -> Tensor:
+    def get(self, stored: StoredTensor) -> Tensor:
         """A tensor as stored; on a CPU a view of the mapping, which lives as long as the tensor does."""
         return self._of(stored.path).get_tensor(stored.name)
 
-    def rows(self, stored: Stored, reader: Executor) -> Rows:
+    def rows(self, stored: StoredTensor, reader: Executor) -> Rows:
         """A matrix as stored; on a CPU possibly still being read, by `reader`."""
         file = self._of(stored.path)
         on_its_way = self.device == "cpu" and isinstance(file, SafeTensors)
-        return Arriving(file, stored.name, reader) if on_its_way else file.get_tensor(stored.name)
+        return StreamedMatrix(file, stored.name, reader) if on_its_way else file.get_tensor(stored.name)
 
     def _of(self, path: Path) -> Any:
         if path not in self._files:
@@ -168,10 +170,10 @@ def open_checkpoint(path: Path | str) -> Checkpoint:
             hint = "It is unclear which one counts: fetch the folder again."
             raise K2Error(f"{path} holds {listed(twice, 3)} in more than one file.", hint=hint)
         tensors = {name: stored for part in parts for name, stored in part.tensors.items()}
-        astray = tuple(mark for part in parts for mark in part.astray)
-        return Checkpoint(path, tensors, parts[0].metadata, config, astray=astray)
-    tensors, about, astray = stored_in(path)
-    return Checkpoint(path, tensors, own_words(about), astray=astray)
+        astray = tuple(mark for part in parts for mark in part.stray_marks)
+        return Checkpoint(path, tensors, parts[0].metadata, config, stray_marks=astray)
+    tensors, about, astray = stored_tensors(path)
+    return Checkpoint(path, tensors, own_metadata(about), stray_marks=astray)
 
 
 def open_tensors(path: Path, device: str, cached: bool) -> Any:
@@ -195,7 +197,7 @@ def write(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]
     """Write a .safetensors file, completely or not at all: the same content gives the same bytes."""
     from safetensors.torch import save_file
 
-    with whole(path) as draft:
+    with atomic_write(path) as draft:
         save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, draft, dict(metadata))
         sort_metadata(draft)
 
@@ -249,7 +251,7 @@ def check(model: nn.Module, checkpoint: Checkpoint) -> None:
     }
     problems = [f"{len(names)} {what} ({listed(names, 3)})" for what, names in found.items() if names]
     if problems:
-        hint = AGAIN if found["missing"] else "Give only this network's own weights."
+        hint = FETCH_AGAIN if found["missing"] else "Give only this network's own weights."
         raise K2Error(f"The tensors of {checkpoint.path} do not fit the network: {', '.join(problems)}.", hint=hint)
 
 
@@ -280,32 +282,36 @@ def reader(
 def refuse_unreadable(checkpoint: Checkpoint) -> None:
     """Refuse storage formats that would load without complaint but wrongly, or that hide the network's shape. Raises
     K2Error."""
-    formats = {"marks without their weights" for mark in checkpoint.astray if unreadable([mark], "", ())}
+    formats = {"marks without their weights" for mark in checkpoint.stray_marks if find_problem([mark], "", ())}
     marked = set[str]()
     for name, stored in checkpoint.tensors.items():
         scale = scale_of(name, checkpoint.tensors)
         factor = checkpoint.tensors[scale] if scale else None
-        if strange := unreadable(stored.marks, stored.dtype, stored.shape):
+        if strange := find_problem(stored.marks, stored.dtype, stored.shape):
             marked.add(strange)
-        if kind := form_of(stored.marks, BLOCKS):
-            formats.add(blockwise.lacking(kind, stored, factor, checkpoint.tensors.get(name + SECOND)))
+        if kind := special_format(stored.marks, BLOCK_SIZES):
+            formats.add(blockwise.find_problem(kind, stored, factor, checkpoint.tensors.get(name + SECOND_SCALE)))
             continue
-        if kind := form_of(stored.marks, CODES):
-            formats.add(four_bit.lacking(kind, stored, factor, *(checkpoint.tensors.get(name + end) for end in BESIDE)))
+        if kind := special_format(stored.marks, CODE_FORMATS):
+            formats.add(
+                four_bit.find_problem(
+                    kind, stored, factor, *(checkpoint.tensors.get(name + end) for end in W4A8_SUFFIXES)
+                )
+            )
             continue
         if strange:  # the shapes and scales of such a format are unknown
             continue
-        if factor and not of_rows(factor.shape, stored.shape):
+        if factor and not is_per_row(factor.shape, stored.shape):
             formats.add(f"{stored.dtype} with scales of {list(factor.shape)}")
         if not factor and stored.dtype == "I8" and name.endswith(".weight"):
             formats.add("I8 without scales")
-        if beside := next((end for end in (SECOND, *BESIDE) if name + end in checkpoint.tensors), None):
+        if beside := next((end for end in (SECOND_SCALE, *W4A8_SUFFIXES) if name + end in checkpoint.tensors), None):
             formats.add(f'{stored.dtype} with an unexplained "weight{beside}" beside it')
-        elif stored.dtype in WHOLE and name.endswith(".weight"):
+        elif stored.dtype in INTEGER_DTYPES and name.endswith(".weight"):
             formats.add(f"{stored.dtype}, which packs another format")
-        if OTHER_SCALES.search(name):
+        if UNSUPPORTED_SCALES.search(name):
             formats.add(f'8 bits with "{name.rpartition(".")[2]}" beside them')
-        stem = next((name.removesuffix(suffix) for suffix in SCALE_ENDS if name.endswith(suffix)), None)
+        stem = next((name.removesuffix(suffix) for suffix in ALL_SCALE_SUFFIXES if name.endswith(suffix)), None)
         if stem is not None and f"{stem}.weight" not in checkpoint.tensors:
             formats.add("scales without their weights")
     formats.discard("")
@@ -314,11 +320,11 @@ def refuse_unreadable(checkpoint: Checkpoint) -> None:
         found = tools or [*stated_format(checkpoint), *sorted(marked), *sorted(formats)]
         raise K2Error(
             f"{checkpoint.path} holds weights stored as {listed(found, 3)}, which k2 does not read.",
-            hint=PLAINER,
+            hint=USE_PLAIN_FILE,
         )
 
 
-def of_rows(scales: tuple[int, ...], weight: tuple[int, ...]) -> bool:
+def is_per_row(scales: tuple[int, ...], weight: tuple[int, ...]) -> bool:
     """Whether there is one scale, or one per row: [out], [out, 1]. As many in a grid belong to blocks, and [1, out]
     would be broadcast over columns."""
     return prod(scales) == 1 or (scales[:1] == weight[:1] and prod(scales[1:]) == 1)

@@ -7,25 +7,27 @@ from numpy.typing import NDArray
 
 Array = NDArray[np.float64]
 
-MOST_LOOKS = 8
-APART = 0.25  # silhouette below which a split is not structure (Kaufman & Rousseeuw 1990)
-ONE_LOOK = 0.5  # cosine of two centres from which they are one look: a silhouette has no scale and splits any tight
-EVEN = 0.35  # group. An even split is less likely to be due to a few odd pictures, so the smallest look's share times
+MAX_LOOKS = 8
+MIN_SILHOUETTE = 0.25  # silhouette below which a split is not structure (Kaufman & Rousseeuw 1990)
+MAX_COSINE = 0.5  # cosine of two centres from which they are one look: a silhouette has no scale and splits any tight
+EVEN_SPLIT = (
+    0.35  # group. An even split is less likely to be due to a few odd pictures, so the smallest look's share times
+)
 # this is added to ONE_LOOK: up to 0.675 for two halves
-LEAST_LOOK, LEAST_PICTURES = 0.05, 3  # smallest share of a board, and number of pictures, for a look
-ROUNDS = 50  # of k-means, at most
+MIN_SHARE, MIN_PICTURES = 0.05, 3  # smallest share of a board, and number of pictures, for a look
+MAX_ROUNDS = 50  # of k-means, at most
 
 
 def find_looks(vectors: Array) -> list[list[int]]:
     """Unit vectors [B, V] -> clusters of their indices, the largest first, each ordered by distance to its centre.
 
-    Spherical k-means for every number of looks up to `MOST_LOOKS`; among the splits into looks that are separate and
-    not too small, the highest mean silhouette wins. If none reaches `APART`, there is one look.
+    Spherical k-means for every number of looks up to `MAX_LOOKS`; among the splits into looks that are separate and
+    not too small, the highest mean silhouette wins. If none reaches `MIN_SILHOUETTE`, there is one look.
     """
-    best, labels = APART, np.zeros(len(vectors), int)
-    for count in range(2, min(MOST_LOOKS, len(vectors) // LEAST_PICTURES) + 1):
+    best, labels = MIN_SILHOUETTE, np.zeros(len(vectors), int)
+    for count in range(2, min(MAX_LOOKS, len(vectors) // MIN_PICTURES) + 1):
         found = spherical_kmeans(vectors, count)
-        if separate(vectors, found) and (score := silhouette(vectors, found)) > best + 1e-9:
+        if are_separate(vectors, found) and (score := silhouette(vectors, found)) > best + 1e-9:
             best, labels = score, found
     looks = []
     for label in np.unique(labels):
@@ -35,15 +37,15 @@ def find_looks(vectors: Array) -> list[list[int]]:
     return sorted(looks, key=lambda look: (-len(look), min(look)))
 
 
-def separate(vectors: Array, labels: NDArray[np.intp]) -> bool:
+def are_separate(vectors: Array, labels: NDArray[np.intp]) -> bool:
     """Whether every cluster is large enough for a look, and no two are too similar."""
     names, counts = np.unique(labels, return_counts=True)
     middles = np.stack([vectors[labels == name].mean(0) for name in names])
     middles /= np.maximum(np.linalg.norm(middles, axis=1, keepdims=True), 1e-12)
     nearest = (middles @ middles.T - 3 * np.eye(len(names))).max()
     least = counts.min()
-    enough = least >= max(LEAST_PICTURES, LEAST_LOOK * len(labels))
-    return bool(enough and nearest < ONE_LOOK + EVEN * least / len(labels))
+    enough = least >= max(MIN_PICTURES, MIN_SHARE * len(labels))
+    return bool(enough and nearest < MAX_COSINE + EVEN_SPLIT * least / len(labels))
 
 
 def spherical_kmeans(vectors: Array, count: int) -> NDArray[np.intp]:
@@ -52,7 +54,7 @@ def spherical_kmeans(vectors: Array, count: int) -> NDArray[np.intp]:
     while len(chosen) < count:
         chosen.append(int((vectors @ vectors[chosen].T).max(1).argmin()))
     centres, labels = vectors[chosen], np.full(len(vectors), -1)
-    for _ in range(ROUNDS):
+    for _ in range(MAX_ROUNDS):
         nearest = (vectors @ centres.T).argmax(1)
         if (nearest == labels).all():
             break

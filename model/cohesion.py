@@ -28,14 +28,14 @@ from torch import Tensor
 from model.attention import attention
 from model.dit import Attend, DiTConfig
 from model.spec import RenderSpec
-from model.splice import Capture, first_block, guarded, moments, pulled
+from model.splice import Capture, first_block, guard_keys, moments, pull_statistics
 
 Spec = TypeVar("Spec", bound=RenderSpec)
 
 # At c = 1. More attention ties looks closer but lets the lead's content through: at 0.75 eight prompts of a run lose a
 # tenth of their subjects on Raw. With damping alone twice as many are lost.
 NOISE, PULL, SHARE = 1.0, 0.8, 0.65
-GUARD = "both"  # against the lead's content
+LEAD_GUARD = "both"  # against the lead's content
 
 
 def leader_of(spec: Spec) -> Spec | None:
@@ -46,15 +46,15 @@ def leader_of(spec: Spec) -> Spec | None:
     return replace(spec, prompt=led.prompt, negative=led.negative, seed=led.seed, cohesion=0.0, leader=None)
 
 
-def leads(spec: RenderSpec) -> bool:
+def is_lead(spec: RenderSpec) -> bool:
     """Whether a tied picture is its own lead, and so the picture that it would be alone."""
     return leader_of(spec) == replace(spec, cohesion=0.0, leader=None)
 
 
-def shares(spec: RenderSpec) -> dict[str, float]:
+def shared_amounts(spec: RenderSpec) -> dict[str, float]:
     """How much noise, statistics and attention a picture shares with its lead, for a record; the lead itself shares
     none."""
-    c = 0.0 if leads(spec) else spec.cohesion
+    c = 0.0 if is_lead(spec) else spec.cohesion
     return {"noise": round(NOISE * c, 6), "statistics": round(PULL * c, 6), "attention": round(SHARE * c, 6)}
 
 
@@ -71,65 +71,67 @@ def shared_noise(starts: Tensor, cohesion: float) -> Tensor:
     return torch.cat((starts[:1], starts[1:] + (mixed - means[1:])))
 
 
-class Tie:
+class LeadAttention:
     """Records the lead's attention in an evaluation of the network, and lets rows evaluated after it follow."""
 
     def __init__(self, config: DiTConfig, cohesion: float, sigmas: Sequence[float], tokens: int, reach: float):
         """sigmas of the steps, number of image tokens, and the reach of their grid (`Krea2.reach`)."""
         self.config, self.cohesion, self.sigmas, self.tokens, self.reach = config, cohesion, sigmas, tokens, reach
-        self.first = first_block(config.blocks)
-        self.heard: dict[int, list[Capture]] = {}  # branch -> the lead's capture in each tied block, keys guarded
+        self.first_block = first_block(config.blocks)
+        self.captures: dict[int, list[Capture]] = {}  # branch -> the lead's capture in each tied block, keys guarded
 
-    def listen(self, attend: Sequence[Attend | None] | None, branches: Sequence[int], step: int) -> list[Attend | None]:
+    def record(self, attend: Sequence[Attend | None] | None, branches: Sequence[int], step: int) -> list[Attend | None]:
         """Attention for the lead's rows, in these branches: unchanged, but recorded."""
         tokens, sigma = self.tokens, self.sigmas[step]
-        self.heard |= {branch: [] for branch in branches}
+        self.captures |= {branch: [] for branch in branches}
 
         def listening(inner: Attend, _: int) -> Attend:
             def block(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
                 own_q, own_k, own_v = (x[:, :, -tokens:] for x in (q, k, v))
-                keys = guarded(own_k, self.config, GUARD, sigma, self.reach)
+                keys = guard_keys(own_k, self.config, LEAD_GUARD, sigma, self.reach)
                 heard = Capture(keys, own_v, *moments(own_q), *moments(own_k))
                 for row, branch in enumerate(branches):
-                    self.heard[branch].append(Capture(*(x[row] for x in heard)))
+                    self.captures[branch].append(Capture(*(x[row] for x in heard)))
                 return inner(q, k, v)
 
             return block
 
-        return self._deeper(attend, listening)
+        return self._in_deeper_blocks(attend, listening)
 
     def follow(self, attend: Sequence[Attend | None] | None, branches: Sequence[int]) -> list[Attend | None]:
         """Attention for rows in these branches, tied to what the same block recorded of the lead."""
 
         def following(inner: Attend, index: int) -> Attend:
             def block(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-                each = (self.heard[branch][index] for branch in branches)
+                each = (self.captures[branch][index] for branch in branches)
                 heard = Capture(*map(torch.stack, zip(*each, strict=True)))
-                return tied(inner, heard, self.cohesion)(q, k, v)
+                return shared_attention(inner, heard, self.cohesion)(q, k, v)
 
             return block
 
-        return self._deeper(attend, following)
+        return self._in_deeper_blocks(attend, following)
 
-    def _deeper(
+    def _in_deeper_blocks(
         self, attend: Sequence[Attend | None] | None, wrap: Callable[[Attend, int], Attend]
     ) -> list[Attend | None]:
         inner = list(attend) if attend is not None else [None] * self.config.blocks
-        return inner[: self.first] + [wrap(each or attention, i) for i, each in enumerate(inner[self.first :])]
+        return inner[: self.first_block] + [
+            wrap(each or attention, i) for i, each in enumerate(inner[self.first_block :])
+        ]
 
 
-def tied(inner: Attend, heard: Capture, cohesion: float) -> Attend:
+def shared_attention(inner: Attend, lead: Capture, cohesion: float) -> Attend:
     """A block's attention, with a share of the image tokens' output from attention that includes the lead."""
-    tokens, pull, share = heard.k.shape[2], PULL * cohesion, SHARE * cohesion
+    tokens, pull, share = lead.k.shape[2], PULL * cohesion, SHARE * cohesion
 
     def block(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         own = inner(q, k, v)
-        q_image = pulled(q[:, :, -tokens:], heard.q_mean, heard.q_var, pull)
-        k_image = pulled(k[:, :, -tokens:], heard.k_mean, heard.k_var, pull)
+        q_image = pull_statistics(q[:, :, -tokens:], lead.q_mean, lead.q_var, pull)
+        k_image = pull_statistics(k[:, :, -tokens:], lead.k_mean, lead.k_var, pull)
         together = inner(
             torch.cat((q[:, :, :-tokens], q_image), 2),
-            torch.cat((heard.k, k[:, :, :-tokens], k_image), 2),
-            torch.cat((heard.v, v), 2),
+            torch.cat((lead.k, k[:, :, :-tokens], k_image), 2),
+            torch.cat((lead.v, v), 2),
         )
         image = own[:, :, -tokens:].lerp(together[:, :, -tokens:], share)
         return torch.cat((own[:, :, :-tokens], image), 2)

@@ -13,10 +13,10 @@ from model.expand import look_words
 
 Array = NDArray[np.float64]
 
-COLOURS = 6
-STRIP = (480, 96)  # width and height in pixels of a palette strip
+PALETTE_SIZE = 6
+STRIP_SIZE = (480, 96)  # width and height in pixels of a palette strip
 SAME_COLOUR = 0.06  # OKLab distance below which two colours are one swatch
-SAID = 0.3  # share of a board from which a colour is a keyword
+KEYWORD_SHARE = 0.3  # share of a board from which a colour is a keyword
 
 
 @dataclass(frozen=True)
@@ -88,7 +88,7 @@ def find_palette(pictures: Sequence[NDArray[np.uint8]]) -> tuple[Colour, ...]:
     colours, counts = sums[used] / counts[used, None], counts[used]
     labs = oklab(colours / 255)
     centres = labs[[int(counts.argmax())]]
-    while len(centres) < COLOURS:
+    while len(centres) < PALETTE_SIZE:
         away = np.linalg.norm(labs[:, None] - centres, axis=-1).min(1)
         if away.max() < SAME_COLOUR:
             break
@@ -111,7 +111,7 @@ def find_palette(pictures: Sequence[NDArray[np.uint8]]) -> tuple[Colour, ...]:
 
 def swatches(palette: Sequence[Colour]) -> Image.Image:
     """The palette as a strip; each colour is as wide as its share, but never too narrow to see."""
-    width, height = STRIP
+    width, height = STRIP_SIZE
     shares = np.maximum([colour.share for colour in palette], 0.04)
     edges = [0, *(np.cumsum(shares / shares.sum()) * width).round().astype(int)]
     strip = Image.new("RGB", (width, height))
@@ -127,7 +127,9 @@ def colour_words(palette: Sequence[Colour]) -> tuple[list[str], list[str]]:
         shares[colour.name] = shares.get(colour.name, 0.0) + colour.share
     names = look_words()["palette"]
     wanted = [
-        name for name, share in sorted(shares.items(), key=lambda x: (-x[1], x[0])) if share >= SAID and name in names
+        name
+        for name, share in sorted(shares.items(), key=lambda x: (-x[1], x[0]))
+        if share >= KEYWORD_SHARE and name in names
     ]
     here = oklab(np.array([colour.rgb for colour in palette if colour.share > 0.005]) / 255)
     known = named_colours()

@@ -15,18 +15,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from model.atomic import atomic_write
 from model.checkpoint import check, reader
+from model.comfy_formats import make_mark
 from model.errors import K2Error
-from model.few_bits import ENDS, few_bit_layers
-from model.headers import AGAIN
-from model.layouts import hold_blocks, open_dit
-from model.marks import mark_of
+from model.headers import FETCH_AGAIN
+from model.layouts import open_dit, prepare_blocks
+from model.low_bit import SUFFIXES, few_bit_layers
 from model.safetensors_file import NUMBERS
-from model.whole import whole
 
 WORDS = {number: word for word, number in NUMBERS.items()}
 SCALES = ("_scale", "_s_channel")  # row scales of few-bit matrices, which show any NaN or infinity in their rows
-ALIGNED = 64  # tensors start at a multiple of this many bytes, so that they can be mapped
+ALIGNMENT = 64  # tensors start at a multiple of this many bytes, so that they can be mapped
 
 OnTensor = Callable[[int, int], None]  # (tensors written, of how many)
 
@@ -45,18 +45,18 @@ def write_compact(
         raise K2Error(f"{target} exists already.", hint="Choose another name.")
     model, checkpoint = open_dit(source)
     check(model, checkpoint)
-    hold_blocks(model, checkpoint, precision)
+    prepare_blocks(model, checkpoint, precision)
     read = reader(model, checkpoint, device="cpu", dtype=torch.bfloat16)
     about = {"kind": "dit", "config": asdict(model.config)} | ({"variant": variant} if variant else {})
     header, count = header_of(model, about | checkpoint.metadata), len(model.state_dict())
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        with whole(target) as draft, draft.open("wb") as file:
+        with atomic_write(target) as draft, draft.open("wb") as file:
             file.write(len(header).to_bytes(8, "little") + header)
             for done, (name, tensor) in enumerate(zip(model.state_dict(), tensors(model, read), strict=True), 1):
-                if (name.endswith(SCALES) or tensor.dtype == torch.float8_e4m3fn) and not is_sound(tensor):
+                if (name.endswith(SCALES) or tensor.dtype == torch.float8_e4m3fn) and not is_finite(tensor):
                     matrix = name.removesuffix("_scale").removesuffix("_s_channel")
-                    raise K2Error(f"{source} is damaged: {matrix} holds NaN or infinite numbers.", hint=AGAIN)
+                    raise K2Error(f"{source} is damaged: {matrix} holds NaN or infinite numbers.", hint=FETCH_AGAIN)
                 raw = tensor.contiguous().flatten().view(torch.uint8).numpy()
                 file.write(memoryview(raw))  # type: ignore[arg-type]
                 if on_tensor:
@@ -65,7 +65,7 @@ def write_compact(
         raise K2Error(f"{target} cannot be written: {error.strerror or error}.") from None
 
 
-def is_sound(tensor: Tensor) -> bool:
+def is_finite(tensor: Tensor) -> bool:
     """Whether all numbers are finite; for a matrix already stored in 8 bits its scales do not show it."""
     return all(bool(rows.float().isfinite().all()) for rows in tensor.split(1024))
 
@@ -73,10 +73,12 @@ def is_sound(tensor: Tensor) -> bool:
 def header_of(model: nn.Module, about: Mapping[str, Any]) -> bytes:
     """safetensors' header for what `tensors` yields, in its order."""
     few = few_bit_layers(model)
-    marks = {name.removesuffix(".weight"): mark for name, layer in few.items() if (mark := mark_of(*layer.format[1:]))}
+    marks = {
+        name.removesuffix(".weight"): mark for name, layer in few.items() if (mark := make_mark(*layer.format[1:]))
+    }
     table = {"_quantization_metadata": json.dumps({"layers": marks})} if marks else {}
     entries: dict[str, Any] = {"__metadata__": {"format": "pt", "k2": json.dumps(about, sort_keys=True), **table}}
-    held = {f"{name}{end}" for name, layer in few.items() for end in ENDS[layer.format.bits]}
+    held = {f"{name}{end}" for name, layer in few.items() for end in SUFFIXES[layer.format.bits]}
     end = 0
     for name, tensor in model.state_dict().items():
         if name in held:  # k2 holds e4m3 scales as raw bytes
@@ -86,7 +88,7 @@ def header_of(model: nn.Module, about: Mapping[str, Any]) -> bytes:
         begin, end = end, end + tensor.numel() * number.itemsize
         entries[name] = {"dtype": WORDS[number], "shape": list(tensor.shape), "data_offsets": [begin, end]}
     text = json.dumps(entries, separators=(",", ":")).encode()
-    return text + b" " * (-(8 + len(text)) % ALIGNED)
+    return text + b" " * (-(8 + len(text)) % ALIGNMENT)
 
 
 def tensors(model: nn.Module, read: Callable[[Iterable[str]], dict[str, Tensor]]) -> Iterator[Tensor]:

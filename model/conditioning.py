@@ -8,23 +8,23 @@ from functools import cached_property, partial
 import torch
 from torch import Tensor
 
-from model.avoid import SAYS_NOTHING, avoided, directions, steer_away
+from model.avoid import NEUTRAL_PROMPT, avoided_phrases, directions, steer_away
 from model.checkpoint import Checkpoint
 from model.dit import Krea2
 from model.library import Parts
+from model.lru import LRU
 from model.parts import Autoencoder, load_style
-from model.recent import Recent
+from model.reference_weights import WeightedReference
 from model.references import to_pixels
-from model.settle import Settled, read_beside
+from model.resolve import ResolvedSpec, references_in
 from model.style import StyleEncoder
 from model.text_encoder import TextEncoder
-from model.vision import Looked, Reader, Shown, find_tower
-from model.weighed import Weighed
+from model.vision import Reader, SeenPicture, WeightedPicture, find_tower
 
-REMEMBERED = 64  # contexts kept: a batch's prompts, and the negative prompt that they share
-MOST_TEXTS = 16  # texts and pictures whose rows are kept: of every tapped layer, five times the size of a context
-MOST_LOOKS = 1024  # references whose rows are kept, a few each: styles may have hundreds, and need all of them
-SHORT = 16  # texts of up to this many tokens are kept as many as contexts: most avoids are that short
+MAX_CONTEXTS = 64  # contexts kept: a batch's prompts, and the negative prompt that they share
+MAX_TEXTS = 16  # texts and pictures whose rows are kept: of every tapped layer, five times the size of a context
+MAX_STYLE_ROWS = 1024  # references whose rows are kept, a few each: styles may have hundreds, and need all of them
+SHORT_TEXT_TOKENS = 16  # texts of up to this many tokens are kept as many as contexts: most avoids are that short
 
 
 class Conditioning:
@@ -48,64 +48,69 @@ class Conditioning:
 
     def forget(self) -> None:
         """Drop everything cached; it is read again when next needed."""
-        self._contexts: Recent[Tensor] = Recent(REMEMBERED)
-        self._rows: Recent[Tensor] = Recent(MOST_TEXTS)
-        self._short: Recent[Tensor] = Recent(REMEMBERED)
-        self._looks: Recent[Tensor] = Recent(MOST_LOOKS)
-        self._shown: Recent[Looked] = Recent(MOST_TEXTS)
+        self._contexts: LRU[Tensor] = LRU(MAX_CONTEXTS)
+        self._long_texts: LRU[Tensor] = LRU(MAX_TEXTS)
+        self._short_texts: LRU[Tensor] = LRU(MAX_CONTEXTS)
+        self._style_rows: LRU[Tensor] = LRU(MAX_STYLE_ROWS)
+        self._vision_inputs: LRU[SeenPicture] = LRU(MAX_TEXTS)
 
-    def context(self, prompt: str, adapters: Hashable, spec: Settled | None = None, way: str = "plain") -> Tensor:
-        """What the transformer sees of a prompt and, in one of its `ways`, of a spec's styles, steered away from the
-        spec's avoids, [1, T, D]. `adapters` identifies the adapters applied to the transformer."""
-        (references, shown), away = (read_beside(spec, way), avoided(spec)) if spec else (((), ()), ())
+    def context(
+        self, prompt: str, adapters: Hashable, spec: ResolvedSpec | None = None, branch: str = "plain"
+    ) -> Tensor:
+        """What the transformer sees of a prompt and, in one of its `prompt_branches`, of a spec's styles, steered away
+        from the spec's avoids, [1, T, D]. `adapters` identifies the adapters applied to the transformer."""
+        (references, shown), away = (references_in(spec, branch), avoided_phrases(spec)) if spec else (((), ()), ())
         tiles, keep_rows = (spec.vision_tiles, bool(spec.vision_rows)) if spec and shown else (None, False)
 
         def read() -> Tensor:
             if shown:
                 assert tiles
-                embeds = self._reader.encode(prompt, self.show(shown, tiles), keep_rows=keep_rows)
+                embeds = self._vision_reader.encode(prompt, self.vision_inputs(shown, tiles), keep_rows=keep_rows)
             else:
-                embeds = self._speak(prompt)
+                embeds = self._text_rows(prompt)
             if away:
-                led = directions(self._speak, self.text.unread, prompt, away)
+                directions_away = directions(self._text_rows, self.text.truncated, prompt, away)
                 words = len(self.text.token_ids(prompt))  # rows of pictures follow, and stay as they are
-                steered = steer_away(embeds[:, :words], led, self._speak(SAYS_NOTHING))
+                steered = steer_away(embeds[:, :words], directions_away, self._text_rows(NEUTRAL_PROMPT))
                 embeds = torch.cat((steered, embeds[:, words:]), 1)
             if references:
                 embeds = torch.cat((embeds, self.style_rows(references)[None].to(embeds)), 1)
             return self.dit.encode_text(embeds)
 
         seen = [tuple((r.sha256, r.weight) for r in each) for each in (references, shown)]
-        return self._contexts.ask((prompt, adapters, away, *seen, tiles, keep_rows), read)
+        return self._contexts.get((prompt, adapters, away, *seen, tiles, keep_rows), read)
 
-    def style_rows(self, references: tuple[Weighed, ...]) -> Tensor:
+    def style_rows(self, references: tuple[WeightedReference, ...]) -> Tensor:
         """References as extra prompt rows [K, N, E], from the style encoder."""
         encoder, side = self._style_encoder
 
-        def read(reference: Weighed) -> Tensor:
+        def read(reference: WeightedReference) -> Tensor:
             pixels = to_pixels(reference.image, side, side).to(self.device, self.dtype)
             return encoder.read(self.vae.encode(pixels).float())
 
-        rows = [self._looks.ask(each.sha256, partial(read, each)) for each in references]
+        rows = [self._style_rows.get(each.sha256, partial(read, each)) for each in references]
         return encoder.mix(rows, [reference.weight for reference in references])
 
-    def show(self, references: tuple[Weighed, ...], tiles: int) -> list[Shown]:
+    def vision_inputs(self, references: tuple[WeightedReference, ...], tiles: int) -> list[WeightedPicture]:
         """References as the text encoder's vision tower sees them."""
 
-        def see(reference: Weighed) -> Looked:
-            return self._reader.show(reference.image, tiles)
+        def see(reference: WeightedReference) -> SeenPicture:
+            return self._vision_reader.show(reference.image, tiles)
 
-        return [Shown(self._shown.ask((each.sha256, tiles), partial(see, each)), each.weight) for each in references]
+        return [
+            WeightedPicture(self._vision_inputs.get((each.sha256, tiles), partial(see, each)), each.weight)
+            for each in references
+        ]
 
     @property
-    def sees(self) -> bool:
+    def has_vision(self) -> bool:
         """Whether the text encoder has a vision tower."""
         return self._vision_tower is not None
 
-    def _speak(self, text: str) -> Tensor:
+    def _text_rows(self, text: str) -> Tensor:
         """A text's rows [1, T, N, E]; cached, since avoids are read with many prompts."""
-        kept = self._short if len(self.text.token_ids(text)) <= SHORT else self._rows
-        return kept.ask(text, lambda: self.text.encode([text])[0])
+        kept = self._short_texts if len(self.text.token_ids(text)) <= SHORT_TEXT_TOKENS else self._long_texts
+        return kept.get(text, lambda: self.text.encode([text])[0])
 
     @cached_property
     def _style_encoder(self) -> tuple[StyleEncoder, int]:
@@ -119,7 +124,7 @@ class Conditioning:
         return find_tower(self.parts.text)
 
     @cached_property
-    def _reader(self) -> Reader:
+    def _vision_reader(self) -> Reader:
         """The text encoder with its vision tower, which is loaded for the first picture."""
         assert self._vision_tower is not None  # or settling would have refused
         return Reader(self.text, self._vision_tower)

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from model.attention import attention
-from model.latents import around, position_ids
+from model.latents import centre_on_square, position_ids
 
 FUSION_BLOCKS = 2  # of each kind: across the tapped layers, then across the prompt
 
@@ -96,7 +96,7 @@ PRESETS = {
 }
 
 
-def unfused(x: Tensor) -> bool:
+def runs_unfused(x: Tensor) -> bool:
     """Whether every small operation on x is its own pass over memory: on a CPU, where nothing is compiled."""
     return x.device.type == "cpu" and not torch.compiler.is_compiling()
 
@@ -104,7 +104,7 @@ def unfused(x: Tensor) -> bool:
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """x [..., D] scaled to a mean square of 1 over D, times weight [D], in fp32."""
     x32 = x.float()
-    if unfused(x):  # three passes instead of PyTorch's five
+    if runs_unfused(x):  # three passes instead of PyTorch's five
         length = torch.linalg.vector_norm(x32, dim=-1, keepdim=True)
         return (x32 * (length.square() / x.shape[-1] + eps).rsqrt()).mul_(weight).to(x.dtype)
     return F.rms_norm(x32, x.shape[-1:], weight, eps).to(x.dtype)
@@ -134,7 +134,7 @@ class QKNorm(nn.Module):
 def rotate(x: Tensor, rope: Tensor) -> Tensor:
     """Rotate adjacent pairs of x [B, S, heads, d] by rope [S, 1, d/2, 2], cosines and sines."""
     pairs = x.float().unflatten(-1, (-1, 2))
-    if unfused(x):  # one pass instead of seven; compilers need real numbers
+    if runs_unfused(x):  # one pass instead of seven; compilers need real numbers
         turned = torch.view_as_real(torch.view_as_complex(pairs) * torch.view_as_complex(rope))
     else:
         (even, odd), (cos, sin) = pairs.unbind(-1), rope.unbind(-1)
@@ -142,7 +142,7 @@ def rotate(x: Tensor, rope: Tensor) -> Tensor:
     return turned.flatten(-2).to(x.dtype)
 
 
-def apart(attends: Sequence[Attend], shapes: Sequence[Sequence[int]]) -> Attend:
+def attend_by_group(attends: Sequence[Attend], shapes: Sequence[Sequence[int]]) -> Attend:
     """Attention over a packed stream of groups of [n, S] tokens: each group has its own `attend`, each row sees only
     itself."""
 
@@ -332,10 +332,10 @@ class Krea2(nn.Module):
         """Row and column of every token in an h × w grid, as positions for RoPE -> [h · w, 2], fp64.
 
         A network trained on one square puts its subject in the square's middle, and has seen no positions beyond it.
-        Any other grid is therefore centred on that middle (`around`), in training too.
+        Any other grid is therefore centred on that middle (`centre_on_square`), in training too.
         """
         places = position_ids(0, *grid)[:, 1:].double()
-        return places if self.side is None else around(places, grid, self.side)
+        return places if self.side is None else centre_on_square(places, grid, self.side)
 
     def reach(self, grid: tuple[int, int]) -> float:
         """How far to shift columns so that a picture of this grid lies right beside another: its full width."""
@@ -401,7 +401,7 @@ class Krea2(nn.Module):
         rope = torch.cat([rope.repeat(count, 1, 1, 1) for (count, _), (*_, rope) in zip(shapes, groups, strict=True)])
         each = [own or [None] * len(self.blocks) for own in attend or [None] * len(groups)]
         for block, *own in zip(self.blocks, *each, strict=True):
-            x = block(x, time_mod, rope, None, apart([one or attention for one in own], shapes))
+            x = block(x, time_mod, rope, None, attend_by_group([one or attention for one in own], shapes))
         answers = self.last(x, time)[0].split([count * length for count, length in shapes])
         return [
             answer.unflatten(0, shape)[:, context.shape[1] :]

@@ -18,8 +18,8 @@ from typing import Any
 LEVELS = {"raw": 0, "low": 1, "medium": 2, "high": 3}  # level -> how many slots it fills
 LOOK = ("drawing", "medium")  # the slots that a style's pictures or LoRA already fill
 SLOTS = ("ground", *LOOK)  # in the order in which they are appended
-LONGEST = 600  # characters that a language model's expansion may have
-SMALL = frozenset((  # words that say nothing about a look
+MAX_CHARS = 600  # characters that a language model's expansion may have
+STOP_WORDS = frozenset((  # words that say nothing about a look
     "a", "an", "the", "of", "on", "in", "at", "with", "and", "or", "its", "his", "her", "their", "to", "by", "from",
     "for",
 ))  # fmt: skip
@@ -108,19 +108,19 @@ def words_of(text: str) -> list[str]:
 
 def mentions(texts: Iterable[str], names: Iterable[str]) -> bool:
     """Whether any of the texts contains any of the names as whole words."""
-    said = [spaced(text) for text in texts]
-    return any(spaced(name) in text for name in names for text in said)
+    said = [spaced_words(text) for text in texts]
+    return any(spaced_words(name) in text for name in names for text in said)
 
 
 @lru_cache(maxsize=1024)
-def spaced(text: str) -> str:
+def spaced_words(text: str) -> str:
     """A text's words, with spaces around each. Cached: the same names and prompts are searched again and again."""
     return f" {' '.join(words_of(text))} "
 
 
 def clash(told: Iterable[str], avoids: Iterable[str]) -> bool:
     """Whether any text shares a meaningful word with what is to be avoided."""
-    avoided = {word for text in avoids for word in words_of(text)} - SMALL
+    avoided = {word for text in avoids for word in words_of(text)} - STOP_WORDS
     return any(word in avoided for text in told for word in words_of(text))
 
 
@@ -128,7 +128,7 @@ def clash(told: Iterable[str], avoids: Iterable[str]) -> bool:
 
 Generate = Callable[[str, int], str]  # (instruction, seed) -> what a language model answers
 
-ASKED = {
+INSTRUCTIONS = {
     "low": "Add only where it is.",
     "medium": "Add where it is and how it is drawn.",
     "high": "Add where it is, how it is drawn, its medium, light and mood, and be inventive.",
@@ -148,7 +148,7 @@ def instruction(
     """The instruction for a language model; it contains the prompt as material, in quotes."""
     lines = [
         "Rewrite this description of a picture as one sentence for an image generator.",
-        "Keep its subject and every detail it names, in its own words. " + ASKED["low" if look else level],
+        "Keep its subject and every detail it names, in its own words. " + INSTRUCTIONS["low" if look else level],
         f"It is drawn with: {', '.join(styles)}. Contradict none of it." if styles else "",
         f"Never mention: {', '.join(avoids)}." if avoids else "",
         "Answer with the description alone.",
@@ -174,15 +174,15 @@ def expand_by_language(
     """
     if level == "raw":
         return prompt
-    answer = trusted(generate(instruction(prompt, level, styles, avoids, look), seed))
-    kept = set(words_of(prompt)) - SMALL <= set(words_of(answer))
+    answer = checked_answer(generate(instruction(prompt, level, styles, avoids, look), seed))
+    kept = set(words_of(prompt)) - STOP_WORDS <= set(words_of(answer))
     return answer if answer and kept and not mentions([answer], avoids) else prompt
 
 
-def trusted(answer: str) -> str:
-    """The answer, tidied; "" if it is empty, refuses, asks back, or is longer than LONGEST characters."""
+def checked_answer(answer: str) -> str:
+    """The answer, tidied; "" if it is empty, refuses, asks back, or is longer than MAX_CHARS characters."""
     answer = tidy(answer)
-    return "" if len(answer) > LONGEST or answer.endswith("?") or REFUSALS.search(answer) else answer
+    return "" if len(answer) > MAX_CHARS or answer.endswith("?") or REFUSALS.search(answer) else answer
 
 
 def tidy(answer: str) -> str:

@@ -20,9 +20,9 @@ from torch import Tensor
 from model.checkpoint import save
 from model.dit import DiTConfig, hidden_width
 from model.errors import K2Error
-from model.few_bits import widened
 from model.layouts import to_diffusers
 from model.library import RECOMMENDED
+from model.low_bit import dequantised_state
 from model.text_encoder import SPECIAL_TOKENS, TextConfig, TextEncoder
 from model.vae import QwenImageVAE
 
@@ -68,7 +68,7 @@ def export_diffusers(pipeline: Pipeline, folder: Path) -> None:
             shutil.copytree(pipeline.parts.vae, draft / "vae")
         else:
             write(draft / "vae", pipeline.vae.config.to_diffusers(), pipeline.vae.to_diffusers())
-        write_json(draft / "model_index.json", index_of(pipeline))
+        write_json(draft / "model_index.json", model_index(pipeline))
         draft.rename(folder)
     except (OSError, SafetensorError) as error:
         why = getattr(error, "strerror", None) or str(error)
@@ -83,7 +83,7 @@ def export_diffusers(pipeline: Pipeline, folder: Path) -> None:
                     path.rmdir()
 
 
-def index_of(pipeline: Pipeline) -> dict[str, Any]:
+def model_index(pipeline: Pipeline) -> dict[str, Any]:
     """model_index.json: which class reads which folder, and the pipeline's own settings."""
     turbo = RECOMMENDED["turbo"]
     return {
@@ -97,7 +97,12 @@ def index_of(pipeline: Pipeline) -> dict[str, Any]:
 
 def write_transformer(pipeline: Pipeline, folder: Path) -> None:
     c = pipeline.dit.config
-    write(folder, transformer_config(c), to_diffusers(widened(pipeline.dit, pipeline.dtype), c), pipeline.metadata)
+    write(
+        folder,
+        transformer_config(c),
+        to_diffusers(dequantised_state(pipeline.dit, pipeline.dtype), c),
+        pipeline.metadata,
+    )
 
 
 def transformer_config(c: DiTConfig) -> dict[str, Any]:
@@ -149,7 +154,7 @@ def write_text_encoder(text: TextEncoder, folder: Path) -> None:
         state |= {name.replace(f".{depth - 1}.", f".{depth}."): torch.zeros_like(t) for name, t in zeros.items()}
         state["language_model.norm.weight"] = torch.ones_like(state["language_model.layers.0.input_layernorm.weight"])
         depth += 1
-    eye_config, eye = blind_eye(config.hidden_size)
+    eye_config, eye = empty_vision_tower(config.hidden_size)
     end = text.tokenizer.token_to_id(SPECIAL_TOKENS[0])
     write(
         folder,
@@ -191,7 +196,7 @@ def text_config(c: TextConfig, depth: int) -> dict[str, Any]:
     }
 
 
-def blind_eye(width: int) -> tuple[dict[str, Any], dict[str, Tensor]]:
+def empty_vision_tower(width: int) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """The smallest vision tower that the class accepts, all zeros: this encoder reads only text."""
     inner = 16
     config = {

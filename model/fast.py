@@ -20,15 +20,15 @@ import torch
 from torch import Tensor
 
 from model.dit import Krea2
-from model.few_bits import few_bit_layers, native
 from model.hashes import cache_folder
-from model.plan import NARROW
+from model.low_bit import few_bit_layers, is_native
+from model.lru import LRU
+from model.plan import FP32_WIDTH
 from model.quantize import hadamard
-from model.recent import Recent
 
-MOST_GRAPHS = 8  # shapes kept; each holds working memory
+MAX_GRAPHS = 8  # shapes kept; each holds working memory
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # glibc's malloc.h
-MEASURED = 512  # side of the matrices that measure a CPU's speed
+MATRIX_SIDE = 512  # side of the matrices that measure a CPU's speed
 WARM_UP = 3  # runs before recording, in which libraries choose their kernels
 
 Work = Callable[..., Tensor]
@@ -36,31 +36,31 @@ Work = Callable[..., Tensor]
 
 def accelerate(dit: Krea2) -> None:
     """Make `dit.velocity` fast, permanently. The network must be on a CUDA card, with its weights loaded."""
-    if wide := dit.config.width >= NARROW:
+    if wide := dit.config.width >= FP32_WIDTH:
         # Compiled kernels outlive the process: the next one finds them in a second.
         os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache_folder() / "inductor"))
-        torch.compiler.assume_constant_result(native)  # a device query would break every block's graph
+        torch.compiler.assume_constant_result(is_native)  # a device query would break every block's graph
         torch.compiler.assume_constant_result(hadamard)  # or every call would rebuild it
-    compiled = wide and compilers_know(layer.format.number for layer in few_bit_layers(dit).values()) and can_compile()
+    compiled = wide and triton_supports(layer.format.number for layer in few_bit_layers(dit).values()) and can_compile()
     if compiled:
         for block in dit.blocks:
             block.compile()  # one by one: they share code, so one compilation serves all
     dit.velocity = FastVelocity(dit, compiled)  # type: ignore[assignment, method-assign]
 
 
-def speed(dtype: torch.dtype) -> float:
+def measure_speed(dtype: torch.dtype) -> float:
     """Billions of multiplications and additions per second that the CPU does in a product of two square matrices; the
     best of a few runs."""
-    a, b = torch.ones(2, MEASURED, MEASURED, dtype=dtype)
+    a, b = torch.ones(2, MATRIX_SIDE, MATRIX_SIDE, dtype=dtype)
     best, end = float("inf"), time.perf_counter() + 0.3
     while time.perf_counter() < end:
         start = time.perf_counter()
         a @ b
         best = min(best, time.perf_counter() - start)
-    return 2 * MEASURED**3 / best / 1e9
+    return 2 * MATRIX_SIDE**3 / best / 1e9
 
 
-def keep_pages() -> None:
+def keep_freed_memory() -> None:
     """Have this process keep the memory that large tensors free, to reuse it, permanently.
 
     glibc returns every block of more than 32 MB at once, and the system hands out pages one by one, zeroed: for a
@@ -73,7 +73,7 @@ def keep_pages() -> None:
             libc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
 
 
-def compilers_know(numbers: Iterable[torch.dtype]) -> bool:
+def triton_supports(numbers: Iterable[torch.dtype]) -> bool:
     """Whether Triton supports these number formats on the card: e4m3 from Ada on, and on few AMD cards; plain kernels
     can widen it anywhere.
 
@@ -98,9 +98,9 @@ class FastVelocity:
 
     def __init__(self, dit: Krea2, compiled: bool):
         self.plain: Work = dit.velocity
-        self.compiled, self.narrow = compiled, dit.config.width < NARROW
+        self.compiled, self.narrow = compiled, dit.config.width < FP32_WIDTH
         self.layers = list(dit.modules())
-        self.graphs: Recent[Graph] = Recent(MOST_GRAPHS)
+        self.graphs: LRU[Graph] = LRU(MAX_GRAPHS)
 
     def __call__(self, *inputs: Tensor, **others: Any) -> Tensor:
         """The velocity, with `Krea2.velocity`'s arguments: tokens, context, step_mod, rope, and rarely others."""
@@ -111,7 +111,7 @@ class FastVelocity:
         if not self.narrow:
             return self.plain(*inputs, **others)
         shapes = tuple(each.shape for each in inputs)
-        return self.graphs.ask(shapes, lambda: Graph(self.plain, inputs))(*inputs)
+        return self.graphs.get(shapes, lambda: Graph(self.plain, inputs))(*inputs)
 
 
 class Graph:

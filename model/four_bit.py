@@ -14,9 +14,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from model.headers import Stored
-from model.marks import W4A4, W4A8
-from model.quantize import LARGEST
+from model.comfy_formats import W4A4, W4A8
+from model.headers import StoredTensor
+from model.quantize import LARGEST_NUMBER
 
 GROUP = 16  # neighbours in a row that share a scale
 LEVELS = (  # comfy-kitchen's: its kernels support no others
@@ -24,13 +24,13 @@ LEVELS = (  # comfy-kitchen's: its kernels support no others
     0.052541, 0.156985, 0.265284, 0.379533, 0.502636, 0.638953, 0.794876, 0.980671,
 )  # fmt: skip
 UNSIGNED, SIGNED = tuple(range(-8, 8)), (*range(8), *range(-8, 0))  # for files without levels: codes as numbers
-ONE = 0x38  # in e4m3
+E4M3_ONE = 0x38  # in e4m3
 TINY = torch.finfo(torch.float32).tiny
-FINE = 512  # steps from 0 to a group's largest number, in a table that gives the nearest level
-WIDEST = 256  # largest rotation
-MOST = LARGEST[torch.int8]
-AT_ONCE = {"cpu": 1 << 18}  # numbers processed at once: working copies larger than the CPU's cache take twice as long
-ELSEWHERE = 1 << 26
+TABLE_STEPS = 512  # steps from 0 to a group's largest number, in a table that gives the nearest level
+MAX_ROTATION = 256  # largest rotation
+MAX_NUMBER = LARGEST_NUMBER[torch.int8]
+CHUNK = {"cpu": 1 << 18}  # numbers processed at once: working copies larger than the CPU's cache take twice as long
+DEFAULT_CHUNK = 1 << 26
 
 
 class Codes(NamedTuple):
@@ -50,7 +50,9 @@ class Codes(NamedTuple):
 def codes_of(kind: str, packed: Tensor, rows: Tensor, groups: Tensor | None, levels: Tensor | None) -> Codes:
     """Codes as stored by ComfyUI: W4A8, with or without its own levels, or W4A4, which has no group scales."""
     if kind == W4A4 or groups is None:
-        groups = torch.full((len(packed), 2 * packed.shape[1] // GROUP), ONE, dtype=torch.uint8, device=packed.device)
+        groups = torch.full(
+            (len(packed), 2 * packed.shape[1] // GROUP), E4M3_ONE, dtype=torch.uint8, device=packed.device
+        )
     if levels is None:
         levels = torch.tensor(SIGNED if kind == W4A4 else UNSIGNED, device=packed.device)
     return Codes(packed, groups.view(torch.uint8), rows.float().flatten(), levels.float())
@@ -61,10 +63,17 @@ def numbers_of(packed: Tensor, groups: Tensor, levels: Tensor) -> Tensor:
     byte, two numbers at once: the table has 65,536 entries."""
     both = torch.arange(256, device=packed.device)
     pairs = levels[torch.stack([both & 15, both >> 4], -1)]
-    table = (e4m3(both)[:, None, None] * pairs).round().clamp(-MOST, MOST).to(torch.int8).view(torch.int16).flatten()
+    table = (
+        (e4m3(both)[:, None, None] * pairs)
+        .round()
+        .clamp(-MAX_NUMBER, MAX_NUMBER)
+        .to(torch.int8)
+        .view(torch.int16)
+        .flatten()
+    )
     numbers = torch.empty(packed.shape, dtype=torch.int16, device=packed.device)
     codes, scales = packed.view(torch.uint8).unflatten(1, (-1, GROUP // 2)), (groups.int() << 8)[..., None]
-    step = max(1, AT_ONCE.get(packed.device.type, ELSEWHERE) // max(1, packed.shape[1]))
+    step = max(1, CHUNK.get(packed.device.type, DEFAULT_CHUNK) // max(1, packed.shape[1]))
     for some, high, room in zip(codes.split(step), scales.split(step), numbers.split(step), strict=True):
         torch.index_select(table, 0, (some + high).flatten(), out=room.flatten())
     return numbers.view(torch.int8)
@@ -83,31 +92,34 @@ def to_codes(matrix: Tensor) -> Codes:
     A group's scale is the least-squares fit to the levels that are nearest when its largest number is scaled to 1.
     """
     levels = torch.tensor(LEVELS, device=matrix.device)
-    steps = torch.arange(-FINE, FINE + 1, device=matrix.device) / FINE
+    steps = torch.arange(-TABLE_STEPS, TABLE_STEPS + 1, device=matrix.device) / TABLE_STEPS
     nearest = torch.bucketize(steps, (levels[1:] + levels[:-1]) / 2)
 
     def look_up(table: Tensor, size: Tensor) -> Tensor:
         """Look up each number, divided by its group's entry of `size`, in a table over -1 … 1."""
-        places = (wide * (FINE / size.clamp(min=FINE * TINY))[..., None]).add_(FINE + 0.5).int()
-        return table.index_select(0, places.clamp_(0, 2 * FINE).flatten()).view(wide.shape)
+        places = (wide * (TABLE_STEPS / size.clamp(min=TABLE_STEPS * TINY))[..., None]).add_(TABLE_STEPS + 0.5).int()
+        return table.index_select(0, places.clamp_(0, 2 * TABLE_STEPS).flatten()).view(wide.shape)
 
     wide = matrix.float().unflatten(1, (-1, GROUP))
     sizes = wide.abs().amax(-1)
     near = look_up(levels[nearest], sizes)
     scale = (torch.linalg.vecdot(wide, near) / torch.linalg.vecdot(near, near)).clamp(min=0)
-    rows = scale.amax(1) * (LEVELS[-1] / MOST) + 0 * sizes.amax(1)  # NaN stays NaN
+    rows = scale.amax(1) * (LEVELS[-1] / MAX_NUMBER) + 0 * sizes.amax(1)  # NaN stays NaN
     groups = (scale / rows.clamp(min=TINY)[:, None]).to(torch.float8_e4m3fn)
     codes = look_up(nearest.to(torch.uint8), groups.float() * rows[:, None])
     both = codes.flatten(1).view(torch.int16)  # the first in the low byte
     return Codes((both | both >> 4).to(torch.int8), groups.view(torch.uint8), rows, levels)
 
 
-def width_of_turns(inward: int) -> int:
-    """The rotation's group size for rows of this length: the largest power of 4 that divides it, up to `WIDEST`."""
-    return next(size for size in (WIDEST, 64, 16, 4, 1) if inward % size == 0)
+def rotation_size(inward: int) -> int:
+    """The rotation's group size for rows of this length: the largest power of 4 that divides it, up to
+    `MAX_ROTATION`."""
+    return next(size for size in (MAX_ROTATION, 64, 16, 4, 1) if inward % size == 0)
 
 
-def lacking(kind: str, stored: Stored, rows: Stored | None, groups: Stored | None, levels: Stored | None) -> str:
+def find_problem(
+    kind: str, stored: StoredTensor, rows: StoredTensor | None, groups: StoredTensor | None, levels: StoredTensor | None
+) -> str:
     """What is missing or wrong in a matrix of codes; empty if nothing is."""
     outward, inward = stored.shape if len(stored.shape) == 2 else (0, 0)
     if not inward or inward % GROUP:

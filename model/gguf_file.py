@@ -44,14 +44,14 @@ FORMATS = {  # number in the file: name, numbers in a block, bytes of a block
     35: ("TQ2_0", 256, 66),
     39: ("MXFP4", 32, 17),
 }
-OTHERS = {  # known by name, but never read
+UNSUPPORTED = {  # known by name, but never read
     9: "Q8_1", 15: "Q8_K", 24: "I8", 25: "I16", 26: "I32", 27: "I64", 28: "F64", 40: "NVFP4", 41: "Q1_0",
 }  # fmt: skip
 BLOCKS = {name: (numbers, size) for name, numbers, size in FORMATS.values()}
 SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 STRING, ARRAY = 8, 9
 SHAPE = "comfy.gguf.orig_shape."  # of a tensor that was reshaped to fill whole blocks
-PIECES = "split.count"
+SPLIT_COUNT = "split.count"
 MAX_HEADER = 1 << 24  # 16 MiB; an image network's is a few dozen KiB
 MAX_LIST = 16  # longer lists are vocabularies, and skipped
 
@@ -96,7 +96,7 @@ def read_gguf_header(path: Path) -> dict[str, Any]:
     size = path.stat().st_size
     try:
         with path.open("rb") as file:
-            header, pieces = walk(Cursor(file, min(size, MAX_HEADER)), size)
+            header, pieces = read_entries(Cursor(file, min(size, MAX_HEADER)), size)
     except (ValueError, KeyError, OverflowError, struct.error) as error:
         reason = f"unknown kind {error}" if isinstance(error, KeyError) else error
         raise K2Error(f"{path} is a damaged GGUF file: {brief(reason)}.", hint="Fetch it again.") from None
@@ -114,7 +114,7 @@ def read_gguf_header(path: Path) -> dict[str, Any]:
     return header
 
 
-def walk(cursor: Cursor, size: int) -> tuple[dict[str, Any], int]:
+def read_entries(cursor: Cursor, size: int) -> tuple[dict[str, Any], int]:
     """Fields, then tensors; each must lie within the `size` bytes of the file without overlaps. Raises ValueError.
 
     Returns the tensors, and the number of pieces of the split file (`gguf-split`) that this belongs to.
@@ -159,12 +159,12 @@ def walk(cursor: Cursor, size: int) -> tuple[dict[str, Any], int]:
         if begin < position or end > size:
             raise ValueError(f"a tensor lies at bytes {begin:,} to {end:,} of {size:,}, {position:,} of them in use")
         position = end
-    pieces = fields.get(PIECES, 1)
+    pieces = fields.get(SPLIT_COUNT, 1)
     return header, pieces if type(pieces) is int else 1
 
 
 def name_of(kind: int) -> str:
-    return FORMATS[kind][0] if kind in FORMATS else OTHERS.get(kind, f"number format {kind}")
+    return FORMATS[kind][0] if kind in FORMATS else UNSUPPORTED.get(kind, f"number format {kind}")
 
 
 class GGUFTensors:

@@ -16,14 +16,14 @@ from pathlib import Path
 from stat import S_ISDIR
 from typing import TYPE_CHECKING
 
+from model.atomic import atomic_write
 from model.errors import K2Error
-from model.whole import whole
 
 if TYPE_CHECKING:
     from model.spec import RenderSpec
 
 PEFT_WEIGHTS, PEFT_SETTINGS = "adapter_model.safetensors", "adapter_config.json"
-LARGE = 1 << 28  # file size from which a hash is worth caching on disk
+MIN_CACHED_SIZE = 1 << 28  # file size from which a hash is worth caching on disk
 
 
 class Hashes:
@@ -33,7 +33,7 @@ class Hashes:
         """roots: the model's folder, then that of the other parts; names are relative to the first with the file."""
         under = ((next(root for root in (*roots, file.parent) if file.is_relative_to(root)), file) for file in files)
         self._files = {file.relative_to(root).as_posix(): file for root, file in under}
-        self._watched = Watched(self._files)
+        self._watched = HeldFiles(self._files)
         self._found: Future[dict[str, str]] = Future()
         threading.Thread(target=self._work, daemon=True).start()  # a pool's thread would keep the process alive
 
@@ -53,7 +53,7 @@ class Hashes:
         return dict(found)
 
 
-class Watched:
+class HeldFiles:
     """Files kept open, so that each stays the same file even if its path gets another."""
 
     def __init__(self, files: Mapping[str, Path]):
@@ -115,12 +115,12 @@ def files_of(spec: RenderSpec) -> set[Path]:
 
 @cache
 def _sha256(path: Path, size: int, changed: int) -> str:
-    if size < LARGE:
+    if size < MIN_CACHED_SIZE:
         return digest(path)
-    key, known = f"{path.resolve()} {size} {changed}", remembered()
+    key, known = f"{path.resolve()} {size} {changed}", read_cache()
     if key not in known:
         known[key] = digest(path)
-        remember(known)
+        write_cache(known)
     return known[key]
 
 
@@ -149,23 +149,23 @@ def temporary_folder() -> Path:
     return folder if private else Path(tempfile.mkdtemp(prefix="k2-"))
 
 
-def memory() -> Path:
+def cache_file() -> Path:
     """The file that caches hashes of large files between runs."""
     return cache_folder() / "sha256.json"
 
 
-def remembered() -> dict[str, str]:
+def read_cache() -> dict[str, str]:
     try:
-        known = json.loads(memory().read_text("utf-8"))
+        known = json.loads(cache_file().read_text("utf-8"))
         return known if isinstance(known, dict) else {}
     except (OSError, ValueError):
         return {}
 
 
-def remember(known: dict[str, str]) -> None:
+def write_cache(known: dict[str, str]) -> None:
     """Best effort: an unwritable home only costs time."""
-    path = memory()
+    path = cache_file()
     with suppress(OSError):
         path.parent.mkdir(parents=True, exist_ok=True)
-        with whole(path) as draft:
+        with atomic_write(path) as draft:
             draft.write_text(json.dumps(known), "utf-8")

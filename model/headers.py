@@ -14,16 +14,16 @@ from math import prod
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from model.comfy_formats import OTHER_PARTS, SUFFIX, Mark, marks_table, shape_of, weight_of
 from model.errors import K2Error, brief, listed
 from model.gguf_file import read_gguf_header
-from model.marks import PASSENGERS, SUFFIX, Mark, shape_of, table_of, weight_of
-from model.spec import within
+from model.spec import in_limits
 
-AGAIN = "The download may be incomplete: fetch it again."
-SHIFT = {"base_image_seq_len": 256, "max_image_seq_len": 4096, "base_shift": 0.5, "max_shift": 1.15}  # diffusers' own
-KREAS_SHIFT = (256, 6400, 0.5, 1.15)
-TAKEN = "k2 reads weights from .safetensors and .gguf files only."
-MAGIC = {  # other files mistaken for safetensors, by their first bytes
+FETCH_AGAIN = "The download may be incomplete: fetch it again."
+DIFFUSERS_SHIFT = {"base_image_seq_len": 256, "max_image_seq_len": 4096, "base_shift": 0.5, "max_shift": 1.15}
+KREA_SHIFT = (256, 6400, 0.5, 1.15)
+SUPPORTED_FILES = "k2 reads weights from .safetensors and .gguf files only."
+OTHER_FORMATS = {  # other files mistaken for safetensors, by their first bytes
     b"PK\x03\x04": "a PyTorch pickle",
     b"\x80\x02": "a pickle",
     b"\x80\x03": "a pickle",
@@ -38,13 +38,13 @@ MAGIC = {  # other files mistaken for safetensors, by their first bytes
 BITS = {"BOOL": 8, "U8": 8, "I8": 8, "F8_E4M3": 8, "F8_E5M2": 8, "F8_E8M0": 8, "F8_E4M3FNUZ": 8, "F8_E5M2FNUZ": 8}
 BITS |= {"F4": 4, "F6_E2M3": 6, "F6_E3M2": 6, "C64": 64}  # sizes are checked, though k2 reads none of these
 BITS |= {"I16": 16, "U16": 16, "F16": 16, "BF16": 16, "I32": 32, "U32": 32, "F32": 32, "I64": 64, "U64": 64, "F64": 64}
-MOST_DIMENSIONS = 8
-LONGEST_MARK = 1 << 16  # bytes
+MAX_DIMENSIONS = 8
+MAX_MARK = 1 << 16  # bytes
 MAX_HEADER = 16 << 20  # a network's is some 100 KB; the format allows 100 MB, which would take gigabytes in memory
 
 
 @dataclass(frozen=True)
-class Stored:
+class StoredTensor:
     """Where a tensor is stored: file, name, number format (the file's word for it), and the shape of its numbers,
     however many of them share a byte."""
 
@@ -84,37 +84,37 @@ def read_header(path: Path) -> dict[str, Any]:
 
     if start.startswith(b"GGUF"):
         return read_gguf_header(path)
-    for magic, what in MAGIC.items():
+    for magic, what in OTHER_FORMATS.items():
         if start.startswith(magic) and not raw.startswith(b"{"):  # a header's length can look like any of these
-            raise K2Error(f"{path} is {what}.", hint=TAKEN)
+            raise K2Error(f"{path} is {what}.", hint=SUPPORTED_FILES)
     if not raw.startswith(b"{"):
         if start[8:9] == b"{" and length <= MAX_HEADER:
-            raise K2Error(f"{path} is truncated: its header is incomplete.", hint=AGAIN)
+            raise K2Error(f"{path} is truncated: its header is incomplete.", hint=FETCH_AGAIN)
         kind = "GGUF" if path.suffix.lower() == ".gguf" else "safetensors"
-        raise K2Error(f"{path} is not a {kind} file.", hint=AGAIN if size < 8 else TAKEN)
+        raise K2Error(f"{path} is not a {kind} file.", hint=FETCH_AGAIN if size < 8 else SUPPORTED_FILES)
     try:
         header = json.loads(raw)
         check_header(header, size - 8 - length)
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
-        raise K2Error(f"{path} is damaged: {brief(error)}.", hint=AGAIN) from None
+        raise K2Error(f"{path} is damaged: {brief(error)}.", hint=FETCH_AGAIN) from None
     return header
 
 
-def stored_in(path: Path) -> tuple[dict[str, Stored], dict[str, str], tuple[Mark, ...]]:
+def stored_tensors(path: Path) -> tuple[dict[str, StoredTensor], dict[str, str], tuple[Mark, ...]]:
     """A weights file's tensors by name, its metadata, and marks for weights that it lacks. Raises K2Error."""
     header = read_header(path)
     about = header.pop("__metadata__", {})
     marks: dict[str, list[Mark]] = {}
-    for layer, mark in table_of(about.get("_quantization_metadata")).items():
+    for layer, mark in marks_table(about.get("_quantization_metadata")).items():
         marks.setdefault(weight_of(layer, header), []).append(mark)
     for name, raw in marks_beside(path, header):
         marks.setdefault(name.removesuffix(SUFFIX) + ".weight", []).append(raw)
     tensors = {
-        name: Stored(path, name, shape_of(name, header, own), entry["dtype"], own)
+        name: StoredTensor(path, name, shape_of(name, header, own), entry["dtype"], own)
         for name, entry in header.items()
         for own in [tuple(marks.pop(name, ()))]
     }
-    astray = tuple(mark for name, those in marks.items() if not name.startswith(PASSENGERS) for mark in those)
+    astray = tuple(mark for name, those in marks.items() if not name.startswith(OTHER_PARTS) for mark in those)
     return tensors, about, astray
 
 
@@ -128,18 +128,18 @@ def marks_beside(path: Path, header: Mapping[str, Any]) -> Iterator[tuple[str, b
         for name in names:
             begin, end = header[name]["data_offsets"]
             file.seek(start + begin)
-            yield name, file.read(end - begin) if end - begin <= LONGEST_MARK else b""
+            yield name, file.read(end - begin) if end - begin <= MAX_MARK else b""
 
 
 def check_header(header: dict[str, Any], data: int) -> None:
     """Check that tensors tile the `data` bytes after the header, each as long as its shape says. Raises ValueError."""
     spans = []
-    check_about(own_words(header.get("__metadata__", {})))
+    check_metadata(own_metadata(header.get("__metadata__", {})))
     for name, entry in header.items():
         if name == "__metadata__":
             continue
         begin, end = entry["data_offsets"]
-        if len(entry["shape"]) > MOST_DIMENSIONS:
+        if len(entry["shape"]) > MAX_DIMENSIONS:
             raise ValueError(f"{name} has {len(entry['shape'])} dimensions")
         if not all(type(number) is int and number >= 0 for number in (begin, end, *entry["shape"])):
             raise ValueError(f"{name} has a shape of {entry['shape']}")
@@ -160,12 +160,12 @@ SHAPE = re.compile(r"[1-9]\d{0,4}x[1-9]\d{0,4}")  # width and height in pixels
 SETTINGS = ("steps", "guidance", "mu")  # that may be recommended
 
 
-def own_words(about: Mapping[str, str]) -> dict[str, Any]:
+def own_metadata(about: Mapping[str, str]) -> dict[str, Any]:
     """The `k2` metadata of our own files; {} for others. `read_header` has checked it."""
     return json.loads(about.get("k2", "{}"))
 
 
-def check_about(about: Any) -> None:
+def check_metadata(about: Any) -> None:
     """Check the `k2` metadata of our own files. Raises ValueError."""
     if not isinstance(about, dict):
         raise ValueError("its k2 metadata is not a table")
@@ -186,7 +186,7 @@ def recommendable(setting: tuple[str, Any]) -> bool:
     if name not in SETTINGS or (name == "mu" and value == "auto"):
         return True
     kinds: tuple[type, ...] = (int,) if name == "steps" else (int, float)
-    return type(value) in kinds and within(name, value)
+    return type(value) in kinds and in_limits(name, value)
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -197,9 +197,9 @@ def read_json(path: Path) -> dict[str, Any]:
             raise ValueError(f"it is larger than {MAX_HEADER >> 20} MB")
         value = json.loads(raw.decode())
     except (OSError, ValueError, RecursionError) as error:
-        raise K2Error(f"{path} cannot be read: {brief(error)}.", hint=AGAIN) from None
+        raise K2Error(f"{path} cannot be read: {brief(error)}.", hint=FETCH_AGAIN) from None
     if not isinstance(value, dict):
-        raise K2Error(f"{path} is not a table.", hint=AGAIN)
+        raise K2Error(f"{path} is not a table.", hint=FETCH_AGAIN)
     return value
 
 
@@ -210,15 +210,15 @@ def shift_of(pipeline: Path) -> dict[str, Any]:
     stated = read_json(file) if file.is_file() else {}
     if not stated.get("use_dynamic_shifting"):
         return {}
-    line = [stated.get(key, usual) for key, usual in SHIFT.items()]
+    line = [stated.get(key, usual) for key, usual in DIFFUSERS_SHIFT.items()]
     try:
         few, many, low, high = map(float, line)
         ends = tuple(low + (high - low) * (tokens - few) / (many - few) for tokens in (256, 6400))
     except (TypeError, ValueError, ArithmeticError):
         ends = ()
-    if not (ends and all(within("mu", end) for end in ends)):
-        raise K2Error(f"{file} states an unusable time shift: {brief(line)}.", hint=AGAIN)
-    if (few, many, low, high) == KREAS_SHIFT:
+    if not (ends and all(in_limits("mu", end) for end in ends)):
+        raise K2Error(f"{file} states an unusable time shift: {brief(line)}.", hint=FETCH_AGAIN)
+    if (few, many, low, high) == KREA_SHIFT:
         return {"mu": "auto"}
     return {"mu": low if low == high else ends}
 
@@ -234,10 +234,12 @@ def shards(folder: Path) -> list[Path]:
         table = read_json(index).get("weight_map")
         names = set(map(str, table.values())) if isinstance(table, dict) else set()
         if not names or any(Path(name).name != name for name in names):
-            raise K2Error(f"{index} does not list files of its own folder.", hint=AGAIN)
+            raise K2Error(f"{index} does not list files of its own folder.", hint=FETCH_AGAIN)
         missing = sorted(name for name in names if not (folder / name).is_file())
         if missing:
-            raise K2Error(f"{folder} lacks {listed(missing, 3)} of the {len(names)} files its index lists.", hint=AGAIN)
+            raise K2Error(
+                f"{folder} lacks {listed(missing, 3)} of the {len(names)} files its index lists.", hint=FETCH_AGAIN
+            )
         return [folder / name for name in sorted(names)]
     files = sorted(folder.glob("*.safetensors"), key=lambda file: len(file.name)) or sorted(folder.glob("*.gguf"))
     if files and all(file.name.startswith(f"{files[0].stem}.") for file in files):

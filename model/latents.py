@@ -51,10 +51,10 @@ def position_ids(text_tokens: int, rows: int, columns: int) -> Tensor:
     return ids
 
 
-BEYOND = 0.3  # spacing of rows and columns beyond the square, relative to those inside
+OUTER_SPACING = 0.3  # spacing of rows and columns beyond the square, relative to those inside
 
 
-def around(places: Tensor, grid: tuple[int, int], side: int) -> Tensor:
+def centre_on_square(places: Tensor, grid: tuple[int, int], side: int) -> Tensor:
     """Map the rows and columns of a grid [L, 2] to positions on the square of `side` tokens used in training.
 
     The centres coincide. The scale is the geometric mean of two: the one at which the areas are equal, where a long
@@ -65,4 +65,4 @@ def around(places: Tensor, grid: tuple[int, int], side: int) -> Tensor:
     scale = side / math.sqrt(math.sqrt(math.prod(grid)) * min(grid))
     middle, edge = (torch.tensor(grid) - 1) / 2, (side - 1) / 2
     away = (places - middle) * scale
-    return edge + away.clamp(-edge, edge) + BEYOND * (away - away.clamp(-edge, edge))
+    return edge + away.clamp(-edge, edge) + OUTER_SPACING * (away - away.clamp(-edge, edge))

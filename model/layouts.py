@@ -17,15 +17,23 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from model.checkpoint import WIDE, Checkpoint, Stored, load, open_checkpoint, reader, refuse_unreadable
+from model.checkpoint import WIDE_DTYPES, Checkpoint, StoredTensor, load, open_checkpoint, reader, refuse_unreadable
+from model.comfy_formats import (
+    ALL_SCALE_SUFFIXES,
+    BLOCK_SIZES,
+    CODE_FORMATS,
+    OTHER_PARTS,
+    PREFIXES,
+    rotation,
+    special_format,
+)
 from model.dit import FUSION_BLOCKS, DiTConfig, Krea2, hidden_width
 from model.errors import K2Error, listed
-from model.few_bits import FORMATS, Format, shrink, usual
-from model.headers import AGAIN
+from model.foreign_weights import DIFFUSERS, GIVE_TRANSFORMER, NATIVE, refuse_others
+from model.headers import FETCH_AGAIN
 from model.library import dit_of
-from model.marks import BLOCKS, CODES, PASSENGERS, PREFIXES, SCALE_ENDS, form_of, rotation
-from model.other_files import DIFFUSERS, GIVE, NATIVE, refuse_others
-from model.plan import SPARE, free_memory
+from model.low_bit import FORMATS, Format, default_format, use_few_bits
+from model.plan import USABLE_SHARE, free_memory
 from model.safetensors_file import NUMBERS as NUMBER_FORMATS
 from model.stream import kept_bytes, stream
 
@@ -79,7 +87,7 @@ def to_diffusers(state: Mapping[str, Tensor], config: DiTConfig) -> dict[str, Te
     return {table[name]: tensor.view(6, -1) if name.endswith(".mod.lin") else tensor for name, tensor in state.items()}
 
 
-LEFTOVERS = {"last.down.weight", "last.up.weight"}  # in repacked files; neither the release nor diffusers has them
+IGNORED = {"last.down.weight", "last.up.weight"}  # in repacked files; neither the release nor diffusers has them
 
 
 def native_names(checkpoint: Checkpoint) -> Checkpoint:
@@ -88,27 +96,29 @@ def native_names(checkpoint: Checkpoint) -> Checkpoint:
     refuse_others(checkpoint.path, checkpoint.metadata, tensors)
     for prefix in PREFIXES:
         if any(prefix + name in tensors for name in (*NATIVE, *DIFFUSERS)):
-            beside = PASSENGERS if prefix else ()
-            unused = {n for n in tensors if n.removeprefix(prefix) in LEFTOVERS or n.startswith(beside)}
+            beside = OTHER_PARTS if prefix else ()
+            unused = {n for n in tensors if n.removeprefix(prefix) in IGNORED or n.startswith(beside)}
             bare = {n.removeprefix(prefix): stored for n, stored in tensors.items() if n not in unused}
             if len(bare) + len(unused) < len(tensors):
-                raise K2Error(f'{checkpoint.path} holds the network with and without prefix "{prefix}".', hint=GIVE)
+                raise K2Error(
+                    f'{checkpoint.path} holds the network with and without prefix "{prefix}".', hint=GIVE_TRANSFORMER
+                )
             tensors = bare
             break
     if any(name in tensors for name in NATIVE):
-        return replace(checkpoint, tensors=in_shape(tensors))
+        return replace(checkpoint, tensors=in_native_shape(tensors))
     if any(name in tensors for name in DIFFUSERS):
         back = {other: ours for ours, other in diffusers_names(count_blocks(tensors, "transformer_blocks")).items()}
         stems = {other.removesuffix(".weight"): ours.removesuffix(".weight") for other, ours in back.items()}
-        back |= {other + end: ours + end for end in SCALE_ENDS for other, ours in stems.items()}
+        back |= {other + end: ours + end for end in ALL_SCALE_SUFFIXES for other, ours in stems.items()}
         native = {back.get(name, name): stored for name, stored in tensors.items()}
-        return replace(checkpoint, tensors=in_shape(native))
+        return replace(checkpoint, tensors=in_native_shape(native))
     if any("txtfusion" in name or "text_fusion" in name for name in tensors):
         refuse_unreadable(checkpoint)  # if every matrix is packed, no plain name shows the layout
-    raise K2Error(f"{checkpoint.path} is not a Krea 2 transformer.", hint=GIVE)
+    raise K2Error(f"{checkpoint.path} is not a Krea 2 transformer.", hint=GIVE_TRANSFORMER)
 
 
-def in_shape(tensors: Mapping[str, Stored]) -> dict[str, Stored]:
+def in_native_shape(tensors: Mapping[str, StoredTensor]) -> dict[str, StoredTensor]:
     """Tensors under native names, in native shapes. Others store modulation as 6 × width, and the projector's single
     row as a vector, since writers of 4-bit GGUF drop dimensions of 1."""
     shapes: dict[str, tuple[int, ...]] = {
@@ -134,9 +144,9 @@ def dit_config(checkpoint: Checkpoint) -> DiTConfig:
     try:
         config = stated_config(checkpoint) or inferred_config(checkpoint)
     except (TypeError, ValueError, IndexError, ZeroDivisionError) as error:
-        raise K2Error(f"{checkpoint.path} has a shape no Krea 2 transformer has: {error}.", hint=AGAIN) from None
+        raise K2Error(f"{checkpoint.path} has a shape no Krea 2 transformer has: {error}.", hint=FETCH_AGAIN) from None
     if config.blocks != (blocks := count_blocks(checkpoint.tensors, "blocks")):
-        raise K2Error(f"{checkpoint.path} holds {blocks} of {config.blocks} blocks.", hint=AGAIN)
+        raise K2Error(f"{checkpoint.path} holds {blocks} of {config.blocks} blocks.", hint=FETCH_AGAIN)
     return config
 
 
@@ -150,7 +160,9 @@ def stated_config(checkpoint: Checkpoint) -> DiTConfig | None:
 def inferred_config(checkpoint: Checkpoint) -> DiTConfig:
     def shape(name: str) -> tuple[int, ...]:
         if name not in checkpoint.tensors:
-            raise K2Error(f"{checkpoint.path} lacks {name}, so it is not a complete Krea 2 transformer.", hint=AGAIN)
+            raise K2Error(
+                f"{checkpoint.path} lacks {name}, so it is not a complete Krea 2 transformer.", hint=FETCH_AGAIN
+            )
         return checkpoint.tensors[name].shape
 
     width, token_dim = shape("first.weight")
@@ -197,25 +209,25 @@ def load_dit(
     """A transformer ready for inference, and the checkpoint it came from. Raises K2Error.
 
     path       as for `open_dit`
-    precision  of the blocks' matrices: "native" is `dtype`; others as for `hold_blocks`. Everything outside the blocks
+    precision  of the blocks' matrices: "native" is `dtype`; others as for `prepare_blocks`. Everything outside them
                stays in `dtype`: few numbers, and every step's error passes through them
     streamed   the blocks stay on disk, and each is read while the one before it runs
-    cell       pixels along the side of the autoencoder's latent cell; needed as `side_of` says
+    cell       pixels along the side of the autoencoder's latent cell; needed as `trained_side` says
     """
     model, checkpoint = open_dit(path)
-    model.side = side_of(checkpoint, model.config.patch, cell)
-    hold_blocks(model, checkpoint, precision)
+    model.side = trained_side(checkpoint, model.config.patch, cell)
+    prepare_blocks(model, checkpoint, precision)
     load(model, checkpoint, device=device, dtype=dtype, skip=lambda name: streamed and name.startswith("blocks."))
     if streamed:
         again = precision not in ("native", stored_precision(checkpoint))
         there, blocks = torch.device(device), model.blocks.state_dict().values()
-        room = sum(kept_bytes(tensor, there) for tensor in blocks) < SPARE * free_memory("cpu")
+        room = sum(kept_bytes(tensor, there) for tensor in blocks) < USABLE_SHARE * free_memory("cpu")
         read = reader(model, checkpoint, device="cpu", dtype=dtype)
         stream(model, "blocks", read, there, keep=again and room)
     return model, checkpoint
 
 
-def side_of(checkpoint: Checkpoint, patch: int, cell: int | None) -> int | None:
+def trained_side(checkpoint: Checkpoint, patch: int, cell: int | None) -> int | None:
     """The side, in tokens, of the square a transformer was trained on, which other shapes are centred on; None if its
     file names none, like the open weights.
 
@@ -230,7 +242,7 @@ def side_of(checkpoint: Checkpoint, patch: int, cell: int | None) -> int | None:
     return int(native) // (patch * cell)
 
 
-def hold_blocks(model: Krea2, checkpoint: Checkpoint, precision: str) -> None:
+def prepare_blocks(model: Krea2, checkpoint: Checkpoint, precision: str) -> None:
     """Set up the matrices of a network's blocks, still on the meta device, to be held in this precision.
 
     "int8" and "fp8" have a scale per row, "int4" has codes for int8. Matrices already in this precision in the file are
@@ -242,40 +254,41 @@ def hold_blocks(model: Krea2, checkpoint: Checkpoint, precision: str) -> None:
 
     def format_of(name: str, layer: nn.Linear) -> Format | None:
         stored = checkpoint.tensors.get(f"blocks.{name}.weight")
-        if stored and stored.dtype in WIDE and precision == lying:
+        if stored and stored.dtype in WIDE_DTYPES and precision == lying:
             return None
         if stored is None or precision == "fp8" or (precision == "int4" != lying):
-            return usual(precision, layer.in_features)
+            return default_format(precision, layer.in_features)
         if stored.dtype == "I8":
-            four = precision == "int4" and form_of(stored.marks, CODES)
+            four = precision == "int4" and special_format(stored.marks, CODE_FORMATS)
             return Format(torch.int8, 4 if four else 8, rotation(stored.marks))
         return None if precision == "int4" else FORMATS["int8"]
 
-    shrink(model.blocks, format_of)
+    use_few_bits(model.blocks, format_of)
 
 
 def stored_precision(checkpoint: Checkpoint) -> str | None:
     """The precision in which the file stores the blocks' matrices, if it is a few-bit one that k2 can hold."""
     blocks = [stored for name, stored in checkpoint.tensors.items() if name.startswith("blocks.")]
-    if any(form_of(stored.marks, CODES) for stored in blocks):
+    if any(special_format(stored.marks, CODE_FORMATS) for stored in blocks):
         return "int4"
-    dtype, in_blocks = most_are(checkpoint)
+    dtype, in_blocks = main_format(checkpoint)
     return None if in_blocks else {"I8": "int8", "F8_E4M3": "fp8"}.get(dtype)
 
 
 def is_packed(checkpoint: Checkpoint) -> bool:
     """Whether the blocks' matrices are not numbers times a scale, but have to be unpacked when read."""
-    dtype, in_blocks = most_are(checkpoint)
+    dtype, in_blocks = main_format(checkpoint)
     return bool(in_blocks) or dtype not in NUMBER_FORMATS
 
 
-def most_are(checkpoint: Checkpoint) -> tuple[str, str]:
-    """How most numbers of the blocks' matrices are stored: the file's word for the format, and which of `BLOCKS` it is.
+def main_format(checkpoint: Checkpoint) -> tuple[str, str]:
+    """How most numbers of the blocks' matrices are stored: the file's word for the format, and which of `BLOCK_SIZES`
+    it is.
 
     Writers keep some matrices in more bits, often the entire first and last blocks.
     """
     numbers: Counter[tuple[str, str]] = Counter()
     for name, stored in checkpoint.tensors.items():
         if name.startswith("blocks.") and name.endswith(".weight"):
-            numbers[stored.dtype, form_of(stored.marks, BLOCKS)] += prod(stored.shape)
+            numbers[stored.dtype, special_format(stored.marks, BLOCK_SIZES)] += prod(stored.shape)
     return max(numbers, key=lambda kind: numbers[kind], default=("F32", ""))

@@ -17,11 +17,11 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
+from model.comfy_formats import COMFYUI_PREFIXES, PREFIXES, SECOND_SCALE, W4A4, W4A8, is_auxiliary, special_format
 from model.errors import K2Error
-from model.headers import VARIANTS, own_words, read_header, read_json, shards, shift_of, stored_in
-from model.marks import COMFYUIS, PREFIXES, SECOND, W4A4, W4A8, form_of, is_auxiliary
+from model.headers import VARIANTS, own_metadata, read_header, read_json, shards, shift_of, stored_tensors
 
-BOX = Path(__file__).parent / "weights"
+BUNDLED = Path(__file__).parent / "weights"
 OFFICIAL = {  # Krea's own repositories on huggingface.co, as named in its code repository and model cards
     "krea-2-turbo": "krea/Krea-2-Turbo",
     "krea-2-raw": "krea/Krea-2-Raw",
@@ -30,19 +30,19 @@ RECOMMENDED: dict[str, dict[str, Any]] = {  # the publisher's settings, for weig
     "raw": {"steps": 52, "guidance": 3.5, "mu": "auto"},
     "turbo": {"steps": 8, "guidance": 0.0, "mu": 1.15},
 }
-NATIVE = 1024  # the side in pixels that the open weights were trained for
-HEARD = (  # tensors whose last dimension is the width, and the number, of text layers; native and diffusers' names
+OPEN_WEIGHTS_SIDE = 1024  # the side in pixels that the open weights were trained for
+TEXT_INPUTS = (  # tensors whose last dimension is the width, and the number of text layers; native and diffusers' names
     ("txtmlp.0.scale", "txt_in.norm.weight"),
     ("txtfusion.projector.weight", "text_fusion.projector.weight"),
 )
-EYES = ("model.visual.", "visual.")  # prefixes of a text encoder's vision tower, depending on the writer
-RELEASE = {"width": 6144, "blocks": 28}  # the shape of the open 12.9B release, and of everything trained from it
+VISION_PREFIXES = ("model.visual.", "visual.")  # prefixes of a text encoder's vision tower, depending on the writer
+RELEASE_SHAPE = {"width": 6144, "blocks": 28}  # the shape of the open 12.9B release, and of everything trained from it
 KREA_2 = "krea-2-community-license"  # as model cards on the hub call it
 
 MANIFEST = "k2-pull.json"
-WEIGHTS = (".safetensors", ".gguf")
-CALLED_WEIGHTS = (*WEIGHTS, ".safetensor", ".sft", ".ckpt", ".pt", ".pth", ".bin")  # misspellings and other formats too
-DEEPEST = 3  # levels at which weights are looked for
+WEIGHT_SUFFIXES = (".safetensors", ".gguf")
+WEIGHT_LIKE_SUFFIXES = (*WEIGHT_SUFFIXES, ".safetensor", ".sft", ".ckpt", ".pt", ".pth", ".bin")  # misspellings too
+MAX_DEPTH = 3  # levels at which weights are looked for
 HUB_NAME = re.compile(r"(?P<repo>[\w.-]+/[\w.-]+?)(?:@(?P<revision>[\w.-]+))?(?P<file>(?:/[\w.@ -]+)*)")
 WORDS = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+")  # in a file's name, also krea2Turbo_v10
 SHARD = re.compile(r"-\d{5}-of-\d{5}(?=\.safetensors$)")
@@ -85,7 +85,7 @@ class Parts:
     style: Path | None = None
 
     @property
-    def lender(self) -> Path:
+    def companion_folder(self) -> Path:
         """The folder that holds text encoder and autoencoder."""
         return self.text if self.text.is_dir() else self.text.parent
 
@@ -96,13 +96,13 @@ def find_parts(model: Model) -> Parts:
     Bundled parts come before the release's if the transformer takes what the bundled text encoder gives.
     """
     if model.source == "box":
-        return Parts(model.path, *helpers(model.name))
+        return Parts(model.path, *bundled_parts(model.name))
     folder = pipeline_of(model.path) or (model.path if model.path.is_dir() else model.path.parent)
     dit = dit_of(model.path)
-    if is_lender(folder):
+    if has_companions(folder):
         return Parts(dit, folder, folder / "vae")
-    release, box = locate("krea-2"), Parts(dit, *helpers("mini"))
-    if release is None or not is_lender(release) or (box.text.is_file() and listens(dit, box.text)):
+    release, box = locate("krea-2"), Parts(dit, *bundled_parts("mini"))
+    if release is None or not has_companions(release) or (box.text.is_file() and fits_text_encoder(dit, box.text)):
         return box
     return Parts(dit, release, release / "vae")
 
@@ -119,14 +119,14 @@ def pipeline_of(path: Path) -> Path | None:
     return whole if (whole / "model_index.json").is_file() else None
 
 
-def is_lender(folder: Path) -> bool:
+def has_companions(folder: Path) -> bool:
     """Whether the folder holds a text encoder and an autoencoder in diffusers' layout."""
     return (folder / "text_encoder").is_dir() and (folder / "vae").is_dir()
 
 
-def helpers(name: str) -> tuple[Path, Path, Path | None]:
+def bundled_parts(name: str) -> tuple[Path, Path, Path | None]:
     """Text encoder, autoencoder and style encoder of a bundled model."""
-    text, vae, style = (BOX / f"{name}-{part}.safetensors" for part in ("text", "vae", "style"))
+    text, vae, style = (BUNDLED / f"{name}-{part}.safetensors" for part in ("text", "vae", "style"))
     return text, vae, style if style.is_file() else None
 
 
@@ -135,42 +135,42 @@ def weights_of(text: Path) -> Path:
     return text / "text_encoder" if (text / "text_encoder").is_dir() else text
 
 
-def sees(text: Path) -> bool:
+def has_vision(text: Path) -> bool:
     """Whether a text encoder's files also hold a vision tower, with at least one layer by its config. Raises K2Error
     if they cannot be read."""
     folder = weights_of(text)
     if not (folder / "config.json").is_file():
         return False
     stated = read_json(folder / "config.json").get("vision_config")
-    here = any(name.startswith(EYES) for file in shards(folder) for name in read_header(file))
+    here = any(name.startswith(VISION_PREFIXES) for file in shards(folder) for name in read_header(file))
     return here and isinstance(stated, dict) and bool(stated.get("depth"))
 
 
-def listens(dit: Path, text: Path) -> bool:
+def fits_text_encoder(dit: Path, text: Path) -> bool:
     """Whether a transformer takes text layers of the number and width that one of our text encoders gives."""
-    return heard_by(dit) == spoken_by(text)
+    return text_input_shape(dit) == text_output_shape(text)
 
 
-def heard_by(dit: Path) -> tuple[int, int]:
+def text_input_shape(dit: Path) -> tuple[int, int]:
     """Width and number of the text layers that a transformer takes; 0 if its file does not show them."""
     shapes = {name: shape for file in files_in(dit) for name, shape in shapes_in(file).items()}
-    width, taps = (next((s[-1] for name, s in shapes.items() if s and name.endswith(ends)), 0) for ends in HEARD)
+    width, taps = (next((s[-1] for name, s in shapes.items() if s and name.endswith(ends)), 0) for ends in TEXT_INPUTS)
     return width, taps
 
 
-def spoken_by(text: Path) -> tuple[int, int]:
+def text_output_shape(text: Path) -> tuple[int, int]:
     """Width and number of the text layers that one of our text encoders gives."""
     config = describe(text).get("config") or {}
     return config.get("hidden_size") or 0, len(config.get("taps") or ())
 
 
-def refuse_unheard(model: Model) -> None:
+def check_text_encoder(model: Model) -> None:
     """Refuse a lone transformer that would get the bundled parts but needs another text encoder. Reads only headers.
     Raises K2Error."""
     parts = find_parts(model)
-    if model.source == "box" or parts.lender != BOX or not parts.text.is_file():
+    if model.source == "box" or parts.companion_folder != BUNDLED or not parts.text.is_file():
         return
-    (width, taps), (spoken, layers) = heard_by(parts.dit), spoken_by(parts.text)
+    (width, taps), (spoken, layers) = text_input_shape(parts.dit), text_output_shape(parts.text)
     if width and taps and (width, taps) != (spoken, layers):
         pull = "To get Krea's: k2 models pull krea-2-turbo"
         raise K2Error(
@@ -192,7 +192,7 @@ def find(name: str, variant: str | None = None) -> Model | None:
     that state no variant count as the one asked for; weights that state another are not found.
     """
     wanted = (variant,) if variant else VARIANTS
-    if files := box().get(name):
+    if files := bundled_models().get(name):
         held = {path.name: path for path in files}
         paths = ((each, held.get(f"{name}-{each}.safetensors")) for each in wanted)
         return next((Model(name, path, "box", each) for each, path in paths if path), None)
@@ -200,18 +200,18 @@ def find(name: str, variant: str | None = None) -> Model | None:
     if short == "krea-2":
         return next(filter(None, (find(f"krea-2-{each}{at}{revision}") for each in wanted)), None)
     if name and short not in OFFICIAL and os.path.exists(path := Path(os.path.expanduser(name))):
-        return of_variant(Model(name, path.absolute(), "path", variant_of(path)), variant)
+        return as_variant(Model(name, path.absolute(), "path", variant_of(path)), variant)
     repo, revision, file = parse(name) or ("", "", "")
     snapshot = find_snapshot(repo, revision) if repo else None
     if snapshot is None:
         return None
-    path = snapshot / file if file else the_weights(snapshot)
+    path = snapshot / file if file else main_weights(snapshot)
     manifest = read_manifest(snapshot)
     found = Model(name, path, "hub", variant_of(path), snapshot.name, manifest)
-    return of_variant(found, variant) if path.exists() else None
+    return as_variant(found, variant) if path.exists() else None
 
 
-def of_variant(model: Model, asked: str | None) -> Model | None:
+def as_variant(model: Model, asked: str | None) -> Model | None:
     """The model as the variant asked for, unless its weights state another."""
     if asked is None or model.variant == asked:
         return model
@@ -220,24 +220,26 @@ def of_variant(model: Model, asked: str | None) -> Model | None:
 
 def list_models() -> list[Model]:
     """Bundled models and those pulled from the hub: all that can be found without a path."""
-    models = [model for name in sorted(box()) for each in VARIANTS if (model := find(name, each))]
+    models = [model for name in sorted(bundled_models()) for each in VARIANTS if (model := find(name, each))]
     names = {repo: name for name, repo in OFFICIAL.items()}
     for snapshot in snapshots():
         repo = repo_of(snapshot)
         newest = find_snapshot(repo) == snapshot
         name = names.get(repo, repo) + ("" if newest else f"@{snapshot.name[:12]}")
-        path = the_weights(snapshot)
+        path = main_weights(snapshot)
         models.append(Model(name, path, "hub", variant_of(path), snapshot.name, read_manifest(snapshot)))
     return models
 
 
-def box() -> dict[str, list[Path]]:
+def bundled_models() -> dict[str, list[Path]]:
     """The bundled models: name -> files."""
     names = {
-        path.stem.rpartition("-")[0] for path in BOX.glob("*-*.safetensors") if path.stem.endswith(("-raw", "-turbo"))
+        path.stem.rpartition("-")[0]
+        for path in BUNDLED.glob("*-*.safetensors")
+        if path.stem.endswith(("-raw", "-turbo"))
     }
     return {
-        name: sorted(path for path in BOX.glob(f"{name}-*") if path.suffix in (".safetensors", ".json"))
+        name: sorted(path for path in BUNDLED.glob(f"{name}-*") if path.suffix in (".safetensors", ".json"))
         for name in sorted(names)
     }
 
@@ -251,7 +253,7 @@ def parse(name: str) -> tuple[str, str, str] | None:
     return match["repo"], match["revision"] or "", match["file"].lstrip("/")
 
 
-def cache() -> Path:
+def hub_cache() -> Path:
     """The hub client's cache, located as the client does."""
     env = os.environ
     home = env.get("HF_HOME") or os.path.join(env.get("XDG_CACHE_HOME") or "~/.cache", "huggingface")
@@ -260,7 +262,7 @@ def cache() -> Path:
 
 
 def folder_of(repo: str) -> Path:
-    return cache() / f"models--{repo.replace('/', '--')}"
+    return hub_cache() / f"models--{repo.replace('/', '--')}"
 
 
 def repo_of(snapshot: Path) -> str:
@@ -288,13 +290,13 @@ def read_ref(folder: Path, revision: str) -> str | None:
 
 def snapshots(repo: str = "*") -> list[Path]:
     """The complete snapshots, oldest first, of a repository or of all repositories known to hold a Krea 2 model."""
-    folders = [path for path in cache().glob(f"models--{repo.replace('/', '--')}/snapshots/*") if path.is_dir()]
+    folders = [path for path in hub_cache().glob(f"models--{repo.replace('/', '--')}/snapshots/*") if path.is_dir()]
     names = set(OFFICIAL.values())
     known = [path for path in folders if read_manifest(path) or repo_of(path) in (names if repo == "*" else {repo})]
-    return sorted((path for path in known if is_whole(path)), key=lambda path: (path.stat().st_mtime, path.name))
+    return sorted((path for path in known if is_complete(path)), key=lambda path: (path.stat().st_mtime, path.name))
 
 
-def is_whole(snapshot: Path) -> bool:
+def is_complete(snapshot: Path) -> bool:
     """Whether everything in the manifest exists; without a manifest, whether another tool's ref points here."""
     if manifest := read_manifest(snapshot):
         files = manifest["files"].items()
@@ -320,9 +322,9 @@ def read_manifest(snapshot: Path) -> dict[str, Any]:
 
 
 def weights(folder: Path) -> Iterator[Path]:
-    """Weights files of a folder, by name, down to `DEEPEST` levels: even a home folder is searched quickly."""
-    levels = ("/".join("*" * depth) for depth in range(1, DEEPEST + 1))
-    found = sorted(path for level in levels for path in folder.glob(level) if path.suffix in WEIGHTS)
+    """Weights files of a folder, by name, down to `MAX_DEPTH` levels: even a home folder is searched quickly."""
+    levels = ("/".join("*" * depth) for depth in range(1, MAX_DEPTH + 1))
+    found = sorted(path for level in levels for path in folder.glob(level) if path.suffix in WEIGHT_SUFFIXES)
     return (path for path in found if path.is_file())
 
 
@@ -331,7 +333,7 @@ def files_in(path: Path) -> list[Path]:
     return list(weights(path)) if path.is_dir() else [path]
 
 
-def the_weights(folder: Path) -> Path:
+def main_weights(folder: Path) -> Path:
     """A folder's weights file if it holds just one; the folder itself if it holds more, or a pipeline."""
     found = list(weights(folder))
     return found[0] if len(found) == 1 and not (folder / "model_index.json").exists() else folder
@@ -340,7 +342,7 @@ def the_weights(folder: Path) -> Path:
 def variant_of(path: Path) -> str | None:
     """raw or turbo: as the weights state, else from words in the file's name, or on the hub in its folder's or
     repository's; else None."""
-    names, above = [path.stem] if path.suffix in WEIGHTS else [], [parent.name for parent in path.parents]
+    names, above = [path.stem] if path.suffix in WEIGHT_SUFFIXES else [], [parent.name for parent in path.parents]
     if repository := next((name for name in above if name.startswith("models--")), None):
         names += above[: above.index(repository) + 1]
     said = [{word.lower() for word in WORDS.findall(name)} for name in names]
@@ -351,8 +353,8 @@ def stated_variant(path: Path) -> str | None:
     """raw or turbo, from the weights' own metadata or diffusers' index; None if neither says."""
     for file in files_in(dit_of(path)):
         with suppress(K2Error):
-            about = own_words(read_header(file).get("__metadata__", {}))
-            if file.suffix in WEIGHTS and about.get("variant"):
+            about = own_metadata(read_header(file).get("__metadata__", {}))
+            if file.suffix in WEIGHT_SUFFIXES and about.get("variant"):
                 return str(about["variant"])
     try:
         pipeline = pipeline_of(path)
@@ -371,12 +373,12 @@ def recommended(variant: str, about: Mapping[str, Any], path: Path) -> dict[str,
 
 def describe(path: Path) -> dict[str, Any]:
     """What a weights file holds: kind, layout, precision, parameters, shape, and its own metadata."""
-    tensors, metadata, _ = stored_in(path)
-    about = own_words(metadata)
+    tensors, metadata, _ = stored_tensors(path)
+    about = own_metadata(metadata)
     shapes = {name: stored.shape for name, stored in tensors.items() if not is_auxiliary(name)}
     precision: dict[str, int] = {}
     for name, shape in shapes.items():
-        four = form_of(tensors[name].marks, FOUR_BITS) or ("nvfp4" if name + SECOND in tensors else "")
+        four = special_format(tensors[name].marks, FOUR_BITS) or ("nvfp4" if name + SECOND_SCALE in tensors else "")
         number = FOUR_BITS[four] if four else tensors[name].dtype
         precision[number] = precision.get(number, 0) + prod(shape)
     layout, main = dit_shape(shapes)
@@ -410,7 +412,7 @@ def dit_shape(shapes: Mapping[str, tuple[int, ...]]) -> tuple[str | None, dict[s
             keys, norms = (shapes.get(attention + each, ()) for each in (key, norm))
             if len(keys) == 2 and len(norms) == 1 and norms[0]:
                 shape |= {"heads": rows // norms[0], "kv_heads": keys[0] // norms[0]}
-            return "comfyui" if found[0]["prefix"] in COMFYUIS else layout, shape
+            return "comfyui" if found[0]["prefix"] in COMFYUI_PREFIXES else layout, shape
     return None, {}
 
 
@@ -419,12 +421,12 @@ def is_release(path: Path) -> bool:
     files = [path] if path.is_file() else [each for each in sorted(dit_of(path).iterdir()) if each.is_file()]
     shapes: dict[str, tuple[int, ...]] = {}
     for file in files:
-        if file.suffix in WEIGHTS:
+        if file.suffix in WEIGHT_SUFFIXES:
             shapes |= shapes_in(file)
     _, shape = dit_shape(shapes)
-    return all(shape.get(key) == value for key, value in RELEASE.items())
+    return all(shape.get(key) == value for key, value in RELEASE_SHAPE.items())
 
 
 def shapes_in(path: Path) -> dict[str, tuple[int, ...]]:
     """The shapes of a weights file's tensors, as in the network."""
-    return {name: stored.shape for name, stored in stored_in(path)[0].items()}
+    return {name: stored.shape for name, stored in stored_tensors(path)[0].items()}

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from model.errors import K2Error, brief, count_of, listed
 from model.hashes import settings_beside
-from model.headers import own_words, read_header, read_json
+from model.headers import own_metadata, read_header, read_json
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -25,7 +25,7 @@ PART = re.compile(  # module . part [. the adapter's name] [. weight]
     r"|dora_scale|lora_magnitude_vector|magnitude)"
     r"(\.(?!weight$|bias$)[^.]+)?(\.weight)?"
 )
-WHOLE = re.compile(r"(?P<module>.+)\.(?P<what>diff|diff_b)")  # added as is to a layer's matrix or its bias
+FULL_MATRIX = re.compile(r"(?P<module>.+)\.(?P<what>diff|diff_b)")  # added as is to a layer's matrix or its bias
 KRONECKER = re.compile(r"(?P<module>.+)\.lokr_(?P<what>w[12](_[ab])?)")  # a factor, or the two that make it up
 OTHER_KINDS = {  # adapters that k2 does not read
     r"\.lokr_t[12]$": "a convolutional LoKr",
@@ -51,10 +51,10 @@ TEXT_ENCODER = r"lora_te\d?_|text_encoder|text_model|layers[._]\d+[._](self_attn
 BASE_CHANGERS = ("pissa", "olora", "corda", "loftq", "lora_ga")  # inits that subtract the adapter from the base
 PAIR, HADAMARD = {"down", "up"}, {"hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b"}
 LEFT, RIGHT = ({"w1"}, {"w1_a", "w1_b"}), ({"w2"}, {"w2_a", "w2_b"})
-WHOLE_KINDS = [PAIR, HADAMARD, *(left | right for left in LEFT for right in RIGHT)]  # complete sets of factors
-LONGEST_TRIGGER, MOST_TRIGGERS = 200, 16  # characters of one, and number, that a file may add to every prompt
-ON_RAW = "Give a LoRA trained on Krea 2."
-PLAIN = "Give a plain LoRA; if this is one, fetch it again."
+COMPLETE_SETS = [PAIR, HADAMARD, *(left | right for left in LEFT for right in RIGHT)]  # complete sets of factors
+MAX_TRIGGER_CHARS, MAX_TRIGGERS = 200, 16  # characters of one, and number, that a file may add to every prompt
+GIVE_KREA_2 = "Give a LoRA trained on Krea 2."
+GIVE_PLAIN = "Give a plain LoRA; if this is one, fetch it again."
 
 
 def check_kind(path: Path) -> None:
@@ -69,12 +69,12 @@ def stated_triggers(path: Path) -> tuple[list[str], str]:
     do not count. It is a stranger's text and may hold anything: what is too much for a prompt is skipped -> triggers,
     and a sentence about what was skipped, or ""."""
     about = read_header(path).get("__metadata__", {})
-    own = own_words(about).get("triggers")
+    own = own_metadata(about).get("triggers")
     stated = [*(own if isinstance(own, list) else ()), about.get("modelspec.trigger_phrase")]
     words = dict.fromkeys(" ".join(each.split()) for each in stated if isinstance(each, str) and each.strip())
-    taken = [each for each in words if len(each) <= LONGEST_TRIGGER][:MOST_TRIGGERS]
+    taken = [each for each in words if len(each) <= MAX_TRIGGER_CHARS][:MAX_TRIGGERS]
     over = count_of(len(words) - len(taken), "trigger")
-    limits = f"k2 uses up to {MOST_TRIGGERS} per LoRA, of up to {LONGEST_TRIGGER} characters"
+    limits = f"k2 uses up to {MAX_TRIGGERS} per LoRA, of up to {MAX_TRIGGER_CHARS} characters"
     return taken, f"Passed over: {over} stated by the LoRA; {limits}." if len(taken) < len(words) else ""
 
 
@@ -83,18 +83,18 @@ def refuse_others(path: Path, names: Iterable[str]) -> None:
     for pattern, what in OTHER_KINDS.items():
         if any(re.search(pattern, name) for name in names):
             raise K2Error(f"{path} is {what}, which k2 does not read.", hint="Give a plain LoRA.")
-    found = (WHOLE.fullmatch(name) or KRONECKER.fullmatch(name) or PART.fullmatch(name) for name in names)
+    found = (FULL_MATRIX.fullmatch(name) or KRONECKER.fullmatch(name) or PART.fullmatch(name) for name in names)
     modules = sorted({match["module"] for match in found if match})
     if not modules:
-        raise K2Error(f"{path} is not a LoRA: it holds {listed(sorted(names), 3) or 'nothing'}.", hint=ON_RAW)
+        raise K2Error(f"{path} is not a LoRA: it holds {listed(sorted(names), 3) or 'nothing'}.", hint=GIVE_KREA_2)
     for pattern, model in OTHER_MODELS.items():
         if theirs := [module for module in modules if re.search(pattern, module)]:
-            raise K2Error(f"{path} is made for {model}: it has layers like {listed(theirs, 2)}.", hint=ON_RAW)
+            raise K2Error(f"{path} is made for {model}: it has layers like {listed(theirs, 2)}.", hint=GIVE_KREA_2)
     if all(re.search(TEXT_ENCODER, module) for module in modules):
-        raise K2Error(f"{path} is made for a text encoder: it has layers like {listed(modules, 2)}.", hint=ON_RAW)
+        raise K2Error(f"{path} is made for a text encoder: it has layers like {listed(modules, 2)}.", hint=GIVE_KREA_2)
 
 
-def sort_out(path: Path, state: Mapping[str, Tensor]) -> tuple[dict[str, dict[str, Tensor]], dict[str, float]]:
+def sort_parts(path: Path, state: Mapping[str, Tensor]) -> tuple[dict[str, dict[str, Tensor]], dict[str, float]]:
     """Module -> its parts, {"down": …, "up": …}, {"w1": …, "w2": …}, `HADAMARD` or {"diff": …}, plus "diff_b" and
     "magnitude" (DoRA); module -> alpha, if stated. A factor may come as two, {"w2_a": …, "w2_b": …}.
 
@@ -107,7 +107,7 @@ def sort_out(path: Path, state: Mapping[str, Tensor]) -> tuple[dict[str, dict[st
             alphas[name.removesuffix(".alpha")] = tensor.item()
         elif not tensor.ndim:
             strange.append(name)
-        elif match := WHOLE.fullmatch(name) or KRONECKER.fullmatch(name):
+        elif match := FULL_MATRIX.fullmatch(name) or KRONECKER.fullmatch(name):
             parts.setdefault(match["module"], {})[match["what"]] = tensor
         elif match := PART.fullmatch(name):
             what = {"A": "down", "B": "up"}.get(match["half"], match["half"]) or match["factor"] or "magnitude"
@@ -120,18 +120,18 @@ def sort_out(path: Path, state: Mapping[str, Tensor]) -> tuple[dict[str, dict[st
         else:
             strange.append(name)
     kinds = {module: part.keys() - {"diff_b", "magnitude"} for module, part in parts.items()}
-    strange += [module for module, kind in kinds.items() if "diff" not in kind and kind and kind not in WHOLE_KINDS]
+    strange += [module for module, kind in kinds.items() if "diff" not in kind and kind and kind not in COMPLETE_SETS]
     strange += [f"{module}.alpha" for module in alphas if kinds.get(module, {"diff"}) <= {"diff"}]
     strange += [f"the magnitude of {m}" for m, part in parts.items() if "magnitude" in part and kinds[m] <= {"diff"}]
     if strange:
         raise K2Error(
-            f"{path} holds parts that do not make up a low-rank pair or product: {listed(strange, 3)}.", hint=PLAIN
+            f"{path} holds parts that do not make up a low-rank pair or product: {listed(strange, 3)}.", hint=GIVE_PLAIN
         )
     if both := [module for module, kind in kinds.items() if kind > {"diff"}]:
-        raise K2Error(f"{path} changes {listed(both, 3)} both by a full matrix and by factors.", hint=PLAIN)
+        raise K2Error(f"{path} changes {listed(both, 3)} both by a full matrix and by factors.", hint=GIVE_PLAIN)
     # ai-toolkit's norm omits alpha, which equals the rank in all transformers that it trains: then it is PEFT's norm
     if any(f"{m}.magnitude" in state and alpha != len(parts[m].get("down", ())) for m, alpha in alphas.items()):
-        raise K2Error(f"{path} is a DoRA whose norm omits alpha (ai-toolkit), which k2 does not read.", hint=PLAIN)
+        raise K2Error(f"{path} is a DoRA whose norm omits alpha (ai-toolkit), which k2 does not read.", hint=GIVE_PLAIN)
     if not all(tensor.float().isfinite().all() for tensor in state.values()):
         raise K2Error(f"{path} holds NaN or infinite numbers.", hint="Its training went wrong.")
     return parts, alphas
@@ -148,15 +148,17 @@ class PeftSettings:
     ranks: Mapping[re.Pattern[str], float] | None = None  # of a LoKr, to scale it by if its factors have none
 
     def stated_rank(self, name: str) -> float | None:
-        return first(self.ranks, name)
+        return first_match(self.ranks, name)
 
     def scale(self, name: str, rank: float) -> float:
         """The scale of a layer by its name in the file, which is what the patterns match."""
-        alpha = first(self.alphas, name, self.alpha)
+        alpha = first_match(self.alphas, name, self.alpha)
         return 1.0 if alpha is None else alpha / (math.sqrt(rank) if self.by_root else rank)
 
 
-def first(patterns: Mapping[re.Pattern[str], float] | None, name: str, otherwise: float | None = None) -> float | None:
+def first_match(
+    patterns: Mapping[re.Pattern[str], float] | None, name: str, otherwise: float | None = None
+) -> float | None:
     return next((value for pattern, value in (patterns or {}).items() if pattern.match(name)), otherwise)
 
 

@@ -13,15 +13,15 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from model.adapter_path import FullMatrix, Hadamard, Kronecker, LowRank, Update, dora_gain
 from model.checkpoint import open_checkpoint, refuse_unreadable
 from model.dit import Krea2
 from model.errors import K2Error, listed
 from model.hashes import PEFT_WEIGHTS, identity
 from model.layouts import diffusers_names
-from model.lora import Adapter, Change, Shift
-from model.lora_file import HADAMARD, ON_RAW, PLAIN, peft_settings, refuse_others, sort_out
-from model.second_path import Hadamard, Kronecker, LowRank, Update, Whole, gain_of
-from model.stream import at_hand
+from model.lora import Adapter, Change, ParameterUpdate
+from model.lora_file import GIVE_KREA_2, GIVE_PLAIN, HADAMARD, peft_settings, refuse_others, sort_parts
+from model.stream import block_loaded
 
 PREFIXES = (
     "base_model.model.",  # PEFT
@@ -33,10 +33,10 @@ PREFIXES = (
     "lycoris_",
 )
 FUSED = re.compile(r"(?P<stem>.*attn[._]to_)qkv")  # queries, keys and values as one matrix
-MOST_BESIDE = 256 << 20  # bytes allowed for layers that the network lacks
+MAX_EXTRA_BYTES = 256 << 20  # bytes allowed for layers that the network lacks
 ROWS = ("up", "diff", "diff_b", "hada_w1_a", "hada_w2_a", "magnitude")  # parts with as many rows as the layer
-TALL = ("w1", "w1_a", "w2", "w2_a")  # parts whose product has as many
-ABOUT = 0.1  # relative difference of a layer's norm between weights of one model, in few bits or distilled
+ROW_FACTORS = ("w1", "w1_a", "w2", "w2_a")  # parts whose product has as many
+NORM_TOLERANCE = 0.1  # relative difference of a layer's norm between weights of one model, in few bits or distilled
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ class Part:
         for what, own, whole in (("diff", "weight", shape), ("diff_b", "bias", shape[:1])):
             if what in self.tensors and self.tensors[what].shape != whole:
                 theirs = f"its {self.module}.{what} is {list(self.tensors[what].shape)}"
-                raise self.of_another_size(f"{theirs}, this network's {own} is {list(whole)}")
+                raise self.wrong_size(f"{theirs}, this network's {own} is {list(whole)}")
         if any(what.startswith("w") for what in self.tensors):
             product: Update = self.kronecker(shape)
         elif self.tensors.keys() >= HADAMARD:
@@ -65,24 +65,26 @@ class Part:
             product = self.low_rank(shape, width)
         return replace(product, bias=self.tensors.get("diff_b"), magnitude=self.magnitude(shape, stated=dora))
 
-    def shift(self, own: nn.Parameter) -> Shift:
+    def shift(self, own: nn.Parameter) -> ParameterUpdate:
         """What is added to a parameter: a difference, or scale times a pair's product.
 
         A vector may come as a matrix: diffusers stores a block's modulation as 6 × width.
         """
         if self.tensors.keys() not in ({"diff"}, {"down", "up"}):
             why = f"changes {self.module}, which is not a linear layer, as if it were one"
-            raise K2Error(f"{self.path} {why}.", hint=PLAIN)
+            raise K2Error(f"{self.path} {why}.", hint=GIVE_PLAIN)
         whole = self.tensors.get("diff")
-        shape = tuple(whole.shape) if whole is not None else self.span(self.tensors["up"], self.tensors["down"])
+        shape = (
+            tuple(whole.shape) if whole is not None else self.product_shape(self.tensors["up"], self.tensors["down"])
+        )
         if shape != tuple(own.shape) and (own.ndim > 1 or math.prod(shape) != own.numel()):
-            raise self.of_another_size(f"its change of {self.module} is {list(shape)}, not {list(own.shape)}")
+            raise self.wrong_size(f"its change of {self.module} is {list(shape)}, not {list(own.shape)}")
         if whole is not None:
-            return Shift(whole.float().view(own.shape))
+            return ParameterUpdate(whole.float().view(own.shape))
         delta = self.tensors["up"].float() @ self.tensors["down"].float() * self.scale
-        return Shift(delta.view(own.shape))
+        return ParameterUpdate(delta.view(own.shape))
 
-    def low_rank(self, shape: tuple[int, int], width: int) -> LowRank | Whole:
+    def low_rank(self, shape: tuple[int, int], width: int) -> LowRank | FullMatrix:
         """A low-rank pair or a full matrix; with neither, a pair of rank 0."""
         out, inward = shape
         if "down" in self.tensors:
@@ -90,7 +92,7 @@ class Part:
             return LowRank(self.tensors["down"], self.tensors["up"], scale=self.scale)
         if (whole := self.tensors.get("diff")) is None:
             return LowRank(torch.zeros(0, inward), torch.zeros(out, 0))
-        return Whole(whole)
+        return FullMatrix(whole)
 
     def hadamard(self, shape: tuple[int, int], width: int) -> Hadamard:
         """A Hadamard product of two low-rank matrices."""
@@ -103,8 +105,8 @@ class Part:
         """A Kronecker product. If both factors are full matrices there is no rank, and alpha is ignored (LyCORIS)."""
         held = self.tensors
         halves = [(held[what],) if what in held else (held[f"{what}_a"], held[f"{what}_b"]) for what in ("w1", "w2")]
-        (a, b), (c, d) = (self.span(*pair) if len(pair) == 2 else self.shape_of(*pair) for pair in halves)
-        self.check_span(len(range(a * c)[self.rows]), b * d, shape)
+        (a, b), (c, d) = (self.product_shape(*pair) if len(pair) == 2 else self.shape_of(*pair) for pair in halves)
+        self.check_shape(len(range(a * c)[self.rows]), b * d, shape)
         ranks = [len(pair[1]) for pair in halves if len(pair) == 2]
         left, right = (pair[0] if len(pair) == 1 else pair[0].float() @ pair[1].float() for pair in halves)
         scale = self.scale
@@ -126,10 +128,10 @@ class Part:
         lengths = magnitude[:, None] if magnitude.ndim == 1 else magnitude
         if lengths.shape not in ((shape[0], 1), (1, shape[1])):
             theirs, ours = list(magnitude.shape), f"this network's layer has {shape[0]} rows and {shape[1]} columns"
-            raise self.of_another_size(f"its magnitude of {self.module} is {theirs}, {ours}")
+            raise self.wrong_size(f"its magnitude of {self.module} is {theirs}, {ours}")
         return lengths
 
-    def trains(self) -> bool:
+    def changes_anything(self) -> bool:
         """Whether it changes anything: a product does if none of its factors is all zeros. For a magnitude on top of an
         idle product see `is_own_norm`."""
         wholes, factors = (
@@ -142,8 +144,8 @@ class Part:
         """Whether its magnitude is about the layer's own norm, where it starts, and stays if it is not trained."""
         out, inward = layer.out_features, layer.in_features
         lengths = self.magnitude((out, inward), stated=False)
-        gain = gain_of(layer, LowRank(torch.zeros(0, inward), torch.zeros(out, 0), magnitude=lengths))
-        return float((gain - 1).square().mean().sqrt()) < ABOUT
+        gain = dora_gain(layer, LowRank(torch.zeros(0, inward), torch.zeros(out, 0), magnitude=lengths))
+        return float((gain - 1).square().mean().sqrt()) < NORM_TOLERANCE
 
     def shape_of(self, matrix: Tensor) -> tuple[int, int]:
         """A matrix's shape."""
@@ -151,7 +153,7 @@ class Part:
             raise self.damaged(f"is {list(matrix.shape)}")
         return matrix.shape[0], matrix.shape[1]
 
-    def span(self, a: Tensor, b: Tensor) -> tuple[int, int]:
+    def product_shape(self, a: Tensor, b: Tensor) -> tuple[int, int]:
         """The shape of a @ b, which must share a rank."""
         if a.ndim != 2 or b.ndim != 2 or a.shape[1] != b.shape[0] or not len(b):
             raise self.damaged(f"is {list(a.shape)} times {list(b.shape)}")
@@ -162,21 +164,21 @@ class Part:
 
         A rank may exceed one side of a small layer (trainers use one rank for all layers), but not the network's width.
         """
-        out, inward = self.span(a, b)
+        out, inward = self.product_shape(a, b)
         if len(b) > width:
             raise self.damaged(f"has a rank of {len(b)}")
-        self.check_span(out, inward, shape)
+        self.check_shape(out, inward, shape)
 
-    def check_span(self, out: int, inward: int, shape: tuple[int, int]) -> None:
+    def check_shape(self, out: int, inward: int, shape: tuple[int, int]) -> None:
         """Check that a change has the layer's own shape."""
         if (out, inward) != shape:
             ours = f"this network's {shape[1]} to {shape[0]}"
-            raise self.of_another_size(f"its {self.module} maps {inward} numbers to {out}, {ours}")
+            raise self.wrong_size(f"its {self.module} maps {inward} numbers to {out}, {ours}")
 
     def damaged(self, how: str) -> K2Error:
         return K2Error(f"{self.path} is damaged: {self.module} {how}.", hint="Fetch it again.")
 
-    def of_another_size(self, how: str) -> K2Error:
+    def wrong_size(self, how: str) -> K2Error:
         hint = "Use it with the model that it was trained on."
         return K2Error(f"{self.path} is made for a network of another size: {how}.", hint=hint)
 
@@ -191,17 +193,17 @@ def read_lora(path: Path | str, network: Krea2) -> Adapter:
     checkpoint = open_checkpoint(file)
     refuse_others(file, checkpoint.tensors)
     refuse_unreadable(checkpoint)
-    refuse_giants(file, network)
+    check_size(file, network)
     # cloned: what is kept must not change with the file
-    parts, alphas = sort_out(file, {name: tensor.clone() for name, tensor in checkpoint.read()})
+    parts, alphas = sort_parts(file, {name: tensor.clone() for name, tensor in checkpoint.read()})
     spellings = layer_names(network)
     bares = dict(bare_parameters(network))
-    fused = part_fused(file, parts, spellings, network)
-    known = {module: spellings.get(bare(module)) for module in parts}
+    fused = split_fused(file, parts, spellings, network)
+    known = {module: spellings.get(strip_prefixes(module)) for module in parts}
     unmatched = sorted(module for module, name in known.items() if name is None)
     refuse_unmatched(file, unmatched, len(known))
     if len(set(known.values()) - {None}) < len(known) - len(unmatched):
-        raise K2Error(f"{file} holds the same layer twice.", hint=ON_RAW)
+        raise K2Error(f"{file} holds the same layer twice.", hint=GIVE_KREA_2)
 
     settings = peft_settings(file)
     layers: dict[str, Change] = {}
@@ -210,8 +212,10 @@ def read_lora(path: Path | str, network: Krea2) -> Adapter:
             continue
         tensors, (called, rows) = parts[module], fused.get(module, (module, slice(None)))
         scale, alpha = 1.0, alphas.get(called)
-        if rank := len(tensors.get("down", tensors.get("hada_w1_b", ()))) or settings.stated_rank(bare(called)):
-            scale = settings.scale(bare(called), rank) if alpha is None else alpha / rank
+        if rank := len(tensors.get("down", tensors.get("hada_w1_b", ()))) or settings.stated_rank(
+            strip_prefixes(called)
+        ):
+            scale = settings.scale(strip_prefixes(called), rank) if alpha is None else alpha / rank
         part = Part(file, module, tensors, scale, alpha, rows)
         if name in bares:
             layers[name] = part.shift(bares[name])
@@ -254,7 +258,7 @@ def layer_names(network: Krea2) -> dict[str, str]:
     return names
 
 
-def bare(module: str) -> str:
+def strip_prefixes(module: str) -> str:
     """A layer's name without trainers' prefixes. After kohya's, some double the underscores."""
     while prefix := next((prefix for prefix in PREFIXES if module.startswith(prefix)), ""):
         module = module.removeprefix(prefix)
@@ -263,14 +267,14 @@ def bare(module: str) -> str:
     return module
 
 
-def refuse_giants(path: Path, network: Krea2) -> None:
+def check_size(path: Path, network: Krea2) -> None:
     """Raises K2Error, before reading it, for a file larger than any LoRA of this network can be in fp32."""
-    most = MOST_BESIDE + 8 * sum(weight.numel() for weight in network.parameters())  # the rank is at most the width
+    most = MAX_EXTRA_BYTES + 8 * sum(weight.numel() for weight in network.parameters())  # the rank is at most the width
     if path.stat().st_size > most:
-        raise K2Error(f"{path} is larger than a LoRA of this network can be.", hint=ON_RAW)
+        raise K2Error(f"{path} is larger than a LoRA of this network can be.", hint=GIVE_KREA_2)
 
 
-def part_fused(
+def split_fused(
     path: Path, parts: dict[str, dict[str, Tensor]], spellings: Mapping[str, str], network: Krea2
 ) -> dict[str, tuple[str, slice]]:
     """Split what was trained for queries, keys and values as one matrix; module -> the fused module, and which rows.
@@ -280,7 +284,7 @@ def part_fused(
     found = {}
     for module, match in [(module, match) for module in parts if (match := FUSED.fullmatch(module))]:
         three = [match["stem"] + each for each in "qkv"]
-        names = [spellings.get(bare(each)) for each in three]
+        names = [spellings.get(strip_prefixes(each)) for each in three]
         if None in names:
             continue  # it will be reported as unmatched
         layers = [network.get_submodule(str(name)) for name in names]
@@ -288,20 +292,20 @@ def part_fused(
         whole, start = parts.pop(module), 0
         if "magnitude" in whole and is_row(whole["magnitude"]):
             why = "holds column magnitudes (DoRA) that three layers share"
-            raise K2Error(f"{path} {why}: see its {module}.", hint=PLAIN)
+            raise K2Error(f"{path} {why}: see its {module}.", hint=GIVE_PLAIN)
         heights = {len(tensor) for what, tensor in whole.items() if what in ROWS}
-        if factors := [tensor for what, tensor in whole.items() if what in TALL]:
+        if factors := [tensor for what, tensor in whole.items() if what in ROW_FACTORS]:
             heights.add(math.prod(map(len, factors)))
         if heights != {sum(sizes)}:
-            raise K2Error(f"{path} is made for a network of another size: see its {module}.", hint=ON_RAW)
+            raise K2Error(f"{path} is made for a network of another size: see its {module}.", hint=GIVE_KREA_2)
         beside = {each: Part(path, each, parts[each]) for each in three if each in parts}
         measured = any("magnitude" in part.tensors for part in beside.values())  # rare, and it takes reading a block
-        with at_hand(network, str(names[0])) if measured else nullcontext():
+        with block_loaded(network, str(names[0])) if measured else nullcontext():
             for each, part in beside.items():
-                layer = network.get_submodule(str(spellings[bare(each)]))
+                layer = network.get_submodule(str(spellings[strip_prefixes(each)]))
                 assert isinstance(layer, nn.Linear)
-                if part.trains() or ("magnitude" in part.tensors and not part.is_own_norm(layer)):
-                    raise K2Error(f"{path} holds {each} twice, on its own and in {module}.", hint=PLAIN)
+                if part.changes_anything() or ("magnitude" in part.tensors and not part.is_own_norm(layer)):
+                    raise K2Error(f"{path} holds {each} twice, on its own and in {module}.", hint=GIVE_PLAIN)
         for each, size in zip(three, sizes, strict=True):
             rows, start = slice(start, start + size), start + size
             parts[each] = {what: tensor[rows] if what in ROWS else tensor for what, tensor in whole.items()}
@@ -317,4 +321,4 @@ def refuse_unmatched(path: Path, unmatched: Sequence[str], modules: int) -> None
     """Raises K2Error if no layer matches."""
     if len(unmatched) == modules:
         layers = listed(list(unmatched), 2)
-        raise K2Error(f"{path} matches no layer of this network: it has layers like {layers}.", hint=ON_RAW)
+        raise K2Error(f"{path} matches no layer of this network: it has layers like {layers}.", hint=GIVE_KREA_2)

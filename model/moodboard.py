@@ -17,22 +17,22 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
+from model.board_pictures import Pixels, StyleReader, read_all
 from model.clusters import find_looks
 from model.colours import Colour, colour_words, find_palette
 from model.errors import K2Error
-from model.expand import look_words, trusted
+from model.expand import checked_answer, look_words
+from model.language_model import LanguageModel
 from model.references import from_bytes
-from model.seeing import Eye, Pixels, read_all
-from model.speaker import Speaker
-from model.words import AGAIN, speak
+from model.words import REBUILD, read_words
 
-AT_ONCE = 16  # pictures encoded together
-REFERENCES = 10  # pictures that represent a board, at most three per look
-SHOWN = 4  # of these, shown to a language model
+BATCH = 16  # pictures encoded together
+MAX_REFERENCES = 10  # pictures that represent a board, at most three per look
+MAX_SHOWN = 4  # of these, shown to a language model
 CELLS = 16  # per side: to find copies, pictures are reduced to this many cells of one colour
 # Root mean square over the cells, in levels of 255. Copies as JPEG or WebP of quality 60 and up, or of another size,
 # differ by at most 1.4; other seeds of one prompt, small on white, by at least 5.6.
-COPY = 3.0
+MAX_COPY_DISTANCE = 3.0
 # How similar the detail inside the cells must be, as grain, hatching and halftone leave no trace in cell colours: a
 # correlation, if the detail exceeds a few levels of 255. In brightness and at half the side, since JPEG loses the rest:
 # copies of quality 60 and up, or of half the size, reach at least 0.66; another grain of 8 levels, 0.4 at most.
@@ -72,7 +72,7 @@ class Board:
     def shown(self) -> list[Path]:
         """A few pictures for the whole board: the most central of each look first, the largest look leading."""
         ranks = zip_longest(*([path for path, _ in look.representatives] for look in self.looks))
-        return [path for rank in ranks for path in rank if path][:SHOWN]
+        return [path for rank in ranks for path in rank if path][:MAX_SHOWN]
 
 
 class Seen(NamedTuple):
@@ -86,7 +86,7 @@ class Seen(NamedTuple):
     unread: list[Path]
 
 
-def see(paths: Sequence[Path], eye: Eye, on_picture: OnPicture | None = None) -> Seen:
+def see(paths: Sequence[Path], eye: StyleReader, on_picture: OnPicture | None = None) -> Seen:
     """Read every picture. Raises K2Error if none can be read; unreadable ones and copies become notes."""
     if not paths:
         raise K2Error("The moodboard holds no picture.", hint="Name png, jpg or webp files.")
@@ -117,8 +117,8 @@ def see(paths: Sequence[Path], eye: Eye, on_picture: OnPicture | None = None) ->
     elif len(good) == 1:
         notes.append("One picture makes a thin moodboard: its look cannot be told apart from its subject.")
     parts = []
-    for start in range(0, len(pictures), AT_ONCE):
-        parts.append(eye.see(from_bytes(np.stack(pictures[start : start + AT_ONCE]))))
+    for start in range(0, len(pictures), BATCH):
+        parts.append(eye.see(from_bytes(np.stack(pictures[start : start + BATCH]))))
     vectors, statistics = (torch.cat(each) for each in zip(*parts, strict=True))
     return Seen(good, pictures, vectors.double().numpy(), statistics, notes, unread)
 
@@ -127,7 +127,7 @@ def is_copy(
     picture: Pixels, cells: NDArray[np.float32], known: NDArray[np.float32], fresh: Sequence[tuple[Path, Pixels]]
 ) -> bool:
     """Whether a picture is a copy of one already seen, whose cells are in `known`."""
-    near = np.flatnonzero(np.square(known - cells).mean(1) < COPY**2).tolist()
+    near = np.flatnonzero(np.square(known - cells).mean(1) < MAX_COPY_DISTANCE**2).tolist()
     return any(same_within(picture, fresh[index][1]) for index in near)
 
 
@@ -138,13 +138,13 @@ def cells_of(picture: Pixels) -> NDArray[np.float32]:
 
 def same_within(one: Pixels, other: Pixels) -> bool:
     """Whether two pictures have the same detail inside their cells."""
-    a, b = map(within_cells, (one, other))
+    a, b = map(cell_detail, (one, other))
     if max(a.std(), b.std()) < FLAT:
         return True
     return float((a * b).mean()) > SAME * float(a.std() * b.std())
 
 
-def within_cells(picture: Pixels) -> NDArray[np.float32]:
+def cell_detail(picture: Pixels) -> NDArray[np.float32]:
     """A picture's brightness minus that of its cells."""
     size = picture.shape[1] // FINE, picture.shape[0] // FINE
     grey = Image.fromarray(picture).convert("L").resize(size, Image.Resampling.BOX)
@@ -152,7 +152,7 @@ def within_cells(picture: Pixels) -> NDArray[np.float32]:
     return np.asarray(grey, np.float32) - np.asarray(means, np.float32)
 
 
-def analyse(paths: Sequence[Path], eye: Eye, on_picture: OnPicture | None = None) -> Board:
+def analyse(paths: Sequence[Path], eye: StyleReader, on_picture: OnPicture | None = None) -> Board:
     """A board's pictures -> its looks, colours and words. Raises K2Error if no picture can be read.
 
     Unreadable pictures and copies are skipped with a note.
@@ -160,20 +160,20 @@ def analyse(paths: Sequence[Path], eye: Eye, on_picture: OnPicture | None = None
     good, pictures, vectors, statistics, notes, unread = see(paths, eye, on_picture)
     chances, known = eye.words.read(statistics) if eye.words else ({}, np.zeros(len(good), bool))
     if eye.words is None:
-        notes.append(f"No keywords or avoids for the style: {eye.why}. Create it with: {AGAIN}")
+        notes.append(f"No keywords or avoids for the style: {eye.why}. Create it with: {REBUILD}")
     elif 2 * known.sum() < len(good):
         notes.append("Most pictures are unlike those that the words were measured on, so only colours have words.")
     looks = []
     found = find_looks(vectors)
-    each = max(1, min(3, REFERENCES // len(found)))
+    each = max(1, min(3, MAX_REFERENCES // len(found)))
     for members in found:
         share = len(members) / len(good)
         weight = round(share / len(members[:each]), 4)
-        told = speak(eye.words, {kind: chance[members] for kind, chance in chances.items()}, known[members])[2]
+        told = read_words(eye.words, {kind: chance[members] for kind, chance in chances.items()}, known[members])[2]
         chosen = tuple((good[i], weight) for i in members[:each])
         looks.append(Look(tuple(good[i] for i in members), share, chosen, told))
     palette = find_palette(pictures)
-    keywords, avoids, _ = speak(eye.words, chances, known)
+    keywords, avoids, _ = read_words(eye.words, chances, known)
     colours, foreign = colour_words(palette)
     keywords, avoids = [*keywords, *colours], [*avoids, *foreign]
     profile = describe(looks, palette, len(good), keywords, avoids)
@@ -197,9 +197,9 @@ def describe(
     many = number[len(looks)] if len(looks) < len(number) else f"{len(looks)} looks"
     parts = [f"{pictures} in {many}"]
     if len(looks) > 1:
-        parts[0] += ": " + "; ".join(f"{len(look.pictures)} {manner(look)}" for look in looks)
+        parts[0] += ": " + "; ".join(f"{len(look.pictures)} {likely_words(look)}" for look in looks)
     elif looks[0].words:
-        parts[0] += f", {manner(looks[0])}"
+        parts[0] += f", {likely_words(looks[0])}"
     colours = list(dict.fromkeys(colour.name for colour in palette if colour.share >= 0.05))
     parts.append(f"Colours: {', '.join(colours)}" if colours else "")
     parts.append(f"Drawn to {', '.join(keywords)}" if keywords else "")
@@ -218,14 +218,14 @@ def instruction(board: Board, *, sees: bool) -> str:
     return "\n".join(filter(None, lines))
 
 
-def told(board: Board, speaker: Speaker) -> str:
+def describe_by_language(board: Board, speaker: LanguageModel) -> str:
     """The taste profile in complete sentences by a language model; "" if its answer cannot be trusted."""
     pictures = [speaker.show(path) for path in board.shown] if speaker.sight else []
-    answer = trusted(speaker.answer(instruction(board, sees=bool(pictures)), 0, pictures))
+    answer = checked_answer(speaker.answer(instruction(board, sees=bool(pictures)), 0, pictures))
     return answer[: max(answer.rfind(sign) for sign in ".!") + 1]
 
 
-def manner(look: Look) -> str:
+def likely_words(look: Look) -> str:
     """A look's likeliest words, those with a share of at least half."""
     table = look_words()
     said = []

@@ -8,14 +8,14 @@ from pathlib import Path
 
 import torch
 
-from model.checkpoint import WIDE, Stored, load, open_checkpoint, refuse_unreadable
+from model.checkpoint import WIDE_DTYPES, StoredTensor, load, open_checkpoint, refuse_unreadable
 from model.dit import PRESETS, DiTConfig, Krea2, hidden_width
 from model.errors import K2Error, brief
 from model.flux_vae import FluxVAE, FluxVAEConfig
-from model.headers import AGAIN
+from model.headers import FETCH_AGAIN
 from model.layouts import dit_config, is_packed, native_names, stored_precision
-from model.library import NATIVE, Parts, weights_of
-from model.plan import Numbers, default_dtype
+from model.library import OPEN_WEIGHTS_SIDE, Parts, weights_of
+from model.plan import ModelSize, default_dtype
 from model.style import StyleConfig, StyleEncoder
 from model.text_encoder import QWEN3_VL_4B, TextEncoder, TextTower, tokenizer_file
 from model.vae import QwenImageVAE, VAEConfig
@@ -24,7 +24,7 @@ Autoencoder = QwenImageVAE | FluxVAE
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 QWEN_VAE_NUMBERS = 127_000_000
-OTHER_BUILD = (
+INSTALL_OTHER_BUILD = (
     "Old cards need a build for an older CUDA, new ones for a newer one: https://pytorch.org/get-started/locally"
 )
 
@@ -37,7 +37,7 @@ def files_of(parts: Parts) -> list[Path]:
     return [*weights, tokenizer_file(parts.text), *filter(Path.is_file, stated)]
 
 
-def numbers_of(parts: Parts, device: torch.device | str) -> Numbers:
+def count_numbers(parts: Parts, device: torch.device | str) -> ModelSize:
     """How many numbers the parts hold, by their headers, and how a device would hold them. Raises K2Error if the
     transformer is not one."""
     dit = native_names(open_checkpoint(parts.dit))
@@ -46,9 +46,9 @@ def numbers_of(parts: Parts, device: torch.device | str) -> Numbers:
     layers = {name: stored for name, stored in tower.items() if ".layers." in f".{name}"}
     rest = [open_checkpoint(path) for path in (parts.vae, parts.style) if path]
     blocks = {name: stored for name, stored in dit.tensors.items() if name.startswith("blocks.")}
-    return Numbers(
+    return ModelSize(
         *shape_of(dit_config(dit)),
-        native=int(dit.metadata.get("native") or NATIVE),
+        native=int(dit.metadata.get("native") or OPEN_WEIGHTS_SIDE),
         inside=count(blocks),
         outside=count(dit.tensors) - count(blocks),
         layers=len({name.partition("layers.")[2].partition(".")[0] for name in layers}) or 1,
@@ -56,16 +56,16 @@ def numbers_of(parts: Parts, device: torch.device | str) -> Numbers:
         others=count(tower) - count(layers) + sum(count(each.tensors) for each in rest),
         stored=stored_precision(dit),
         packed=is_packed(dit),
-        on_card=is_card(device),
-        wide=count({name: stored for name, stored in blocks.items() if stored.dtype in WIDE}),
+        on_card=is_gpu(device),
+        wide=count({name: stored for name, stored in blocks.items() if stored.dtype in WIDE_DTYPES}),
     )
 
 
-def is_card(device: torch.device | str) -> bool:
+def is_gpu(device: torch.device | str) -> bool:
     return torch.device(device).type == "cuda"
 
 
-def count(tensors: Mapping[str, Stored]) -> int:
+def count(tensors: Mapping[str, StoredTensor]) -> int:
     return sum(prod(stored.shape) for stored in tensors.values())
 
 
@@ -74,22 +74,22 @@ def shape_of(config: DiTConfig) -> tuple[int, int, int]:
     return config.width, hidden_width(config.width, config.multiplier), config.blocks
 
 
-def release_numbers(device: torch.device | str = "cpu") -> Numbers:
+def release_numbers(device: torch.device | str = "cpu") -> ModelSize:
     """The numbers of the open 12.9B weights, with their text encoder and autoencoder, in bf16."""
     with torch.device("meta"):
         dit, tower = Krea2(PRESETS["medium"]), TextTower(QWEN3_VL_4B)
     inside, text = (sum(p.numel() for p in stack.parameters()) for stack in (dit.blocks, tower.layers))
     outside = sum(p.numel() for p in dit.parameters()) - inside
     embedding = sum(p.numel() for p in tower.parameters()) - text
-    return Numbers(
+    return ModelSize(
         *shape_of(dit.config),
-        native=NATIVE,
+        native=OPEN_WEIGHTS_SIDE,
         inside=inside,
         outside=outside,
         layers=len(tower.layers),
         text=text,
         others=embedding + QWEN_VAE_NUMBERS,
-        on_card=is_card(device),
+        on_card=is_gpu(device),
     )
 
 
@@ -106,12 +106,12 @@ def load_vae(path: Path, device: torch.device, dtype: torch.dtype) -> Autoencode
         with torch.device("meta"):
             vae = FluxVAE(FluxVAEConfig.from_dict(stated)) if flux else QwenImageVAE(VAEConfig.from_dict(stated))
     except (TypeError, ValueError) as error:
-        raise K2Error(f"The config of {path} cannot be used: {error}.", hint=AGAIN) from None
+        raise K2Error(f"The config of {path} cannot be used: {error}.", hint=FETCH_AGAIN) from None
     state = dict(checkpoint.read(device=device, dtype=dtype))
     try:
         vae.load_diffusers(state)
     except RuntimeError as error:
-        raise K2Error(f"The tensors of {path} do not fit its config: {brief(error)}.", hint=AGAIN) from None
+        raise K2Error(f"The tensors of {path} do not fit its config: {brief(error)}.", hint=FETCH_AGAIN) from None
     if isinstance(vae, QwenImageVAE):
         for name, values in (("mean", vae.config.latents_mean), ("std", vae.config.latents_std)):
             setattr(vae, name, torch.tensor(values, device=device, dtype=dtype).view(1, -1, 1, 1))
@@ -127,14 +127,14 @@ def load_style(path: Path, device: torch.device) -> tuple[StyleEncoder, int]:
     """
     checkpoint = open_checkpoint(path)
     if checkpoint.metadata.get("kind") != "style":
-        raise K2Error(f"{path} is not a style encoder.", hint=AGAIN)
+        raise K2Error(f"{path} is not a style encoder.", hint=FETCH_AGAIN)
     with torch.device("meta"):
         encoder = StyleEncoder(StyleConfig(**checkpoint.metadata["config"]))
     load(encoder, checkpoint, device=device, dtype=torch.float32)
     return encoder, int(checkpoint.metadata.get("native", 128))
 
 
-def refuse_misfits(parts: Parts, dit: Krea2, text: TextEncoder, vae: Autoencoder) -> None:
+def check_fit(parts: Parts, dit: Krea2, text: TextEncoder, vae: Autoencoder) -> None:
     """Check that the parts' dimensions fit together. Raises K2Error."""
     asked, spoken = dit.config, text.tower.config
     hint = "Give the {} that the transformer was trained with."
@@ -173,7 +173,9 @@ def pick_device(name: str | None) -> torch.device:
         useless = {each: i for each, i in cards.items() if not has_kernels(i)}
         here = [*(each for each in cards if each not in useless), *here]
     if name in useless:
-        raise K2Error(f"This PyTorch has no kernels for {torch.cuda.get_device_name(useless[name])}.", hint=OTHER_BUILD)
+        raise K2Error(
+            f"This PyTorch has no kernels for {torch.cuda.get_device_name(useless[name])}.", hint=INSTALL_OTHER_BUILD
+        )
     if name not in (None, *here):
         raise K2Error(f'There is no device "{name}".', hint=f"Available: {', '.join(here)}.")
     return torch.device(name or here[0])

@@ -21,23 +21,23 @@ from model.headers import open_file
 
 SUFFIXES = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".jfif": "JPEG", ".webp": "WEBP"}  # .jfif on Windows
 FORMATS = tuple(dict.fromkeys(SUFFIXES.values()))
-OTHERS = (".avif", ".bmp", ".gif", ".heic", ".heif", ".jxl", ".psd", ".svg", ".tif", ".tiff")  # pictures k2 cannot read
-LEAST_SIDE, MOST_DECODED = 8, 1 << 26  # smallest side and most pixels of a picture to decode
-ALIKE = 0.02  # relative difference up to which proportions count as equal
-WILL_DO = f"Use sides of at least {LEAST_SIDE} pixels, and at most {MOST_DECODED >> 20} megapixels."
-MOST_BYTES = 256 << 20  # of a file
-MOST_PARTS = 50_000  # chunks, segments: 256 MiB in PNG's usual pieces of 8 KiB are 32,768
-MOST_ASIDE = 32 << 20  # bytes of metadata
-MOST_SCANS = 64  # passes over a JPEG; a progressive one takes about ten
+UNSUPPORTED_SUFFIXES = (".avif", ".bmp", ".gif", ".heic", ".heif", ".jxl", ".psd", ".svg", ".tif", ".tiff")
+MIN_SIDE, MAX_PIXELS = 8, 1 << 26  # smallest side and most pixels of a picture to decode
+SHAPE_TOLERANCE = 0.02  # relative difference up to which proportions count as equal
+USE_OTHER_SIZE = f"Use sides of at least {MIN_SIDE} pixels, and at most {MAX_PIXELS >> 20} megapixels."
+MAX_BYTES = 256 << 20  # of a file
+MAX_PARTS = 50_000  # chunks, segments: 256 MiB in PNG's usual pieces of 8 KiB are 32,768
+MAX_METADATA = 32 << 20  # bytes of metadata
+MAX_SCANS = 64  # passes over a JPEG; a progressive one takes about ten
 ORIENTATION = 0x0112  # the EXIF tag
 BLOCK = 1 << 20  # bytes read at once
-MADE = ("outputs", "gallery")  # in a project's folder: outputs, not inputs
+OUTPUT_FOLDERS = ("outputs", "gallery")  # in a project's folder: outputs, not inputs
 SHEET = re.compile(r"sheet(\.\d+)?\.png")  # beside a run's plan; its pictures are NAME-SEED
 SHEET_KEY = "k2-sheet"  # key of a text in a contact sheet's file, which identifies it under any name
-HEAD = 1024  # first bytes of a sheet's file, which hold that text
+HEAD_BYTES = 1024  # first bytes of a sheet's file, which hold that text
 
 
-def is_named_so(path: Path) -> bool:
+def has_picture_suffix(path: Path) -> bool:
     """Whether a file has the name of a picture that k2 reads."""
     return path.suffix.lower() in SUFFIXES
 
@@ -52,18 +52,18 @@ def is_sheet(path: Path) -> bool:
 def says_sheet(path: Path) -> bool:
     """Whether a PNG says so in a text before its pixels."""
     with suppress(OSError), open_file(path) as file:
-        return f"tEXt{SHEET_KEY}\0".encode() in file.read(HEAD)
+        return f"tEXt{SHEET_KEY}\0".encode() in file.read(HEAD_BYTES)
     return False
 
 
-def passed_over(paths: Iterable[Path]) -> str:
+def describe_skipped(paths: Iterable[Path]) -> str:
     """Sentences on what was skipped in a folder: pictures that k2 does not read, subfolders with pictures, and broken
     links to pictures; "" if there is none of these."""
     seen = sorted(path for path in paths if not path.name.startswith("."))
-    others = [path.suffix.lower()[1:] for path in seen if path.suffix.lower() in OTHERS]
+    others = [path.suffix.lower()[1:] for path in seen if path.suffix.lower() in UNSUPPORTED_SUFFIXES]
     kinds = ", ".join(sorted(set(others)))
     within = [path.name for path in seen if holds_pictures(path)]
-    gone = [path.name for path in seen if is_named_so(path) and path.is_symlink() and not os.path.exists(path)]
+    gone = [path.name for path in seen if has_picture_suffix(path) and path.is_symlink() and not os.path.exists(path)]
     folders, links = (", ".join(found[:3] + ["…"] * (len(found) > 3)) for found in (within, gone))
     told = [f"Passed over: {count_of(len(others), 'picture')} ({kinds}); k2 reads png, jpg and webp."] * bool(others)
     told += [f"Passed over: pictures in subfolders ({folders}); name those folders too."] * bool(folders)
@@ -74,11 +74,11 @@ def passed_over(paths: Iterable[Path]) -> str:
 def holds_pictures(path: Path) -> bool:
     """Whether a path is a folder that contains a picture."""
     with suppress(OSError):
-        return path.is_dir() and any(is_named_so(each) for each in path.iterdir())
+        return path.is_dir() and any(has_picture_suffix(each) for each in path.iterdir())
     return False
 
 
-def cut_off(error: Exception) -> str:
+def truncation_hint(error: Exception) -> str:
     """A hint if, by Pillow's error, a picture's end is missing; "" for other errors."""
     return "The file is truncated: fetch or export it again." if "truncated" in str(error).lower() else ""
 
@@ -102,7 +102,7 @@ def sides(image: Image.Image) -> tuple[int, int]:
     return image.size[::-1] if lies else image.size
 
 
-def in_eight_bits(image: Image.Image) -> Image.Image:
+def to_eight_bits(image: Image.Image) -> Image.Image:
     """Pillow clips 16-bit greys at 255 when converting, so nearly all would be white; scale them instead."""
     if not image.mode.startswith("I"):
         return image
@@ -111,7 +111,7 @@ def in_eight_bits(image: Image.Image) -> Image.Image:
 
 def same_shape(one: tuple[int, int], other: tuple[int, int]) -> bool:
     """Whether two pictures of these sides have the same proportions, whatever their size."""
-    return abs(one[0] / one[1] * other[1] / other[0] - 1) <= ALIKE
+    return abs(one[0] / one[1] * other[1] / other[0] - 1) <= SHAPE_TOLERANCE
 
 
 def check(path: Path) -> None:
@@ -122,8 +122,8 @@ def check(path: Path) -> None:
 
 def check_parts(file: BinaryIO) -> None:
     size = os.fstat(file.fileno()).st_size
-    if size > MOST_BYTES:
-        raise ValueError(f"it is larger than {MOST_BYTES >> 20} MB")
+    if size > MAX_BYTES:
+        raise ValueError(f"it is larger than {MAX_BYTES >> 20} MB")
     head = file.read(12)
     parts: Iterator[tuple[bytes, int]]
     pixels: tuple[bytes, ...] = ()
@@ -138,10 +138,10 @@ def check_parts(file: BinaryIO) -> None:
     aside = 0
     for number, (kind, length) in enumerate(parts):
         aside += length if kind not in pixels else 0
-        if number == MOST_PARTS or aside > MOST_ASIDE:
+        if number == MAX_PARTS or aside > MAX_METADATA:
             raise ValueError("most of it is not a picture")
-    if head.startswith(b"\xff\xd8") and scans(file) > MOST_SCANS:
-        raise ValueError(f"it needs more than {MOST_SCANS} decoding passes")
+    if head.startswith(b"\xff\xd8") and scans(file) > MAX_SCANS:
+        raise ValueError(f"it needs more than {MAX_SCANS} decoding passes")
 
 
 def png_chunks(file: BinaryIO, size: int) -> Iterator[tuple[bytes, int]]:

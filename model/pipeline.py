@@ -21,48 +21,48 @@ from PIL import Image
 from torch import Tensor
 
 from model import library
-from model.asked import asked
-from model.beginning import Beginnings
-from model.branches import Branches, Said, Told
-from model.cohesion import Tie, leader_of, leads, shared_noise
+from model.branches import GuidedVelocity, PromptContexts, WeightedContexts
+from model.cohesion import LeadAttention, is_lead, leader_of, shared_noise
 from model.conditioning import Conditioning
 from model.errors import K2Error, TooLittleMemory
-from model.fast import accelerate, keep_pages
+from model.fast import accelerate, keep_freed_memory
 from model.hashes import Hashes, cache_folder, identity, sha256
 from model.headers import VARIANTS
+from model.init_image import InitImages
 from model.latents import noise, patchify, unpatchify
 from model.layouts import load_dit
-from model.lora import Adapter, laid_over
+from model.lora import Adapter, applied
 from model.lora_match import read_lora, weights_file
-from model.parts import DTYPES, files_of, load_vae, numbers_of, pick_device, pick_dtype, refuse_misfits
-from model.plan import Plan, lacking_memory, plan_on
-from model.recent import Recent
+from model.lru import LRU
+from model.parts import DTYPES, check_fit, count_numbers, files_of, load_vae, pick_device, pick_dtype
+from model.plan import Plan, memory_errors, plan_on
+from model.reference_weights import WeightedReference, weigh
 from model.references import to_pixels
+from model.resolve import (
+    Capabilities,
+    ResolvedSpec,
+    batch_key,
+    evaluations,
+    fade_weight,
+    prompt_branches,
+    resolve_spec,
+    weighted_negatives,
+    weighted_prompts,
+)
 from model.safety import Filter, filters_of, installed, review
 from model.sampler import adams_bashforth, euler, shifted_sigmas
-from model.settle import (
-    Able,
-    Settled,
-    branches,
-    presence,
-    schedule,
-    settle,
-    unwanted,
-    ways,
-    wordings,
-)
 from model.spec import Lora, Picture, RenderSpec
-from model.splice import NEUTRAL, SEED, Capture, CaptureCache, Splice, capture, noised
+from model.spec_table import spec_table
+from model.splice import REFERENCE_PROMPT, REFERENCE_SEED, Capture, CaptureCache, Splice, capture, noised
 from model.text_encoder import TextEncoder
-from model.weighed import Weighed, weigh
 
 OnStep = Callable[[int, int], None]  # (steps done, steps in all) of the pictures being rendered
 
-PIXELS_AT_ONCE = 2**19  # decoded together: eight pictures of 256 px, less memory than one of 1024
-TOKENS_AT_ONCE = {"cpu": 512, "cuda": 16384}  # above this, larger batches are no faster; other devices as cuda
-TOKENS_SHARED = 4096  # above this, a group is enough work by itself, and saves the memory
-TOKENS_STREAMED = 4096  # if weights are read at every step: more pictures share one read
-MOST_ADAPTERS = 8  # recently used adapters kept; more if one picture uses more
+DECODE_PIXELS = 2**19  # decoded together: eight pictures of 256 px, less memory than one of 1024
+BATCH_TOKENS = {"cpu": 512, "cuda": 16384}  # above this, larger batches are no faster; other devices as cuda
+ONE_STREAM_TOKENS = 4096  # above this, a group is enough work by itself, and saves the memory
+STREAMED_BATCH_TOKENS = 4096  # if weights are read at every step: more pictures share one read
+MAX_ADAPTERS = 8  # recently used adapters kept; more if one picture uses more
 
 
 class Pipeline:
@@ -78,10 +78,10 @@ class Pipeline:
     ):
         self.name, self.device, self.plan, self.parts, self.filters = model.name, device, plan, parts, filters
         self.dtype = dtype = DTYPES[plan.dtype]
-        self._hashes = Hashes(files_of(parts), (model.root, parts.lender))
+        self._hashes = Hashes(files_of(parts), (model.root, parts.companion_folder))
         streamed = plan.offload == "all"
         if device.type == "cpu":
-            keep_pages()  # before weights are rounded, which allocates as much memory again and again
+            keep_freed_memory()  # before weights are rounded, which allocates as much memory again and again
         self.vae = load_vae(parts.vae, device, dtype)
         self.dit, checkpoint = load_dit(
             parts.dit,
@@ -97,12 +97,12 @@ class Pipeline:
         self.metadata = checkpoint.metadata
         self.variant = model.variant or "raw"
         self.recommended = library.recommended(self.variant, checkpoint.metadata, model.path)
-        self.native = int(checkpoint.metadata.get("native") or library.NATIVE)
-        self._adapters: Recent[Adapter] = Recent(MOST_ADAPTERS)
-        self._too_many: dict[tuple[int, int, bool], int] = {}  # batch sizes for which memory ran out
-        refuse_misfits(parts, self.dit, self.text, self.vae)
+        self.native = int(checkpoint.metadata.get("native") or library.OPEN_WEIGHTS_SIDE)
+        self._adapters: LRU[Adapter] = LRU(MAX_ADAPTERS)
+        self._out_of_memory: dict[tuple[int, int, bool], int] = {}  # batch sizes for which memory ran out
+        check_fit(parts, self.dit, self.text, self.vae)
         self.conditioning = Conditioning(self.dit, self.text, self.vae, parts, device, dtype)
-        self.beginnings = Beginnings(self.vae, self.dit.config.patch, device, dtype)
+        self.init_images = InitImages(self.vae, self.dit.config.patch, device, dtype)
 
     @classmethod
     def load(
@@ -129,16 +129,18 @@ class Pipeline:
         if model is None and variant and library.find(str(name)):
             raise K2Error(f'"{name}" has no {variant} checkpoint here.', hint="Omit the variant, or name another.")
         if model is None:
-            raise K2Error(f'There is no model "{name}".', hint=f"Bundled: {', '.join(library.box()) or 'none'}.")
+            raise K2Error(
+                f'There is no model "{name}".', hint=f"Bundled: {', '.join(library.bundled_models()) or 'none'}."
+            )
         checks = installed() if filters is None else filters_of(filters)
-        library.refuse_unheard(model)
+        library.check_text_encoder(model)
         parts = library.find_parts(model)
-        numbers = numbers_of(parts, chosen)
+        numbers = count_numbers(parts, chosen)
         if chosen.index is not None and chosen.type == "cuda":
             torch.cuda.set_device(chosen)  # streams and graphs belong to the current card
         dtype = pick_dtype(dtype, chosen, numbers.width)
         plan = plan_on(chosen, numbers, dtype=dtype, precision=precision, offload=offload)
-        with lacking_memory(f"the weights of {model.name}"):
+        with memory_errors(f"the weights of {model.name}"):
             return cls(model, parts, chosen, plan, checks)
 
     def render(self, specs: Sequence[RenderSpec], on_step: OnStep | None = None) -> list[Picture]:
@@ -156,7 +158,7 @@ class Pipeline:
             for spec in specs:
                 self.resolve(spec)
         for batch in self._batches(resolved):
-            for picture in self._fitting(batch, on_step):
+            for picture in self._render_in_memory(batch, on_step):
                 yield review(picture, self.filters)
 
     def batches(self, specs: Iterable[RenderSpec]) -> list[int]:
@@ -182,61 +184,63 @@ class Pipeline:
 
         export_diffusers(self, Path(folder))
 
-    def resolve(self, spec: RenderSpec) -> Settled:
+    def resolve(self, spec: RenderSpec) -> ResolvedSpec:
         """The spec with every default filled in. Raises K2Error if it cannot be rendered."""
-        spec = settle(spec, self._able)
-        self.beginnings.check(spec)
-        self._adapters.most = max(self._adapters.most, len(spec.adapters))
+        spec = resolve_spec(spec, self._capabilities)
+        self.init_images.check(spec)
+        self._adapters.capacity = max(self._adapters.capacity, len(spec.adapters))
         for lora in spec.adapters:
             self._adapter(lora)
         return spec
 
-    def _resolved(self, specs: Iterable[RenderSpec]) -> Iterator[Settled]:
-        """Specs settled one by one, as they are consumed. Raises K2Error for a single spec, or anything else that is
+    def _resolved(self, specs: Iterable[RenderSpec]) -> Iterator[ResolvedSpec]:
+        """Specs resolved one by one, as they are consumed. Raises K2Error for a single spec, or anything else that is
         not a list of specs."""
         if isinstance(specs, str) or not isinstance(specs, Iterable):
             raise K2Error("Pictures are rendered from a list of specs.", hint="Like render([RenderSpec(...)]).")
         return map(self.resolve, specs)
 
     @cached_property
-    def _able(self) -> Able:
-        reads, sees = self.parts.style is not None, self.conditioning.sees
-        return Able(self.name, self.native, self._unit, self.recommended, reads=reads, sees=sees)
+    def _capabilities(self) -> Capabilities:
+        reads, sees = self.parts.style is not None, self.conditioning.has_vision
+        return Capabilities(
+            self.name, self.native, self._unit, self.recommended, has_style_encoder=reads, has_vision=sees
+        )
 
-    def _batches(self, specs: Iterable[Settled]) -> Iterator[list[Settled]]:
+    def _batches(self, specs: Iterable[ResolvedSpec]) -> Iterator[list[ResolvedSpec]]:
         """Neighbours that share a schedule, in batches of a size that is fastest."""
-        limit = TOKENS_AT_ONCE.get(self.device.type, TOKENS_AT_ONCE["cuda"])
+        limit = BATCH_TOKENS.get(self.device.type, BATCH_TOKENS["cuda"])
         if self.plan.offload == "all":
-            limit = max(limit, TOKENS_STREAMED)
-        batch: list[Settled] = []
+            limit = max(limit, STREAMED_BATCH_TOKENS)
+        batch: list[ResolvedSpec] = []
         for spec in specs:
-            rows = (len(batch) + 1) * branches(spec)
+            rows = (len(batch) + 1) * evaluations(spec)
             roomy = self.device.type == "cpu" or self.plan.offload == "all"
             most = limit * (2 if spec.cohesion and roomy else 1)  # in larger batches a lead picture costs less
-            if batch and (schedule(spec) != schedule(batch[0]) or rows * self._image_tokens(spec) > most):
+            if batch and (batch_key(spec) != batch_key(batch[0]) or rows * self._image_tokens(spec) > most):
                 yield batch
                 batch = []
             batch.append(spec)
         if batch:
             yield batch
 
-    def _fitting(self, batch: list[Settled], on_step: OnStep | None) -> list[Picture]:
+    def _render_in_memory(self, batch: list[ResolvedSpec], on_step: OnStep | None) -> list[Picture]:
         """Pictures of one schedule, in halves if memory runs out for all of them together, or did before."""
         first = batch[0]
         kind = (first.width, first.height, first.guidance > 0)
-        if len(batch) < self._too_many.get(kind, len(batch) + 1):
+        if len(batch) < self._out_of_memory.get(kind, len(batch) + 1):
             try:
-                with lacking_memory(f"a picture of {first.width}x{first.height}"):
+                with memory_errors(f"a picture of {first.width}x{first.height}"):
                     return self._render(batch, on_step)
             except TooLittleMemory:
                 if len(batch) == 1:
                     raise
-            self._too_many[kind] = len(batch)
+            self._out_of_memory[kind] = len(batch)
         half = len(batch) // 2  # only here has the failed attempt's memory been freed
-        return [*self._fitting(batch[:half], on_step), *self._fitting(batch[half:], on_step)]
+        return [*self._render_in_memory(batch[:half], on_step), *self._render_in_memory(batch[half:], on_step)]
 
     @torch.inference_mode()
-    def _render(self, specs: list[Settled], on_step: OnStep | None) -> list[Picture]:
+    def _render(self, specs: list[ResolvedSpec], on_step: OnStep | None) -> list[Picture]:
         """Pictures of one schedule, together."""
         started = time.perf_counter()
         if self.device.type == "cuda":  # another pipeline may have switched the current card
@@ -245,12 +249,12 @@ class Pipeline:
         pictures = [r.image for spec in specs for style in spec.styles for r in style.references]
         pictures += [path for spec in specs for path in (spec.init_image, spec.mask) if isinstance(path, Path)]
         files = {path: sha256(path) for path in pictures}  # as they are now: they may be gone when rendering is done
-        rests = [self.beginnings.rest(spec) for spec in specs]
-        with laid_over(self.dit, adapters):
+        kept = [self.init_images.kept_pixels(spec) for spec in specs]
+        with applied(self.dit, adapters):
             latents = self._latents(specs, tuple((a.sha256, weight) for a, weight in adapters), on_step)
-        at_once = max(1, PIXELS_AT_ONCE // (latents[0, 0].numel() * self.vae.factor**2))
+        at_once = max(1, DECODE_PIXELS // (latents[0, 0].numel() * self.vae.factor**2))
         decoded = (picture for some in latents.split(at_once) for picture in self.vae.decode(some))
-        images = [to_image(rest.around(each) if rest else each) for rest, each in zip(rests, decoded, strict=True)]
+        images = [to_image(rest.composite(each) if rest else each) for rest, each in zip(kept, decoded, strict=True)]
         seconds = (time.perf_counter() - started) / len(specs)
         loras = [adapter.report(weight) for adapter, weight in adapters]
         return [
@@ -258,7 +262,7 @@ class Pipeline:
             for spec, image in zip(specs, images, strict=True)
         ]
 
-    def _latents(self, specs: list[Settled], adapters: Hashable, on_step: OnStep | None) -> Tensor:
+    def _latents(self, specs: list[ResolvedSpec], adapters: Hashable, on_step: OnStep | None) -> Tensor:
         """Latents [B, C, H/f, W/f] of pictures of one schedule: the network's part of the work. Raises K2Error if
         numbers overflow."""
         first, config = specs[0], self.dit.config
@@ -266,61 +270,70 @@ class Pipeline:
         grid = (rows // config.patch, columns // config.patch)
 
         leader = leader_of(first)
-        made = specs if leader is None else [leader, *(spec for spec in specs if not leads(spec))]
-        worded = list(zip(*map(wordings, made), strict=True))  # for each wording, each picture's prompt and share
-        negative = list(zip(*map(unwanted, made), strict=True)) if first.guidance else []
+        rendered = specs if leader is None else [leader, *(spec for spec in specs if not is_lead(spec))]
+        prompts = list(zip(*map(weighted_prompts, rendered), strict=True))  # for each version, every picture's prompt
+        negative = list(zip(*map(weighted_negatives, rendered), strict=True)) if first.guidance else []
         context = self.conditioning.context
 
-        def told(way: str) -> list[Told]:
+        def contexts(branch: str) -> list[WeightedContexts]:
             return [
-                Told(one[0].share, [context(w.prompt, adapters, spec, way) for w, spec in zip(one, made, strict=True)])
-                for one in worded
+                WeightedContexts(
+                    version[0].share,
+                    [context(p.prompt, adapters, spec, branch) for p, spec in zip(version, rendered, strict=True)],
+                )
+                for version in prompts
             ]
 
-        said = Said(
-            {way: told(way) for way in ways(first)},
-            [Told(each[0].share, [context(wording.prompt, adapters) for wording in each]) for each in negative],
+        conditioning = PromptContexts(
+            {branch: contexts(branch) for branch in prompt_branches(first)},
+            [
+                WeightedContexts(version[0].share, [context(each.prompt, adapters) for each in version])
+                for version in negative
+            ],
         )
         sigmas = shifted_sigmas(first.steps, first.mu)
         mods = self.dit.modulate(torch.tensor(sigmas[:-1], device=self.device))
         splice = self._splice(first, sigmas, mods, grid, adapters)
-        field = partial(
-            Branches,
+        cohesion = None
+        if leader:
+            cohesion = LeadAttention(config, first.cohesion, sigmas, math.prod(grid), self.dit.reach(grid))
+        velocity_of = partial(
+            GuidedVelocity,
             self.dit,
             mods=mods,
             grid=grid,
             guidance=first.guidance,
             style_guidance=first.style_guidance,
-            presence=presence(first),
+            fade=fade_weight(first),
             splice=splice,
-            tie=Tie(config, first.cohesion, sigmas, math.prod(grid), self.dit.reach(grid)) if leader else None,
-            pack=self._one_stream,
+            cohesion=cohesion,
+            one_stream=self._one_stream,
         )
-        led = alone = field(said)  # while guidance is on, and after it
+        guided = unguided = velocity_of(conditioning)  # while guidance is on, and after it
         if first.first_step < first.end_of_guidance < first.steps:
-            alone = field(said._replace(negative=()))
+            unguided = velocity_of(conditioning._replace(negative=()))
 
-        start = torch.cat([noise(spec.seed, config.channels, rows, columns) for spec in made])
+        start = torch.cat([noise(spec.seed, config.channels, rows, columns) for spec in rendered])
         if leader:
             start = shared_noise(start, first.cohesion)
         start = patchify(start.to(self.device), config.patch)
-        way = self.beginnings.way(made, start, sigmas[first.first_step])
+        trajectory = self.init_images.trajectory(rendered, start, sigmas[first.first_step])
 
         def velocity(tokens: Tensor, step: int) -> Tensor:
-            return way.held((led if step < first.end_of_guidance else alone)(tokens, step))
+            return trajectory.blend((guided if step < first.end_of_guidance else unguided)(tokens, step))
 
         def count(done: int) -> None:
             if on_step is not None:
                 on_step(done, first.steps - first.first_step)
 
         if first.sampler == "euler":
-            tokens = euler(velocity, way.start, sigmas, count, first.first_step)
+            tokens = euler(velocity, trajectory.start, sigmas, count, first.first_step)
         else:
             changed = {first.end_of_guidance, *([1] if splice else [])}  # nothing is spliced into pure noise
-            tokens = adams_bashforth(velocity, way.start, sigmas, count, changed, first.first_step)
+            tokens = adams_bashforth(velocity, trajectory.start, sigmas, count, changed, first.first_step)
         if leader:
-            following = iter(range(1, len(made)))
-            tokens = tokens[[0 if leads(spec) else next(following) for spec in specs]]
+            following = iter(range(1, len(rendered)))
+            tokens = tokens[[0 if is_lead(spec) else next(following) for spec in specs]]
         if not tokens.isfinite().all():
             hint = "Render in float32, or with lower guidance."
             if self.dtype == torch.float32 and not (first.guidance or first.style_guidance):
@@ -331,24 +344,24 @@ class Pipeline:
     def _adapter(self, lora: Lora) -> Adapter:
         """A LoRA's file, matched against the network; read again if it has changed. Raises K2Error."""
         key = (lora.path, identity(weights_file(lora.path)))
-        return self._adapters.ask(key, lambda: read_lora(lora.path, self.dit))
+        return self._adapters.get(key, lambda: read_lora(lora.path, self.dit))
 
     @cached_property
     def _captures(self) -> CaptureCache:
         return CaptureCache(cache_folder() / "splice")
 
     def _splice(
-        self, spec: Settled, sigmas: list[float], mods: Tensor, grid: tuple[int, int], adapters: Hashable
+        self, spec: ResolvedSpec, sigmas: list[float], mods: Tensor, grid: tuple[int, int], adapters: Hashable
     ) -> Splice | None:
         """Spliced references for pictures of one schedule; each is encoded once, and runs once per step if uncached."""
         references = weigh(spec.styles, "splice")
         if not references:
             return None
         assert spec.leak_guard
-        context = self.conditioning.context(NEUTRAL, adapters)
+        context = self.conditioning.context(REFERENCE_PROMPT, adapters)
         rope = self.dit.rope(context.shape[1], grid)
         patch, shape = self.dit.config.patch, (spec.height // self.vae.factor, spec.width // self.vae.factor)
-        fixed = noise(SEED, self.dit.config.channels, *shape).to(self.device)
+        fixed = noise(REFERENCE_SEED, self.dit.config.channels, *shape).to(self.device)
         pixels = {r.sha256: to_pixels(r.image, spec.width, spec.height) for r in references}
         latents: dict[str, Tensor] = {}
         facts = {
@@ -356,12 +369,12 @@ class Pipeline:
             "adapters": adapters,
             "computed": [str(self.device), str(self.dtype), self.plan.precision, torch.__version__, self._threads],
             "size": [spec.width, spec.height],
-            "prompt": NEUTRAL,
-            "noise": SEED,
+            "prompt": REFERENCE_PROMPT,
+            "noise": REFERENCE_SEED,
         }
         images = {key: hashlib.sha256(image.numpy().tobytes()).hexdigest() for key, image in pixels.items()}
 
-        def capture_at(reference: Weighed, step: int) -> Capture:
+        def capture_at(reference: WeightedReference, step: int) -> Capture:
             key = reference.sha256
             about = facts | {"image": images[key], "sigma": sigmas[step]}
             found = self._captures.get(about, self.device)
@@ -377,7 +390,7 @@ class Pipeline:
 
     def _record(
         self,
-        spec: Settled,
+        spec: ResolvedSpec,
         image: Image.Image,
         seconds: float,
         files: Mapping[Path, str],
@@ -385,10 +398,10 @@ class Pipeline:
     ) -> dict[str, Any]:
         """How a picture was made, in plain values: enough to reproduce it. `files` are the hashes of its references and
         of its init image."""
-        unread = self.text.unread(spec.prompt)
+        unread = self.text.truncated(spec.prompt)
         return {
             "schema": 1,
-            **asked(spec, files),
+            **spec_table(spec, files),
             **({"unread": unread} if unread else {}),
             "loras": loras,
             "model": {"name": self.name, "variant": self.variant, "files": self.hashes()},
@@ -407,7 +420,7 @@ class Pipeline:
         """The number of CPU threads, on which the last bits depend; None on a card."""
         return torch.get_num_threads() if self.device.type == "cpu" else None
 
-    def _image_tokens(self, spec: Settled) -> int:
+    def _image_tokens(self, spec: ResolvedSpec) -> int:
         return spec.width * spec.height // self._unit**2
 
     @property
@@ -415,7 +428,7 @@ class Pipeline:
         """The most image tokens that share one reading of the weights, whatever their prompts' lengths."""
         if self.plan.offload == "all":
             return sys.maxsize
-        return TOKENS_SHARED if self.device.type == "cpu" else 0  # on a card compiled kernels gain more
+        return ONE_STREAM_TOKENS if self.device.type == "cpu" else 0  # on a card compiled kernels gain more
 
     @property
     def _unit(self) -> int:

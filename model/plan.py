@@ -23,11 +23,11 @@ if TYPE_CHECKING:
 PRECISIONS = ("native", "int8", "fp8", "int4")  # of the blocks' matrices; native is the compute format
 OFFLOADS = ("none", "text", "all")  # what is read block by block as needed: the text encoder, all but the ends
 BYTES = {"float32": 4, "bfloat16": 2}
-HELD = {"int8": 1, "fp8": 1, "int4": 9 / 16}  # bytes per number: 4 bits plus a scale shared by 16
-SMALL = 1 << 30  # bytes of weights up to which a model is held as is: there is nothing to gain
-NARROW = 1024  # width below which a CPU computes in fp32
-IN_HAND = 3  # blocks in memory while streaming: running, arriving, and a copy in another number format
-OUT_OF_IT = (  # out-of-memory messages of CPU and GPU allocators
+PACKED_BYTES = {"int8": 1, "fp8": 1, "int4": 9 / 16}  # bytes per number: 4 bits plus a scale shared by 16
+SMALL_MODEL = 1 << 30  # bytes of weights up to which a model is held as is: there is nothing to gain
+FP32_WIDTH = 1024  # width below which a CPU computes in fp32
+STREAMED_BLOCKS = 3  # blocks in memory while streaming: running, arriving, and a copy in another number format
+OUT_OF_MEMORY = (  # out-of-memory messages of CPU and GPU allocators
     "can't allocate memory",
     "not enough memory",  # of Windows
     "out of memory",
@@ -36,12 +36,12 @@ OUT_OF_IT = (  # out-of-memory messages of CPU and GPU allocators
     "cannot allocate memory",  # of a file's pages, except on Windows ...
     "error 1455",  # ... and on Windows, in any language
 )
-SMALLER = "Choose a smaller size, --precision int4 or --offload all, or close other programs that use memory."
-SPARE = 0.9  # share of the free memory that k2 plans with
+USE_LESS = "Choose a smaller size, --precision int4 or --offload all, or close other programs that use memory."
+USABLE_SHARE = 0.9  # share of the free memory that k2 plans with
 
 
 @dataclass(frozen=True)
-class Numbers:
+class ModelSize:
     """How many numbers a model holds, by how they can be held."""
 
     width: int
@@ -69,11 +69,11 @@ class Plan:
     needs: int
 
     def fits(self, free: int) -> bool:
-        return self.needs <= SPARE * free
+        return self.needs <= USABLE_SHARE * free
 
 
 def choose(
-    numbers: Numbers,
+    numbers: ModelSize,
     free: int,
     *,
     dtype: str,
@@ -92,7 +92,7 @@ def choose(
             raise K2Error(f'There is no {what} "{value}".', hint=one_of(those))
     if precision not in (None, *known):
         raise K2Error(f"This device does not support {precision}.", hint=one_of(known))
-    if (numbers.inside + numbers.outside + numbers.text + numbers.others) * BYTES[dtype] < SMALL:
+    if (numbers.inside + numbers.outside + numbers.text + numbers.others) * BYTES[dtype] < SMALL_MODEL:
         open_ways = [(precision or "native", offload or "none")]
     else:
         open_ways = [way for way in ways(numbers, eight, precision, known) if offload in (None, way[1])]
@@ -102,7 +102,7 @@ def choose(
 
 def plan_on(
     device: torch.device | str,
-    numbers: Numbers,
+    numbers: ModelSize,
     *,
     dtype: str,
     precision: str | None = None,
@@ -125,7 +125,7 @@ def one_of(those: Sequence[str]) -> str:
 
 
 def ways(
-    numbers: Numbers, eight: str, precision: str | None = None, known: Sequence[str] = PRECISIONS
+    numbers: ModelSize, eight: str, precision: str | None = None, known: Sequence[str] = PRECISIONS
 ) -> list[tuple[str, str]]:
     """(precision, offload), exact before rounded, resident before streamed: streaming costs most."""
     if precision is not None:
@@ -140,16 +140,16 @@ def ways(
     return [("native", "none"), ("native", "text"), (less, "none"), (less, "text"), *streamed]
 
 
-def needs(numbers: Numbers, dtype: str, precision: str, offload: str) -> int:
+def needs(numbers: ModelSize, dtype: str, precision: str, offload: str) -> int:
     """Bytes for the weights and for rendering one picture with guidance."""
     size, n = BYTES[dtype], numbers
     wide = n.wide if precision == n.stored else 0
-    inside = int((n.inside - wide) * HELD.get(precision, size)) + wide * size
+    inside = int((n.inside - wide) * PACKED_BYTES.get(precision, size)) + wide * size
     text = n.text * size
     if offload == "all":
-        inside = inside * IN_HAND // n.blocks
+        inside = inside * STREAMED_BLOCKS // n.blocks
     if offload != "none":
-        text = text * IN_HAND // n.layers
+        text = text * STREAMED_BLOCKS // n.layers
     tokens = (n.native // 16) ** 2 + 512
     at_work = 2 * tokens * (2 * n.hidden + 8 * n.width) * size
     decoding = 400 * n.native**2 * size  # the autoencoder's widest feature maps
@@ -178,7 +178,7 @@ def default_dtype(device: torch.device | str, width: int) -> str:
     import torch
 
     kind = torch.device(device).type
-    if kind == "cpu" and width < NARROW:
+    if kind == "cpu" and width < FP32_WIDTH:
         return "float32"
     return "bfloat16" if kind == "mps" or native_bf16(device) else "float32"
 
@@ -187,9 +187,9 @@ def eight_bits(device: torch.device | str) -> str:
     """The 8-bit precision that a device computes fastest, or, if it supports none, widens fastest."""
     import torch
 
-    from model.few_bits import native
+    from model.low_bit import is_native
 
-    return "fp8" if native(torch.float8_e4m3fn, torch.device(device).type) else "int8"
+    return "fp8" if is_native(torch.float8_e4m3fn, torch.device(device).type) else "int8"
 
 
 def known_precisions(device: torch.device | str) -> tuple[str, ...]:
@@ -202,9 +202,9 @@ def known_precisions(device: torch.device | str) -> tuple[str, ...]:
 class Memory(NamedTuple):
     """A machine's own memory, in bytes."""
 
-    whole: int
+    total: int
     free: int
-    told: bool = True  # whether the system reported what is free; else it is an estimate
+    reported: bool = True  # whether the system reported what is free; else it is an estimate
 
 
 def machine_memory() -> Memory:
@@ -220,7 +220,7 @@ def machine_memory() -> Memory:
         lines = dict(line.split(":") for line in Path("/proc/meminfo").read_text("utf-8").splitlines())
         return Memory(whole, int(lines["MemAvailable"].split()[0]) << 10)
     except (OSError, KeyError, ValueError):
-        return Memory(whole, whole * 2 // 3, told=False)
+        return Memory(whole, whole * 2 // 3, reported=False)
 
 
 def free_memory(device: torch.device | str) -> int:
@@ -249,12 +249,12 @@ def limit_left(group: Path, free: int) -> int:
 
 
 @contextmanager
-def lacking_memory(what: str, hint: str = SMALLER) -> Iterator[None]:
+def memory_errors(what: str, hint: str = USE_LESS) -> Iterator[None]:
     """Within the context, running out of memory becomes one sentence that says what for."""
     try:
         yield
     except (RuntimeError, MemoryError, OSError) as error:
         short = isinstance(error, MemoryError) or getattr(error, "errno", None) == errno.ENOMEM
-        if not (short or any(words in str(error).lower() for words in OUT_OF_IT)):
+        if not (short or any(words in str(error).lower() for words in OUT_OF_MEMORY)):
             raise
         raise TooLittleMemory(f"There is not enough memory for {what}.", hint=hint) from None

@@ -2,7 +2,7 @@
 
 A stored matrix `NAME.weight` is int8 beside `NAME.weight_scale`, fp32 [out]; everything else is bf16. The same reader
 handles other tools' fp8 files, with one scale per tensor, and int8 that was rotated before rounding.
-`model/few_bits.py` multiplies by such matrices.
+`model/low_bit.py` multiplies by such matrices.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from model.marks import SCALE_SUFFIXES, is_auxiliary
+from model.comfy_formats import SCALE_SUFFIXES, is_auxiliary
 
 _SENSITIVE = re.compile(r"^(first|last|tmlp|tproj)\.")  # few numbers, and every step's error passes through them
 _SMALL = 1 << 14
 _AT_ONCE = 1 << 20  # numbers processed at once when rounding to 8 bits: larger copies leave the cache, need new pages
 
-LARGEST = {torch.int8: 127.0, torch.float8_e4m3fn: 448.0}  # 8-bit formats of a matrix, and their largest number
+LARGEST_NUMBER = {torch.int8: 127.0, torch.float8_e4m3fn: 448.0}  # 8-bit formats of a matrix, and their largest number
 
 
 class Rows(Protocol):
@@ -93,7 +93,7 @@ def parts_of(matrix: Rows, scale: Tensor | None, group: int, turned: int) -> Ite
 
 def round_rows(wide: Tensor, number: torch.dtype) -> tuple[Tensor, Tensor]:
     """wide [M, K] -> [M, K] in `number`, and fp32 scales [M] that map each row's largest number to the format's."""
-    scale = torch.maximum(wide.amax(1), wide.amin(1).abs()).float() / LARGEST[number]
+    scale = torch.maximum(wide.amax(1), wide.amin(1).abs()).float() / LARGEST_NUMBER[number]
     scaled = wide / scale.clamp(min=torch.finfo(torch.float32).tiny)[:, None]  # in fp32, whatever `wide` is
     return (scaled.round_() if number == torch.int8 else scaled).to(number), scale
 

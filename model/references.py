@@ -16,10 +16,10 @@ from torch import Tensor
 
 from model import picture_file
 from model.errors import K2Error
-from model.picture_file import LEAST_SIDE, MOST_DECODED, WILL_DO
+from model.picture_file import MAX_PIXELS, MIN_SIDE, USE_OTHER_SIZE
 from model.region import Region
 
-STRIP = 512  # rows
+STRIP_ROWS = 512  # rows
 
 
 def to_pixels(path: Path, width: int, height: int, ground: str = "white") -> Tensor:
@@ -28,7 +28,7 @@ def to_pixels(path: Path, width: int, height: int, ground: str = "white") -> Ten
     EXIF rotation is applied, transparency laid on `ground`, and an animation gives its first frame. Colour profiles,
     CMYK and 16-bit greys are converted.
     """
-    opaque = laid_on(ground, to_rgba(decoded(path))).convert("RGB")
+    opaque = composite_on(ground, to_rgba(decoded(path))).convert("RGB")
     return from_bytes(np.array(ImageOps.fit(opaque, (width, height)))[None])
 
 
@@ -52,7 +52,7 @@ def to_mask(mask: Path | str, width: int, height: int) -> Tensor:
     return found
 
 
-def feathered(mask: Tensor, radius: int) -> Tensor:
+def feather(mask: Tensor, radius: int) -> Tensor:
     """A mask [1, 1, H, W] feathered over `radius` pixels inside its edge, never beyond it.
 
     Greys lighter than half fade in like an edge; darker ones become 0, even beside white.
@@ -62,7 +62,7 @@ def feathered(mask: Tensor, radius: int) -> Tensor:
     return (2 * torch.minimum(mask, mean) - 1).clamp(0, 1)
 
 
-def fitting(path: Path, pixels: int, unit: int) -> tuple[int, int]:
+def fit_size(path: Path, pixels: int, unit: int) -> tuple[int, int]:
     """Width and height of at most `pixels`, multiples of `unit`, about in the picture's proportions. Raises K2Error."""
     width, height = sides_of(path)
     ratio = min(max(width / height, 1 / 4), 4)
@@ -79,8 +79,8 @@ def sides_of(path: Path) -> tuple[int, int]:
 def decoded(path: Path) -> Image.Image:
     """A picture in memory, with EXIF rotation applied. Raises K2Error."""
     with opened(path) as image:
-        if image.width * image.height > MOST_DECODED or min(image.size) < LEAST_SIDE:
-            raise K2Error(f"{path} has {image.width} x {image.height} pixels.", hint=WILL_DO)
+        if image.width * image.height > MAX_PIXELS or min(image.size) < MIN_SIDE:
+            raise K2Error(f"{path} has {image.width} x {image.height} pixels.", hint=USE_OTHER_SIZE)
         ImageOps.exif_transpose(image, in_place=True)
         image.load()
         return image.convert("RGBA") if image.mode == "P" else image  # only this reveals a broken palette
@@ -98,14 +98,14 @@ def opened(path: Path) -> Iterator[Image.Image]:
     except FileNotFoundError:
         raise K2Error(f"There is no {path}.", hint="Keep pictures where they are until the run is done.") from None
     except Exception as error:
-        hint = picture_file.cut_off(error) or "Use png, jpg or webp."
+        hint = picture_file.truncation_hint(error) or "Use png, jpg or webp."
         raise K2Error(f"{path} cannot be read as a picture: {error}.", hint=hint) from None
 
 
-def laid_on(ground: str, rgba: Image.Image) -> Image.Image:
+def composite_on(ground: str, rgba: Image.Image) -> Image.Image:
     """The picture, opaque, on `ground`. In place and in strips, as it may be large."""
-    for top in range(0, rgba.height, STRIP):
-        strip = rgba.crop((0, top, rgba.width, min(top + STRIP, rgba.height)))
+    for top in range(0, rgba.height, STRIP_ROWS):
+        strip = rgba.crop((0, top, rgba.width, min(top + STRIP_ROWS, rgba.height)))
         rgba.paste(Image.alpha_composite(Image.new("RGBA", strip.size, ground), strip), (0, top))
     return rgba
 
@@ -114,18 +114,18 @@ def to_rgba(image: Image.Image) -> Image.Image:
     """The picture in 8-bit sRGB with transparency. Its colour profile is applied: without it, a phone's Display P3
     would look dull. An unreadable profile is ignored, as in browsers.
     """
-    profile, image = image.info.get("icc_profile"), picture_file.in_eight_bits(image)
+    profile, image = image.info.get("icc_profile"), picture_file.to_eight_bits(image)
     if profile and image.mode in ("L", "CMYK"):
         with suppress(ImageCms.PyCMSError):  # an RGB profile on greys
-            return in_srgb(image, profile, "RGB").convert("RGBA")
+            return to_srgb(image, profile, "RGB").convert("RGBA")
     rgba = image.convert("RGBA")
     if profile:
         with suppress(ImageCms.PyCMSError):
-            return in_srgb(rgba, profile, "RGBA")
+            return to_srgb(rgba, profile, "RGBA")
     return rgba
 
 
-def in_srgb(image: Image.Image, profile: bytes, mode: str) -> Image.Image:
+def to_srgb(image: Image.Image, profile: bytes, mode: str) -> Image.Image:
     """Convert a picture's colours from a profile to sRGB; in place if it has this mode already. Raises PyCMSError."""
     srgb, intent = ImageCms.createProfile("sRGB"), ImageCms.Intent.RELATIVE_COLORIMETRIC
     changed = ImageCms.profileToProfile(image, io.BytesIO(profile), srgb, intent, mode, inPlace=image.mode == mode)

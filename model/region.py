@@ -7,8 +7,8 @@ from typing import NamedTuple
 
 from model.errors import K2Error
 
-LIKE = "Like 96x64+80+120: width, height, left, top."
-ALMOST = re.compile(r"\s*\d+\s*[xX×][-+\s\dxX×]*")  # meant as a region, not as a file name
+EXAMPLE = "Like 96x64+80+120: width, height, left, top."
+REGION_LIKE = re.compile(r"\s*\d+\s*[xX×][-+\s\dxX×]*")  # meant as a region, not as a file name
 SHAPE = re.compile(r"(\d{1,5})x(\d{1,5})\+(\d{1,5})\+(\d{1,5})")
 
 
@@ -33,7 +33,7 @@ class Region(NamedTuple):
         """Raises K2Error if it is empty or extends beyond a picture of this size."""
         region = f"{where}the region {self}" if where else f"The region {self}"
         if not (self.width and self.height):
-            raise K2Error(f"{region} is empty.", hint=LIKE)
+            raise K2Error(f"{region} is empty.", hint=EXAMPLE)
         if self.left + self.width > width or self.top + self.height > height:
             raise K2Error(
                 f"{region} extends beyond the picture, which is {width}x{height}.",

@@ -19,17 +19,17 @@ from torch import Tensor
 from model.errors import K2Error
 from model.headers import read_header
 
-MOST_MAPPED = 1 << 30  # bytes spanned by one mapping: while it lives, the pages read count as this process's
+MAX_MAPPED = 1 << 30  # bytes spanned by one mapping: while it lives, the pages read count as this process's
 PAGE = 4096  # bytes that a disk reads at once
-AHEAD = 4  # parts of a matrix read ahead while one is processed
-SMALL = 1 << 20  # bytes up to which a tensor is copied: a view would keep an entire mapping and its pages alive
+READ_AHEAD = 4  # parts of a matrix read ahead while one is processed
+MAX_COPIED = 1 << 20  # bytes up to which a tensor is copied: a view would keep an entire mapping and its pages alive
 NUMBERS = {  # safetensors' names of number formats
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
     "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "F8_E8M0": torch.float8_e8m0fnu,
     "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8,
     "U64": torch.uint64, "U32": torch.uint32, "U16": torch.uint16, "U8": torch.uint8, "BOOL": torch.bool,
 }  # fmt: skip
-PLAINER = "Use the bf16 or the fp8_scaled file of the same model."
+USE_PLAIN_FILE = "Use the bf16 or the fp8_scaled file of the same model."
 
 
 class SafeTensors:
@@ -61,11 +61,13 @@ class SafeTensors:
         entry = self.header[name]
         begin, end = (self.start + offset for offset in entry["data_offsets"])
         if entry["dtype"] not in NUMBERS:
-            raise K2Error(f"{name} of {self.path} is stored as {entry['dtype']}, which k2 does not read.", hint=PLAINER)
+            raise K2Error(
+                f"{name} of {self.path} is stored as {entry['dtype']}, which k2 does not read.", hint=USE_PLAIN_FILE
+            )
         return begin, end, NUMBERS[entry["dtype"]], entry["shape"]
 
     def read_into(self, room: Tensor, begin: int, end: int, dtype: torch.dtype) -> Tensor:
-        """The file's bytes from `begin` up to `end`, as numbers in a buffer from `room_for`. Raises OSError."""
+        """The file's bytes from `begin` up to `end`, as numbers in a buffer from `page_buffer`. Raises OSError."""
         early = begin % PAGE
         self.file.seek(begin - early)
         filled, view = 0, memoryview(room.numpy())[: whole_pages(early + end - begin)]  # type: ignore[arg-type]
@@ -81,15 +83,15 @@ class SafeTensors:
             return torch.empty(shape, dtype=dtype, device=self.device)
         if begin < self.first or end > self.last:
             self.first = begin - begin % mmap.ALLOCATIONGRANULARITY
-            self.last = min(max(end, self.first + MOST_MAPPED), self.size)
+            self.last = min(max(end, self.first + MAX_MAPPED), self.size)
             length = self.last - self.first
             self.pages = mmap.mmap(self.file.fileno(), length, access=mmap.ACCESS_COPY, offset=self.first)
         tensor = torch.frombuffer(self.pages, dtype=dtype, count=prod(shape), offset=begin - self.first)
-        tensor = tensor.clone() if end - begin < SMALL else tensor
+        tensor = tensor.clone() if end - begin < MAX_COPIED else tensor
         return tensor.view(shape).to(self.device)
 
 
-class Arriving:
+class StreamedMatrix:
     """A matrix read part by part through little memory, which stays in the CPU's cache: some rows are read while those
     before them are processed."""
 
@@ -107,7 +109,7 @@ class Arriving:
     def split(self, count: int) -> Iterator[Tensor]:
         """All rows, `count` at a time; each part is valid until the next is requested. Raises OSError."""
         begin, end, *_ = self.file.place_of(self.name)
-        rooms = [room_for(count * self.row) for _ in range(AHEAD + 1)]
+        rooms = [page_buffer(count * self.row) for _ in range(READ_AHEAD + 1)]
 
         def fetch(start: int, room: Tensor) -> Tensor:
             first, last = begin + start * self.row, min(begin + (start + count) * self.row, end)
@@ -116,7 +118,7 @@ class Arriving:
         coming = deque[Future[Tensor]]()
         for start, room in zip(range(0, len(self), count), cycle(rooms)):
             coming.append(self.reader.submit(fetch, start, room))
-            if len(coming) > AHEAD:
+            if len(coming) > READ_AHEAD:
                 yield coming.popleft().result()
         while coming:
             yield coming.popleft().result()
@@ -129,14 +131,14 @@ def open_uncached(path: Path) -> io.FileIO:
         with suppress(OSError):
             file = io.FileIO(path, opener=lambda name, flags: os.open(name, flags | os.O_DIRECT))
             try:
-                file.readinto(memoryview(room_for(0).numpy()))  # type: ignore[arg-type]
+                file.readinto(memoryview(page_buffer(0).numpy()))  # type: ignore[arg-type]
                 return file
             except OSError:
                 file.close()
     return io.FileIO(path)
 
 
-def room_for(count: int) -> Tensor:
+def page_buffer(count: int) -> Tensor:
     """Page-aligned memory for this many bytes of a file, plus the rest of the pages they begin and end in."""
     room = torch.empty(whole_pages(count) + 2 * PAGE, dtype=torch.uint8)
     return room[-room.data_ptr() % PAGE :][: whole_pages(count) + PAGE]

@@ -15,14 +15,14 @@ if TYPE_CHECKING:
 
 
 SIDES = (64, 4096)  # the smallest and largest side of a picture, in pixels
-MOST_PIXELS = 2048 * 2048  # of one picture
+MAX_PIXELS = 2048 * 2048  # of one picture
 METHODS = ("auto", "tokens", "splice", "vision")  # auto: tokens where the model has a style encoder, else splice
 TILES = (1, 2, 4)  # per side; a reference's tiles are shuffled before a vision tower sees it
 SAMPLERS = ("euler", "ab2")  # how the flow is followed; see `model/sampler.py`
 DENOISE = 0.75  # the default: the prompt decides the content, the init image the layout
 DENOISE_MASKED = 1.0  # the default with a mask, as the surroundings give enough to fit in with
 LEAK_GUARDS = ("damping", "shift", "both", "none")  # against a spliced reference's content; see `model/splice.py`
-OF_REFERENCES = ("style_guidance", "leak_guard", "vision_tiles", "vision_rows")  # only used by pictures with styles
+STYLE_SETTINGS = ("style_guidance", "leak_guard", "vision_tiles", "vision_rows")  # only used by pictures with styles
 
 LIMITS: Mapping[str, tuple[float, float]] = {  # the smallest and largest value of each setting
     "steps": (1, 1000),
@@ -37,24 +37,24 @@ LIMITS: Mapping[str, tuple[float, float]] = {  # the smallest and largest value 
 }
 
 
-def says(text: str, words: str) -> bool:
+def mentions(text: str, words: str) -> bool:
     """Whether a text already has these words, as whole words, in any case and any composition of accents."""
     text, words = (unicodedata.normalize("NFC", each) for each in (text, words))
     return bool(re.search(rf"(?<!\w){re.escape(words)}(?!\w)", text, re.IGNORECASE))
 
 
-def within(key: str, value: float) -> bool:
+def in_limits(key: str, value: float) -> bool:
     """Whether a number is within its limits; NaN is not."""
     least, most = LIMITS[key]
     return least <= value <= most
 
 
-def span(key: str) -> str:
+def limits_of(key: str) -> str:
     """Limits as written in messages: "−2 … 2"."""
     return " … ".join(f"{bound:g}".replace("-", "−") for bound in LIMITS[key])
 
 
-def denoise_of(denoise: float | None, *, masked: bool) -> float:
+def resolve_denoise(denoise: float | None, *, masked: bool) -> float:
     """How much of an init image to repaint."""
     return (DENOISE_MASKED if masked else DENOISE) if denoise is None else denoise
 
@@ -75,7 +75,7 @@ def raw_mu(image_tokens: int, line: tuple[float, float] = (0.5, 1.15)) -> float:
     return low + (high - low) * (image_tokens - 256) / (6400 - 256)
 
 
-def mu_at(mu: float | str | tuple[float, float], image_tokens: int) -> float:
+def resolve_mu(mu: float | str | tuple[float, float], image_tokens: int) -> float:
     """The mu of a picture, given a model's recommendation: one for all sizes, "auto" as in Krea's Raw, or a line."""
     if mu == "auto":
         return raw_mu(image_tokens)
@@ -159,7 +159,7 @@ class RenderSpec:
         return tuple(sorted((lora for lora in own if lora.weight), key=lambda lora: (lora.path, lora.weight)))
 
 
-def tied(specs: Sequence[RenderSpec], cohesion: float, leader: Leader | None = None) -> list[RenderSpec]:
+def tie_to_lead(specs: Sequence[RenderSpec], cohesion: float, leader: Leader | None = None) -> list[RenderSpec]:
     """Specs tied into a batch: the first one leads, or the given `leader`, which need not be one of them."""
     if not specs or not cohesion:
         return list(specs)

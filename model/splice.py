@@ -34,23 +34,23 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from model.atomic import atomic_write, remove_drafts
 from model.attention import attention
 from model.dit import Attend, DiTConfig, Krea2, rotate
 from model.latents import patchify
-from model.weighed import Weighed
-from model.whole import sweep, whole
+from model.reference_weights import WeightedReference
 
 # The default. On mini the reference's subject shows under neither guard; "shift" comes closer to its look (nearest of
 # twenty in 0.50 of 32 pictures, against 0.38), "damping" keeps the prompt's subject (0.91 against 0.75).
 LEAK_GUARD = "damping"
-NEUTRAL = ""  # the prompt for a reference's own pass
-SEED = 0x57A1E  # of the references' noise
+REFERENCE_PROMPT = ""  # the prompt for a reference's own pass
+REFERENCE_SEED = 0x57A1E  # of the references' noise
 PULL = 0.85  # how far queries and keys move towards the reference's statistics, at strengths up to 1
 KEY_GAIN = 1.06
 DAMP_HIGH, DAMP_LOW, DAMP_POWER = 1.04, 0.10, 2.5
 CACHE_BYTES = 8 << 30
-SPARE_BYTES = 2 << 30  # disk space that captures leave free
-FORMAT = 2  # version of the captures on disk
+MIN_FREE_BYTES = 2 << 30  # disk space that captures leave free
+CACHE_VERSION = 2  # version of the captures on disk
 
 
 def first_block(blocks: int) -> int:
@@ -78,16 +78,16 @@ class Capture(NamedTuple):
 
 def capture(dit: Krea2, tokens: Tensor, context: Tensor, step_mod: Tensor, rope: Tensor) -> Capture:
     """Run one reference: tokens [1, L, C·p·p], noised to the step's level; the rest as for `Krea2.velocity`."""
-    taken: list[tuple[Tensor, ...]] = []
+    captured: list[tuple[Tensor, ...]] = []
 
-    def look(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def record(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         image = [x[0, :, -tokens.shape[1] :] for x in (q, k, v)]
-        taken.append((image[1], image[2], *moments(image[0]), *moments(image[1])))
+        captured.append((image[1], image[2], *moments(image[0]), *moments(image[1])))
         return attention(q, k, v)
 
     first = first_block(len(dit.blocks))
-    dit.velocity(tokens, context, step_mod, rope, attend=[None] * first + [look] * (len(dit.blocks) - first))
-    return Capture(*map(torch.stack, zip(*taken, strict=True)))
+    dit.velocity(tokens, context, step_mod, rope, attend=[None] * first + [record] * (len(dit.blocks) - first))
+    return Capture(*map(torch.stack, zip(*captured, strict=True)))
 
 
 def moments(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -104,7 +104,7 @@ def mixture(means: Sequence[Tensor], variances: Sequence[Tensor], shares: Sequen
     return mean, (share * (torch.stack(list(variances)) + (each - mean) ** 2)).sum(0)
 
 
-def pulled(x: Tensor, mean: Tensor, variance: Tensor, pull: float, eps: float = 1e-6) -> Tensor:
+def pull_statistics(x: Tensor, mean: Tensor, variance: Tensor, pull: float, eps: float = 1e-6) -> Tensor:
     """x [B, heads, L, d] with its statistics over the tokens moved towards the given ones, [heads, 1, d]."""
     own_mean, own_variance = moments(x)
     there = (x.float() - own_mean) * ((variance + eps) / (own_variance + eps)).sqrt() + mean
@@ -123,7 +123,7 @@ def damping(config: DiTConfig, sigma: float) -> Tensor:
     return torch.cat((torch.ones(frame), *(ramp.repeat_interleave(2) for ramp in ramps)))
 
 
-def shifted(k: Tensor, config: DiTConfig, reach: float) -> Tensor:
+def shift_keys(k: Tensor, config: DiTConfig, reach: float) -> Tensor:
     """Keys [..., L, d] rotated as if the reference lay to the right of the picture: (row, column + reach)."""
     frame, rows, across = config.rope_axes
     speeds = config.rope_base ** -(torch.arange(0, across, 2, dtype=torch.float64) / across)
@@ -131,19 +131,19 @@ def shifted(k: Tensor, config: DiTConfig, reach: float) -> Tensor:
     return rotate(k, torch.stack((angle.cos(), angle.sin()), -1).to(k.device, torch.float32))
 
 
-def guarded(k: Tensor, config: DiTConfig, guard: str, sigma: float, reach: float) -> Tensor:
+def guard_keys(k: Tensor, config: DiTConfig, guard: str, sigma: float, reach: float) -> Tensor:
     """A reference's keys [n, K, L, d] with the guard applied, as the picture's queries see them."""
     if guard in ("damping", "both"):
         k = (k.float() * damping(config, sigma).to(k.device)).to(k.dtype)
     if guard in ("shift", "both"):
-        k = shifted(k, config, reach)
+        k = shift_keys(k, config, reach)
     return k * KEY_GAIN
 
 
 # ---- into the picture -----------------------------------------------------------------------------------------------
 
 
-def attends(captures: Sequence[Capture], keys: Sequence[Tensor], weights: Sequence[float]) -> list[Attend]:
+def spliced_attention(captures: Sequence[Capture], keys: Sequence[Tensor], weights: Sequence[float]) -> list[Attend]:
     """Attention for the spliced blocks, with references of positive weight mixed in.
 
     captures, keys  of each reference; the keys guarded, [n, K, L, d]
@@ -164,10 +164,10 @@ def attends(captures: Sequence[Capture], keys: Sequence[Tensor], weights: Sequen
     def block(i: int) -> Attend:
         def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             text = q.shape[2] - length
-            k_image = pulled(k[:, :, -length:], k_mean[i], k_var[i], pull)
+            k_image = pull_statistics(k[:, :, -length:], k_mean[i], k_var[i], pull)
             more_k, more_v = (x[i].expand(len(q), -1, -1, -1) for x in (extra_k, extra_v))
             styled = attention(
-                pulled(q[:, :, text:], q_mean[i], q_var[i], pull),
+                pull_statistics(q[:, :, text:], q_mean[i], q_var[i], pull),
                 torch.cat((k[:, :, :-length], k_image, more_k), 2),
                 torch.cat((v, more_v), 2),
                 None if bias is None else F.pad(bias, (k.shape[2], 0)).to(q)[None, None, None],
@@ -187,8 +187,8 @@ class Splice:
     def __init__(
         self,
         dit: Krea2,
-        references: Sequence[Weighed],
-        capture_at: Callable[[Weighed, int], Capture],
+        references: Sequence[WeightedReference],
+        capture_at: Callable[[WeightedReference, int], Capture],
         sigmas: Sequence[float],
         reach: float,
         guard: str = LEAK_GUARD,
@@ -206,19 +206,19 @@ class Splice:
         """
         if self.sigmas[step] >= 1:
             return evaluate(None)
-        toward = evaluate(self._attends(self.toward, step)) if self.toward else evaluate(None)
+        toward = evaluate(self._attention(self.toward, step)) if self.toward else evaluate(None)
         if not self.away:
             return toward
         native = evaluate(None) if self.toward else toward
-        away = evaluate(self._attends([r._replace(weight=-r.weight / self.push) for r in self.away], step))
+        away = evaluate(self._attention([r._replace(weight=-r.weight / self.push) for r in self.away], step))
         return toward - self.push * (away - native)
 
-    def _attends(self, references: Sequence[Weighed], step: int) -> list[Attend | None]:
+    def _attention(self, references: Sequence[WeightedReference], step: int) -> list[Attend | None]:
         captures = [self.capture_at(reference, step) for reference in references]
-        keys = [guarded(c.k, self.dit.config, self.guard, self.sigmas[step], self.reach) for c in captures]
+        keys = [guard_keys(c.k, self.dit.config, self.guard, self.sigmas[step], self.reach) for c in captures]
         return [
             *[None] * first_block(len(self.dit.blocks)),
-            *attends(captures, keys, [reference.weight for reference in references]),
+            *spliced_attention(captures, keys, [reference.weight for reference in references]),
         ]
 
 
@@ -255,14 +255,14 @@ class CaptureCache:
         path = self._path(facts)
         with suppress(OSError, SafetensorError):
             self.folder.mkdir(parents=True, exist_ok=True)
-            if shutil.disk_usage(self.folder).free < SPARE_BYTES + capture.nbytes:
+            if shutil.disk_usage(self.folder).free < MIN_FREE_BYTES + capture.nbytes:
                 return
-            with whole(path) as draft:
+            with atomic_write(path) as draft:
                 save_file({name: tensor.contiguous() for name, tensor in capture._asdict().items()}, draft)
             self._trim()
 
     def _trim(self) -> None:
-        sweep(self.folder)
+        remove_drafts(self.folder)
         files = [(file, file.stat()) for file in self.folder.glob("*.safetensors")]
         held = sum(stat.st_size for _, stat in files)
         for file, stat in sorted(files, key=lambda pair: pair[1].st_mtime_ns):
@@ -272,5 +272,5 @@ class CaptureCache:
             held -= stat.st_size
 
     def _path(self, facts: Mapping[str, Any]) -> Path:
-        text = json.dumps({"format": FORMAT, **facts}, sort_keys=True)
+        text = json.dumps({"format": CACHE_VERSION, **facts}, sort_keys=True)
         return self.folder / f"{hashlib.sha256(text.encode()).hexdigest()}.safetensors"

@@ -40,11 +40,11 @@ def stream(network: nn.Module, stem: str, read: Read, device: torch.device, *, k
         return {names[index][name]: tensor for name, tensor in read(names[index]).items()}
 
     streamed = BlockStream(list(blocks.children()), read_block, device, keep and device.type == "cuda")
-    fill = {f"{stem}.{index}.": partial(streamed.at_hand, index) for index in range(len(names))}
+    fill = {f"{stem}.{index}.": partial(streamed.loaded, index) for index in range(len(names))}
     network.__dict__["at_hand"] = fill  # not part of its state
 
 
-def at_hand(network: nn.Module, name: str) -> AbstractContextManager[None]:
+def block_loaded(network: nn.Module, name: str) -> AbstractContextManager[None]:
     """A context in which the block that contains the named layer has its weights, even if the network is streamed."""
     streamed: dict[str, Callable[[], AbstractContextManager[None]]] = network.__dict__.get("at_hand", {})
     return next((fill for block, fill in streamed.items() if name.startswith(block)), nullcontext)()
@@ -71,24 +71,24 @@ class BlockStream:
         self, blocks: list[nn.Module], read: Callable[[int], dict[str, Tensor]], device: torch.device, keep: bool
     ):
         self.blocks, self.read, self.device, self.keep = blocks, read, device, keep
-        self.kept: dict[int, dict[str, Tensor]] = {}
-        self.hollow = [block.state_dict() for block in blocks]
+        self.cached: dict[int, dict[str, Tensor]] = {}
+        self.empty = [block.state_dict() for block in blocks]
         self.reader = ThreadPoolExecutor(1, "weights")
-        self.coming: tuple[int, Future[Arrival]] | None = None
-        self.side = torch.cuda.Stream(device) if device.type == "cuda" else None
-        self.worked: Any = None  # the event after which the block before has run (CUDA)
+        self.arriving: tuple[int, Future[Arrival]] | None = None
+        self.copy_stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self.done: Any = None  # the event after which the block before has run (CUDA)
         for index, block in enumerate(blocks):
             block.register_forward_pre_hook(partial(self._fill, index))
             block.register_forward_hook(partial(self._empty, index), always_call=True)  # even after an error
 
     def _fill(self, index: int, block: nn.Module, inputs: Any) -> None:
-        coming, self.coming = self.coming, None  # taken, so that a failed read is started again
+        coming, self.arriving = self.arriving, None  # taken, so that a failed read is started again
         self._put(block, *(coming[1].result() if coming and coming[0] == index else self._fetch(index)))
         after = (index + 1) % len(self.blocks)  # the last block is followed by the next step's first
-        self.coming = after, self.reader.submit(self._fetch, after)
+        self.arriving = after, self.reader.submit(self._fetch, after)
 
     @contextmanager
-    def at_hand(self, index: int) -> Iterator[None]:
+    def loaded(self, index: int) -> Iterator[None]:
         """A context in which a block has its weights out of turn."""
         self._put(self.blocks[index], *self.reader.submit(self._fetch, index).result())
         try:
@@ -107,23 +107,23 @@ class BlockStream:
         block.load_state_dict(state, strict=True, assign=True)
 
     def _empty(self, index: int, block: nn.Module, inputs: Any, answer: Any) -> None:
-        block.load_state_dict(self.hollow[index], strict=True, assign=True)
-        if self.side is not None:
-            self.worked = torch.cuda.current_stream(self.device).record_event()
+        block.load_state_dict(self.empty[index], strict=True, assign=True)
+        if self.copy_stream is not None:
+            self.done = torch.cuda.current_stream(self.device).record_event()
 
     def _fetch(self, index: int) -> Arrival:
         """A block's tensors, being copied to a card; otherwise still in host memory."""
-        if self.worked is not None:
-            self.worked.synchronize()  # or copies would run ahead of the computation and fill the card
-        state = self.kept.get(index) or self.read(index)
-        if self.side is not None:
+        if self.done is not None:
+            self.done.synchronize()  # or copies would run ahead of the computation and fill the card
+        state = self.cached.get(index) or self.read(index)
+        if self.copy_stream is not None:
             state = {name: tensor if tensor.is_pinned() else pinned(tensor) for name, tensor in state.items()}
         if self.keep:
-            self.kept[index] = state
-        if self.side is not None:
-            with torch.cuda.stream(self.side):
+            self.cached[index] = state
+        if self.copy_stream is not None:
+            with torch.cuda.stream(self.copy_stream):
                 there = {name: tensor.to(self.device, non_blocking=True) for name, tensor in state.items()}
-                return there, self.side.record_event()
+                return there, self.copy_stream.record_event()
         for tensor in state.values():  # brings in the pages of a mapped file
             tensor.flatten().view(torch.uint8)[::PAGE].sum()
         return state, None

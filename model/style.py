@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 STYLE_ROWS = 4  # prompt rows per style
 SHUFFLES = 4  # of a reference, at each of two tile sizes
-STRENGTHS, TURNED = (0.0, 0.25, 0.5, 0.75, 1.0), (0.0, 0.285, 0.355, 0.51, 1.0)  # of `response`
+STRENGTHS, RESPONSES = (0.0, 0.25, 0.5, 0.75, 1.0), (0.0, 0.285, 0.355, 0.51, 1.0)  # of `response`
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,14 +66,14 @@ class StyleEncoder(nn.Module):
 
     def forward(self, latents: Tensor) -> tuple[Tensor, Tensor]:
         """latents [B, C, H, W], normalised, H and W even -> rows [B, K, N, E], unit vectors [B, V]."""
-        return self.told(self.statistics(latents))
+        return self.from_statistics(self.statistics(latents))
 
     def statistics(self, latents: Tensor) -> Tensor:
         """All that the encoder sees of latents [B, C, H, W]: means and deviations of features [B, 2·width]."""
         x = self.blocks(self.inward(latents)).flatten(2)
         return torch.cat((x.mean(-1), x.std(-1)), -1)
 
-    def told(self, statistics: Tensor) -> tuple[Tensor, Tensor]:
+    def from_statistics(self, statistics: Tensor) -> tuple[Tensor, Tensor]:
         """statistics [B, 2·width] -> rows [B, K, N, E], unit vectors [B, V]."""
         c, trunk = self.config, self.trunk(statistics)
         rows = self.to_rows(trunk).view(-1, c.rows, c.text_taps, c.text_width)
@@ -117,11 +117,11 @@ def response(strength: float) -> float:
     """How far rows go from the null rows towards a style at a strength: just as far at 0, 1 and beyond, less between.
 
     Along the straight path, a picture takes on a look within a short stretch, at its own point between a fifth and a
-    half. `TURNED` holds the positions for `STRENGTHS`: there, by the judge, mean likeness reaches three, six and nine
-    tenths of its range. Linear in between; odd, so that negative strengths mirror positive ones.
+    half. `RESPONSES` holds the positions for `STRENGTHS`: there, by the judge, mean likeness reaches three, six and
+    nine tenths of its range. Linear in between; odd, so that negative strengths mirror positive ones.
     """
     size = abs(strength)
-    return strength if size >= 1 else math.copysign(float(np.interp(size, STRENGTHS, TURNED)), strength)
+    return strength if size >= 1 else math.copysign(float(np.interp(size, STRENGTHS, RESPONSES)), strength)
 
 
 def even_out(strengths: Sequence[float]) -> list[float]:

@@ -21,10 +21,10 @@ from torch.nn import functional as F
 
 from model.attention import attention
 from model.checkpoint import Checkpoint, open_checkpoint, refuse_unreadable
+from model.comfy_formats import is_auxiliary
 from model.errors import K2Error, count_of, listed
 from model.headers import read_json
 from model.library import weights_of
-from model.marks import is_auxiliary
 from model.stream import stream
 
 SYSTEM = (
@@ -39,8 +39,8 @@ SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 KREA_TAPS = tuple(range(2, 36, 3))  # of Qwen3-VL-4B's 36 layers
 PREFIXES = ("", "model.language_model.", "language_model.", "model.")  # of the tower's names, depending on the writer
 
-ITS_OWN = "Use the text encoder that came with the model, in bf16 or fp8_scaled."
-MOST_SIZE, MOST_LAYERS = 1 << 20, 256  # the largest that a config may state
+USE_OWN_ENCODER = "Use the text encoder that came with the model, in bf16 or fp8_scaled."
+MAX_SIZE, MAX_LAYERS = 1 << 20, 256  # the largest that a config may state
 
 Cache = list[tuple[Tensor, Tensor]]  # per layer: keys, values [B, G, P, D]
 
@@ -70,8 +70,8 @@ class TextConfig:
         try:
             config = cls._read(raw, taps)
             sizes = [getattr(config, f.name) for f in fields(cls) if f.type == "int"]
-            plausible = all(type(size) is int and 0 < size <= MOST_SIZE for size in sizes)
-            plausible &= config.num_hidden_layers <= MOST_LAYERS
+            plausible = all(type(size) is int and 0 < size <= MAX_SIZE for size in sizes)
+            plausible &= config.num_hidden_layers <= MAX_LAYERS
             plausible &= all(type(number) is int for number in (*config.taps, *config.mrope_section))
             plausible &= min(config.rope_theta, config.rms_norm_eps) > 0
             if not plausible or not 0 <= min(config.taps) <= max(config.taps):
@@ -112,7 +112,7 @@ QWEN3_VL_4B = TextConfig(
 )
 
 
-class Seen(NamedTuple):
+class VisionInputs(NamedTuple):
     """What a vision tower puts into a sequence of T tokens, and the positions of all of them."""
 
     where: Tensor  # [T] True = a picture's
@@ -203,7 +203,7 @@ class TextTower(nn.Module):
             self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
     def forward(
-        self, ids: Tensor, past: Cache | None = None, seen: Seen | None = None, saved: int = 0
+        self, ids: Tensor, past: Cache | None = None, seen: VisionInputs | None = None, saved: int = 0
     ) -> tuple[Tensor, Cache]:
         """ids [B, T], past of the P tokens before (B or 1 rows) -> taps [B, T, N, E] and the cache of all P + T tokens.
 
@@ -289,7 +289,7 @@ class TextEncoder:
         """The prompt's tokens and the suffix; space around the prompt means nothing and is stripped."""
         return self._own(prompt)[:PROMPT_TOKENS] + self.suffix
 
-    def unread(self, prompt: str) -> int:
+    def truncated(self, prompt: str) -> int:
         """How many tokens are truncated from the end of a prompt."""
         return max(0, len(self._own(prompt)) - PROMPT_TOKENS)
 
@@ -347,7 +347,7 @@ def open_tower(path: Path, taps: tuple[int, ...] | None = None) -> tuple[TextTow
     """
     checkpoint = open_checkpoint(weights_of(path))
     if any(file.suffix == ".gguf" for file in checkpoint.files):  # llama.cpp's, which uses other names
-        raise K2Error(f"{path} is a GGUF file, but text encoders are read from safetensors only.", hint=ITS_OWN)
+        raise K2Error(f"{path} is a GGUF file, but text encoders are read from safetensors only.", hint=USE_OWN_ENCODER)
     prefix = next((p for p in PREFIXES if f"{p}embed_tokens.weight" in checkpoint.tensors), "")
     own = {name.removeprefix(prefix): s for name, s in checkpoint.tensors.items() if name.startswith(prefix)}
     refuse_unreadable(replace(checkpoint, tensors=own))
@@ -366,7 +366,7 @@ def open_tower(path: Path, taps: tuple[int, ...] | None = None) -> tuple[TextTow
     if extra:  # scales of some number format, or biases: without them it would be another encoder
         raise K2Error(
             f"{path} holds {count_of(len(extra), 'tensor')} that Qwen3-VL does not have ({listed(sorted(extra), 3)}).",
-            hint=ITS_OWN,
+            hint=USE_OWN_ENCODER,
         )
     return tower, replace(checkpoint, tensors=own)
 

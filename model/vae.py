@@ -30,9 +30,11 @@ QWEN_MEAN = (-0.7571, -0.7089, -0.9113, 0.1075, -0.1745, 0.9653, -0.1517, 1.5508
 QWEN_STD = (2.8184, 1.4541, 2.3275, 2.6558, 1.2196, 1.7708, 2.6052, 2.0743,
             3.2687, 2.1526, 2.8652, 1.5579, 1.6382, 1.1253, 2.8251, 1.9160)
 # fmt: on
-THEIRS = "temperal_downsample"  # as diffusers' authors spell it
+DIFFUSERS_KEY = "temperal_downsample"  # as diffusers' authors spell it
 
-LONE = 20480  # numbers up to which PyTorch uses another convolution kernel for a single picture than for a batch
+SINGLE_KERNEL_LIMIT = (
+    20480  # numbers up to which PyTorch uses another convolution kernel for a single picture than for a batch
+)
 
 
 @dataclass(frozen=True)
@@ -58,7 +60,7 @@ class VAEConfig:
 
         Raises TypeError or ValueError for values that no autoencoder has.
         """
-        known = {"temporal_downsample": values[THEIRS]} if THEIRS in values else {}
+        known = {"temporal_downsample": values[DIFFUSERS_KEY]} if DIFFUSERS_KEY in values else {}
         known |= {key: values[key] for key in cls.__dataclass_fields__ if key in values}
         fields: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in known.items()}
         config = cls(**fields)
@@ -78,7 +80,7 @@ class VAEConfig:
         values = {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(self).items()}
         return {
             "_class_name": "AutoencoderKLQwenImage",
-            THEIRS: values.pop("temporal_downsample"),
+            DIFFUSERS_KEY: values.pop("temporal_downsample"),
             "attn_scales": [],
             "dropout": 0.0,
             **values,
@@ -283,7 +285,7 @@ class QwenImageVAE(nn.Module):
         """
         z = latents * self.std + self.mean
         f, widest = self.config.factor, self.config.base_dim * self.config.dim_mult[-1]
-        alone = len(z) == 1 and widest * z.shape[-2:].numel() <= LONE
+        alone = len(z) == 1 and widest * z.shape[-2:].numel() <= SINGLE_KERNEL_LIMIT
         z = z.expand(2, -1, -1, -1) if alone else z
         images = tiled(self.reconstruct, z, self.tile // f, self.overlap // f, Fraction(f)).clamp(-1, 1)
         return images[:1] if alone else images

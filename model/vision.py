@@ -25,14 +25,14 @@ from torch import Tensor, nn
 from model.attention import attention
 from model.checkpoint import Checkpoint, load, open_checkpoint
 from model.errors import K2Error
-from model.headers import AGAIN
-from model.library import EYES, sees, weights_of
-from model.references import fitting, to_pixels
-from model.text_encoder import MOST_LAYERS, MOST_SIZE, Seen, TextEncoder, rotate
+from model.headers import FETCH_AGAIN
+from model.library import VISION_PREFIXES, has_vision, weights_of
+from model.references import fit_size, to_pixels
+from model.text_encoder import MAX_LAYERS, MAX_SIZE, TextEncoder, VisionInputs, rotate
 
 PIXELS = 512 * 512  # at which a reference is read
 SEED = 0x71135  # of the shuffling: a reference is always shuffled the same way
-FAINT = 0.1  # share of the largest weight below which a picture's rows are thinned out, to none at 0
+THINNING_SHARE = 0.1  # share of the largest weight below which a picture's rows are thinned out, to none at 0
 
 
 @dataclass(frozen=True)
@@ -60,8 +60,8 @@ class VisionConfig:
             config = cls(**known)
             deep = config.deepstack_visual_indexes
             sizes = [getattr(config, f.name) for f in fields(cls) if f.type == "int"]
-            plausible = all(type(size) is int and 0 < size <= MOST_SIZE for size in (*sizes, *(1 + i for i in deep)))
-            plausible &= config.depth <= MOST_LAYERS and all(index < config.depth for index in deep)
+            plausible = all(type(size) is int and 0 < size <= MAX_SIZE for size in (*sizes, *(1 + i for i in deep)))
+            plausible &= config.depth <= MAX_LAYERS and all(index < config.depth for index in deep)
             if not plausible or config.hidden_size % (4 * config.num_heads):  # a head rotates pairs in two halves
                 raise ValueError
             if isqrt(config.num_position_embeddings) ** 2 != config.num_position_embeddings:  # of a square grid
@@ -202,20 +202,20 @@ class VisionTower(nn.Module):
 
 def find_tower(path: Path) -> Checkpoint | None:
     """The files that also hold a text encoder's vision tower; None if there is none, or one without layers."""
-    return open_checkpoint(weights_of(path)) if sees(path) else None
+    return open_checkpoint(weights_of(path)) if has_vision(path) else None
 
 
 def load_tower(checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype) -> VisionTower:
     """A vision tower with its weights. Raises K2Error if names or shapes do not match."""
     with torch.device("meta"):
         tower = VisionTower(VisionConfig.from_dict(checkpoint.config["vision_config"]))
-    prefix = next(p for p in EYES if any(name.startswith(p) for name in checkpoint.tensors))
+    prefix = next(p for p in VISION_PREFIXES if any(name.startswith(p) for name in checkpoint.tensors))
     own = {name.removeprefix(prefix): s for name, s in checkpoint.tensors.items() if name.startswith(prefix)}
     load(tower, replace(checkpoint, tensors=own), device=device, dtype=dtype)
     return tower
 
 
-class Marks(NamedTuple):
+class PictureTokens(NamedTuple):
     """The tokens before a picture, for each of its rows, and after it."""
 
     start: int
@@ -223,16 +223,16 @@ class Marks(NamedTuple):
     end: int
 
 
-def marks_of(checkpoint: Checkpoint) -> Marks:
+def marks_of(checkpoint: Checkpoint) -> PictureTokens:
     """The marks named in a text encoder's config. Raises K2Error if it names none."""
     ids = [checkpoint.config.get(f"{name}_token_id") for name in ("vision_start", "image", "vision_end")]
     known = [each for each in ids if isinstance(each, int)]
     if len(known) < len(ids):
-        raise K2Error(f"{checkpoint.path} does not say which tokens stand for pictures.", hint=AGAIN)
-    return Marks(*known)
+        raise K2Error(f"{checkpoint.path} does not say which tokens stand for pictures.", hint=FETCH_AGAIN)
+    return PictureTokens(*known)
 
 
-class Looked(NamedTuple):
+class SeenPicture(NamedTuple):
     """A picture as the tower sees it."""
 
     rows: Tensor  # [V, E]
@@ -240,17 +240,17 @@ class Looked(NamedTuple):
     grid: tuple[int, int]  # rows and columns, V in all
 
 
-class Shown(NamedTuple):
+class WeightedPicture(NamedTuple):
     """A picture and its weight."""
 
-    picture: Looked
+    picture: SeenPicture
     weight: float
 
 
-def look(tower: VisionTower, pixels: Tensor) -> Looked:
+def see_picture(tower: VisionTower, pixels: Tensor) -> SeenPicture:
     """pixels [1, 3, H, W] in −1 … 1."""
     rows, deep = tower(pixels.to(tower.pos_embed.weight))
-    return Looked(rows, deep, tower.grid(pixels))
+    return SeenPicture(rows, deep, tower.grid(pixels))
 
 
 class Reader:
@@ -262,13 +262,13 @@ class Reader:
         self.marks = marks_of(checkpoint)
 
     @torch.no_grad()
-    def show(self, path: Path, tiles: int) -> Looked:
+    def show(self, path: Path, tiles: int) -> SeenPicture:
         """A reference picture, its tiles shuffled, as the tower sees it. Raises K2Error."""
-        size = fitting(path, PIXELS, self.tower.config.unit * tiles)
-        return look(self.tower, shuffled(to_pixels(path, *size), tiles))
+        size = fit_size(path, PIXELS, self.tower.config.unit * tiles)
+        return see_picture(self.tower, shuffle_tiles(to_pixels(path, *size), tiles))
 
     @torch.no_grad()
-    def encode(self, prompt: str, pictures: Sequence[Shown], *, keep_rows: bool) -> Tensor:
+    def encode(self, prompt: str, pictures: Sequence[WeightedPicture], *, keep_rows: bool) -> Tensor:
         """The prompt's rows as changed by pictures of positive and negative weight -> [1, T or T + V, N, E].
 
         Pictures in one span are read as one, so different weights take several readings, each of fewer pictures: with
@@ -290,36 +290,38 @@ class Reader:
                     own[index] = own[index] + (size - before) / sizes[index] * part
             if keep_rows and side > 0 and shown:
                 heaviest, strength = max(sizes), min(sum(sizes), 1.0)
-                kept = [thinned(each, size / heaviest / FAINT) for each, size in zip(own, sizes, strict=True)]
+                kept = [
+                    thin_rows(each, size / heaviest / THINNING_SHARE) for each, size in zip(own, sizes, strict=True)
+                ]
                 known = [
                     torch.full((len(each),), strength * size / heaviest) for each, size in zip(kept, sizes, strict=True)
                 ]
-                rows.append(informed(torch.cat(kept), torch.cat(known))[None])
+                rows.append(quantise_rows(torch.cat(kept), torch.cat(known))[None])
         return torch.cat((words, *rows), 1)
 
-    def read(self, prompt: str, pictures: Sequence[Looked]) -> tuple[Tensor, Tensor, list[int]]:
+    def read(self, prompt: str, pictures: Sequence[SeenPicture]) -> tuple[Tensor, Tensor, list[int]]:
         """Prompt and suffix read with the pictures [1, T, N, E]; the pictures' rows [1, V, N, E]; rows per picture."""
         encoder, words = self.text, self.text.token_ids(prompt)
-        parts: list[list[int] | Looked] = [[self.marks.start], *pictures, [self.marks.end, *words]]
+        parts: list[list[int] | SeenPicture] = [[self.marks.start], *pictures, [self.marks.end, *words]]
         ids, seen = interleave(parts, self.marks.pad, encoder.prefix_ids.shape[1])
         taps, _ = encoder.tower(torch.tensor([ids], device=encoder.prefix_ids.device), encoder.prefix, seen)
         counts = [len(picture.rows) for picture in pictures]
         return taps[:, -len(words) :], taps[:, 1 : 1 + sum(counts)], counts
 
 
-def interleave(parts: Sequence[list[int] | Looked], pad: int, before: int = 0) -> tuple[list[int], Seen]:
+def interleave(parts: Sequence[list[int] | SeenPicture], pad: int, before: int = 0) -> tuple[list[int], VisionInputs]:
     """Tokens and pictures as one sequence after `before` tokens: its ids, and what its pictures contribute."""
     ids: list[int] = []
     where: list[bool] = []
-    seen = [part for part in parts if isinstance(part, Looked)]
+    seen = [part for part in parts if isinstance(part, SeenPicture)]
     for part in parts:
-        own = [pad] * len(part.rows) if isinstance(part, Looked) else part
+        own = [pad] * len(part.rows) if isinstance(part, SeenPicture) else part
         ids += own
-        where += [isinstance(part, Looked)] * len(own)
+        where += [isinstance(part, SeenPicture)] * len(own)
     rows = torch.cat([each.rows for each in seen])
     layers = [torch.cat(layer) for layer in zip(*(each.deep for each in seen), strict=True)]
-    places = positions(before, [part.grid if isinstance(part, Looked) else len(part) for part in parts])
-    return ids, Seen(torch.tensor(where, device=rows.device), rows, layers, places.to(rows.device))
+    places = positions(before, [part.grid if isinstance(part, SeenPicture) else len(part) for part in parts])
+    return ids, VisionInputs(torch.tensor(where, device=rows.device), rows, layers, places.to(rows.device))
 
 
 def positions(before: int, parts: Sequence[int | tuple[int, int]]) -> Tensor:
@@ -340,7 +342,7 @@ def positions(before: int, parts: Sequence[int | tuple[int, int]]) -> Tensor:
     return torch.cat(places, 1)
 
 
-def informed(rows: Tensor, known: Tensor) -> Tensor:
+def quantise_rows(rows: Tensor, known: Tensor) -> Tensor:
     """Vision rows with less information: in every tap, each is pulled to the nearest of μ − σ, μ and μ + σ of all rows.
 
     rows [V, N, E], known [V] 0 … 1: how much of each row is kept -> [V, N, E]
@@ -353,13 +355,13 @@ def informed(rows: Tensor, known: Tensor) -> Tensor:
     return anchor.lerp(wide, known.to(wide)[:, None, None]).to(rows.dtype)
 
 
-def thinned(rows: Tensor, share: float) -> Tensor:
+def thin_rows(rows: Tensor, share: float) -> Tensor:
     """An evenly spaced selection of rows [V, …], of a share 0 … 1; from 1 on, all of them."""
     count = min(round(share * len(rows)), len(rows))
     return rows[(torch.arange(count, device=rows.device) + 0.5).mul(len(rows) / max(count, 1)).long()]
 
 
-def shuffled(pixels: Tensor, tiles: int) -> Tensor:
+def shuffle_tiles(pixels: Tensor, tiles: int) -> Tensor:
     """A picture [1, 3, H, W] cut into tiles x tiles, all of which change places; H and W multiples of tiles."""
     if tiles == 1:
         return pixels

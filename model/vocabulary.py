@@ -46,7 +46,7 @@ MEDIA: dict[str, tuple[str, ...]] = {
 }
 
 
-def said_of_look(phrase: str) -> tuple[str, ...]:
+def look_phrases(phrase: str) -> tuple[str, ...]:
     """All phrases that captions use for the drawing set or medium that this phrase names."""
     return next(phrases for phrases in (*DRAWINGS.values(), *MEDIA.values()) if phrase in phrases)
 
@@ -132,7 +132,7 @@ def read() -> Iterator[Entry]:
         taught = (other for other in others["subjects"].get(name, ()) if not held_out(name, other))
         yield Entry("subject", name, (*entry.get("words", ()), *taught))
     for name, more in others["looks"].items():
-        yield Entry("look", name, (*(said for said in said_of_look(name) if said != name), *more))
+        yield Entry("look", name, (*(said for said in look_phrases(name) if said != name), *more))
     for kind, table in (("ground", "grounds"), ("colour", "palettes")):
         for name, more in others[table].items():
             yield Entry(kind, name.replace("{p}", "COLOUR"), tuple(each.replace("{p}", "COLOUR") for each in more))

@@ -22,10 +22,11 @@ from model.expand import look_words
 
 Array = NDArray[np.float64]
 
-TRUSTED = 0.5  # how often a kind of words must have been right on unseen looks
-SAID, UNSAID = 0.3, 0.05  # share of a board from which a word is a keyword; probability below which it is absent
+MIN_ACCURACY = 0.5  # how often a kind of words must have been right on unseen looks
+MIN_SHARE = 0.3  # of a board, from which a word is a keyword
+MAX_PROBABILITY = 0.05  # below which it is absent
 KEYWORDS, AVOIDS = 2, 2  # of each kind
-AGAIN = "python -m model.train.words"
+REBUILD = "python -m model.train.words"
 
 
 @dataclass(frozen=True)
@@ -53,7 +54,7 @@ class Words:
         checkpoint = open_checkpoint(path)
         about = checkpoint.metadata
         if about.get("kind") != "words":
-            raise K2Error(f"{path} is not a table of words.", hint=f"Create it again: {AGAIN}")
+            raise K2Error(f"{path} is not a table of words.", hint=f"Create it again: {REBUILD}")
         state = {name: tensor.double() for name, tensor in checkpoint.read()}
         kinds = about["names"]
         return cls(
@@ -78,16 +79,16 @@ class Words:
         return chances, (distance <= self.furthest).numpy()
 
     def trusted(self, kind: str) -> bool:
-        return self.unseen.get(kind, 0.0) >= TRUSTED
+        return self.unseen.get(kind, 0.0) >= MIN_ACCURACY
 
 
-def speak(
+def read_words(
     words: Words | None, chances: Mapping[str, Array], known: NDArray[np.bool_]
 ) -> tuple[list[str], list[str], dict[str, tuple[str, float]]]:
     """Keywords, avoids, and each kind's likeliest name with its share, for pictures [B] with these probabilities.
 
-    A keyword's mean probability over the known pictures is at least `SAID`; an avoid's is below `UNSAID` in nearly all
-    of them, and the least likely come first.
+    A keyword's mean probability over the known pictures is at least `MIN_SHARE`; an avoid's is below `MAX_PROBABILITY`
+    in nearly all of them, and the least likely come first.
     """
     keywords: list[str] = []
     avoids: list[str] = []
@@ -104,9 +105,9 @@ def speak(
             continue
         order = sorted(range(len(names)), key=lambda i: (-shares[i], names[i]))
         keywords += [
-            table[kind][names[i]][0] for i in order[:KEYWORDS] if shares[i] >= SAID and names[i] in table[kind]
+            table[kind][names[i]][0] for i in order[:KEYWORDS] if shares[i] >= MIN_SHARE and names[i] in table[kind]
         ]
-        never = np.quantile(seen, 0.95, axis=0) < UNSAID
+        never = np.quantile(seen, 0.95, axis=0) < MAX_PROBABILITY
         far = sorted(range(len(names)), key=lambda i: (np.log(seen[:, i] + 1e-12).mean(), names[i]))
         avoids += [table[kind][names[i]][0] for i in far if never[i] and names[i] in table[kind]][:AVOIDS]
     return keywords, avoids, told

@@ -20,7 +20,7 @@ import typer.testing
 from PIL import Image
 from typer.testing import CliRunner
 
-from k2cli import hands
+from k2cli import workers
 from k2cli.app import app
 from model import library
 from model.errors import K2Error
@@ -123,7 +123,7 @@ class FakePipeline:
                 "model": {
                     "name": self.name,
                     "variant": self.variant,
-                    "files": {path.name: sha256(path) for path in library.box().get(self.name, lone)},
+                    "files": {path.name: sha256(path) for path in library.bundled_models().get(self.name, lone)},
                 },
             }
             yield Picture(Image.new("RGB", size, tuple(colour)), record)
@@ -136,13 +136,13 @@ def fake(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[type[FakeP
     box.mkdir()
     write_weights(box / "mini-raw.safetensors", {"kind": "dit", "variant": "raw", "native": 128})
     write_weights(box / "mini-vae.safetensors", {"kind": "vae"})
-    monkeypatch.setattr(library, "BOX", box)
+    monkeypatch.setattr(library, "BUNDLED", box)
     module = ModuleType("model.pipeline")
     module.Pipeline = type("Pipeline", (FakePipeline,), {"loaded": [], "held": [], "seen": []})
     monkeypatch.setitem(sys.modules, "model.pipeline", module)
-    hands.load.cache_clear()
+    workers.load_pipeline.cache_clear()
     yield module.Pipeline
-    hands.load.cache_clear()
+    workers.load_pipeline.cache_clear()
 
 
 def write_weights(path: Path, about: dict[str, Any]) -> None:

@@ -9,7 +9,7 @@ from test_stages import base
 from workshop import enlarge, with_box, workshop  # noqa: F401
 
 from model.errors import K2Error
-from model.library import BOX
+from model.library import BUNDLED
 from model.spec import RenderSpec
 from model.train import ablation, evaluate, states
 from model.train.ablation import Checkpoint, Scores, changes
@@ -79,8 +79,8 @@ def test_before_and_after_from_the_command_line(workshop, monkeypatch):  # noqa:
 
 def test_training_run_renders_as_it_would_after_release(workshop, monkeypatch):  # noqa: F811
     """The bundled weights saved as a training run: the same pictures, as they go through 8 bits and back."""
-    with_box(BOX, monkeypatch)
-    weights = {f"ema.{name}": tensor for name, tensor in states.box().items()}
+    with_box(BUNDLED, monkeypatch)
+    weights = {f"ema.{name}": tensor for name, tensor in states.bundled_state().items()}
     place = {
         "step": 1,
         "seconds": 1.0,

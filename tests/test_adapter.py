@@ -21,20 +21,20 @@ from tiny import tiny, tiny_box  # noqa: F401
 from torch import Tensor
 
 from model import library
+from model.adapter_path import LowRank
 from model.checkpoint import open_checkpoint, read, save
 from model.dit import Krea2
 from model.errors import K2Error
-from model.few_bits import FewBitLinear, widened
 from model.hashes import sha256
 from model.headers import read_header
 from model.latents import position_ids
 from model.layouts import load_dit
 from model.lora_match import read_lora
+from model.low_bit import FewBitLinear, dequantised_state
 from model.pipeline import Pipeline
-from model.second_path import LowRank
 from model.spec import Lora, RenderSpec, raw_mu
 from model.train import adapter, loop, states
-from model.train.adapter import Adapting, Halves, Material, Recipe, main, write
+from model.train.adapter import AdapterStage, Recipe, TrainablePairs, TrainingMaterial, main, write
 from model.train.pictures import Captioned, about_captions, encode, join, read_folder, shortened, words_of
 from model.train.pretrain import recompute
 
@@ -222,7 +222,7 @@ def test_pictures_keep_their_proportions(pictures, tiny, monkeypatch):  # noqa: 
 # ---- learning ---------------------------------------------------------------------------------------------------
 
 
-def material(count: int, seed: int = 0) -> Material:
+def material(count: int, seed: int = 0) -> TrainingMaterial:
     """Latents of `count` pictures in two shapes, and text features of two lengths."""
     generator = torch.Generator().manual_seed(seed)
     shapes = {(8, 8): list(range(count - 2)), (4, 8): [count - 2, count - 1]}
@@ -230,11 +230,11 @@ def material(count: int, seed: int = 0) -> Material:
     embeds = [
         torch.randn(5 + index % 2, TINY.text_taps, TINY.text_width, generator=generator) for index in range(count)
     ]
-    return Material(latents, embeds, torch.zeros(2, TINY.text_taps, TINY.text_width), [{"sha256": "0"}])
+    return TrainingMaterial(latents, embeds, torch.zeros(2, TINY.text_taps, TINY.text_width), [{"sha256": "0"}])
 
 
-def stage(network: Krea2, **changes: object) -> Adapting:
-    return Adapting(replace(RECIPE, **changes), network, material(10))
+def stage(network: Krea2, **changes: object) -> AdapterStage:
+    return AdapterStage(replace(RECIPE, **changes), network, material(10))
 
 
 def test_ten_pictures_are_learned(tmp_path):
@@ -289,7 +289,7 @@ def test_loss_does_not_depend_on_other_captions_lengths(monkeypatch):
 def test_about_a_tenth_of_captions_is_dropped():
     made = stage(random_model(TINY), batch=8)
     rows = [row for step in range(50) for row in made.batch(step)["embeds"]]
-    assert 0.05 < sum(row is made.material.nothing for row in rows) / len(rows) < 0.15
+    assert 0.05 < sum(row is made.material.empty for row in rows) / len(rows) < 0.15
 
 
 def test_mu_defaults_to_raws_for_the_image_token_count():
@@ -303,7 +303,7 @@ def test_mu_defaults_to_raws_for_the_image_token_count():
     assert losses[0] == losses[1] != losses[2]
 
 
-def gradients(made: Adapting, batch: int = 0) -> dict[str, Tensor]:
+def gradients(made: AdapterStage, batch: int = 0) -> dict[str, Tensor]:
     torch.manual_seed(1)
     for up in made.model.up.values():
         torch.nn.init.normal_(up, std=0.1)  # at zero `down` would have no gradient
@@ -317,7 +317,7 @@ def test_8_bit_base_gives_the_dequantised_bases_gradients(tmp_path, precision):
     save(tmp_path / "wide.safetensors", random_model(TINY).state_dict(), {})
     small, _ = load_dit(tmp_path / "wide.safetensors", precision=precision)
     plain = Krea2(TINY)
-    plain.load_state_dict(widened(small, torch.float32))
+    plain.load_state_dict(dequantised_state(small, torch.float32))
 
     ours, theirs = gradients(stage(small)), gradients(stage(plain))
 
@@ -393,9 +393,9 @@ def model() -> Krea2:
 
 
 @pytest.fixture
-def halves(model) -> Halves:
+def halves(model) -> TrainablePairs:
     torch.manual_seed(3)
-    made = Halves(random_model(TINY), "all", 4)
+    made = TrainablePairs(random_model(TINY), "all", 4)
     for up in made.up.values():
         torch.nn.init.normal_(up, std=0.5)
     return made
@@ -506,17 +506,17 @@ def test_training_resumes_where_it_was_interrupted(tmp_path, pictures, tiny, mon
 
     monkeypatch.setattr(states, "RUNS", tmp_path / "broken")
     monkeypatch.setattr(loop, "SAVE_EVERY", -1.0)
-    batch = Adapting.batch
+    batch = AdapterStage.batch
 
-    def stop(self: Adapting, step: int, part: int = 0):
+    def stop(self: AdapterStage, step: int, part: int = 0):
         if step == 6:
             raise KeyboardInterrupt
         return batch(self, step, part)
 
-    monkeypatch.setattr(Adapting, "batch", stop)
+    monkeypatch.setattr(AdapterStage, "batch", stop)
     with pytest.raises(KeyboardInterrupt):
         main(recipe, "cpu", lambda line: None)
-    monkeypatch.setattr(Adapting, "batch", batch)
+    monkeypatch.setattr(AdapterStage, "batch", batch)
     again = load_file(main(recipe, "cpu", lambda line: None).result)
     assert all(torch.equal(straight[name], again[name]) for name in straight)
 
@@ -598,8 +598,8 @@ def test_k2_train_on_the_command_line(tmp_path, pictures, tiny, k2, monkeypatch)
     (tmp_path / "dusk.toml").write_text(recipe)
     state, about = read(tiny / "tiny-raw.safetensors")
     with monkeypatch.context() as patch:
-        patch.setattr(library, "BOX", shutil.copytree(tiny, tmp_path / "box"))
-        save(library.BOX / "tiny-raw.safetensors", {name: -tensor for name, tensor in state.items()}, about)
+        patch.setattr(library, "BUNDLED", shutil.copytree(tiny, tmp_path / "box"))
+        save(library.BUNDLED / "tiny-raw.safetensors", {name: -tensor for name, tensor in state.items()}, about)
         assert "differs now: the base's weights." in k2("train", "dusk.toml", code=1).stderr
     merged = {"step": 2, "seconds": 1.0, "recipe": {"name": "dusk", "stage": "pretrain"}}  # as a merge leaves it
     states.write(Path(".runs/dusk"), {"ema.w": torch.zeros(2)}, merged, {})

@@ -15,7 +15,7 @@ from model.train import adapter, states
 from model.train.adapter_study import TRIGGER, study, teach
 from model.train.data import Catalog
 from model.train.judge import Judge, JudgeConfig
-from model.train.study import choose_looks, stands_for_its_look
+from model.train.study import choose_looks, represents_look
 
 
 @pytest.fixture(scope="module")
@@ -33,7 +33,7 @@ def test_ten_pictures_of_as_many_subjects_without_a_word_of_their_look(catalog, 
         subject = file.stem.replace("-", " ")
         assert file.with_suffix(".txt").read_text().endswith(subject) and TRIGGER not in file.with_suffix(".txt").name
     shown = {hashlib.sha256(np.asarray(Image.open(file)).tobytes()).digest() for file in files}
-    standing = [i for i in catalog.items("styles") if i.look == look and stands_for_its_look(i)]
+    standing = [i for i in catalog.items("styles") if i.look == look and represents_look(i)]
     assert not shown & {hashlib.sha256(catalog.picture(item).tobytes()).digest() for item in standing}
 
 

@@ -29,13 +29,13 @@ from rich.console import Console
 from safetensors.numpy import save_file
 from test_library import transformer, write
 
-from k2cli import console, doctor, hands, models, runs, sheet
+from k2cli import console, doctor, models, runs, sheet, workers
 from k2cli.app import app
-from k2cli.asked import plan_job
-from k2cli.carry import show_plan
-from k2cli.commands import PLACES
+from k2cli.commands import PATH_METAVARS
 from k2cli.console import Unwritable
+from k2cli.execute import show_plan
 from k2cli.models_app import list_models
+from k2cli.planning import plan_job
 from k2cli.project import Project
 from k2cli.tables import Toml
 from k2cli.texts import quote
@@ -261,7 +261,7 @@ def test_errors_in_another_project_give_the_full_path(moody, k2, fake, tmp_path)
 
 
 def test_project_file_can_select_turbo(moody, k2, fake):
-    write_weights(library.BOX / "mini-turbo.safetensors", {"kind": "dit", "variant": "turbo"})
+    write_weights(library.BUNDLED / "mini-turbo.safetensors", {"kind": "dit", "variant": "turbo"})
     text = (moody / "k2.toml").read_text()
     (moody / "k2.toml").write_text(text.replace("[render]\n", '[render]\nvariant = "turbo"\n'))
 
@@ -280,7 +280,7 @@ def test_project_file_can_select_turbo(moody, k2, fake):
 
 
 def test_warns_about_settings_that_do_not_suit_turbo(moody, k2, fake):
-    write_weights(library.BOX / "mini-turbo.safetensors", {"kind": "dit", "variant": "turbo"})
+    write_weights(library.BUNDLED / "mini-turbo.safetensors", {"kind": "dit", "variant": "turbo"})
     text = (moody / "k2.toml").read_text()
     (moody / "k2.toml").write_text(text.replace("seed = 7", "seed = 7\nsteps = 28\nguidance = 2.5"))
 
@@ -315,7 +315,7 @@ def test_project_named_in_several_ways_is_rendered_once(moody, k2, tmp_path):
 
 
 def test_command_line_options_reach_the_model(moody, k2, fake):
-    write_weights(library.BOX / "mini-turbo.safetensors", {"kind": "dit", "variant": "turbo"})
+    write_weights(library.BUNDLED / "mini-turbo.safetensors", {"kind": "dit", "variant": "turbo"})
     k2(
         "render",
         "--only",
@@ -346,7 +346,7 @@ def test_precision_and_offload_reach_model_plan_and_record(moody, k2, fake):
     (moody / "k2.toml").write_text(PROJECT.replace("seed = 7", 'seed = 7\nprecision = "fp8"'))
     k2("render", "--only", "fox", "--offload", "all")
     made = Path(k2("render", "-p", "tea", "--project", moody, "--precision", "native").stdout.strip())
-    hands.load.cache_clear()
+    workers.load_pipeline.cache_clear()
     k2("rerun", folder / "fox-7.png", "-o", "again.png")
 
     assert fake.held == [("int8", "text"), ("fp8", "all"), ("native", None), ("int8", "text")]
@@ -362,7 +362,7 @@ def test_resume_uses_the_same_precision_and_offload_as_before(moody, k2, fake):
     k2("render", "--precision", "int8", "--offload", "all")
     (moody / "outputs" / "0001-fox-and-1-more" / "fox-7.png").unlink()
     (moody / "outputs" / "0001-fox-and-1-more" / "fox-7.toml").unlink()
-    hands.load.cache_clear()
+    workers.load_pipeline.cache_clear()
 
     k2("render", "--resume")
 
@@ -699,7 +699,7 @@ def test_closed_pipe_after_the_last_picture_suggests_no_resume(moody, k2, monkey
     def leave(line: str) -> None:
         raise BrokenPipeError(errno.EPIPE, "Broken pipe")
 
-    monkeypatch.setattr("k2cli.carry.result", leave)
+    monkeypatch.setattr("k2cli.execute.print_result", leave)
 
     left = k2("render", "-p", "owl", code=1).stderr
     assert left == "The pipe was closed: 1 of 1 pictures are in outputs/0001-owl.\n"
@@ -712,7 +712,7 @@ def test_closed_pipe_leaves_a_run_that_can_be_resumed(moody, k2, monkeypatch):
         raise BrokenPipeError(errno.EPIPE, "Broken pipe")
 
     with monkeypatch.context() as patch:
-        patch.setattr("k2cli.carry.result", leave)
+        patch.setattr("k2cli.execute.print_result", leave)
         left = k2("render", code=1).stderr
         assert k2("render", "--quiet", code=1).stderr == ""
     there = "outputs/0001-fox-and-1-more"
@@ -727,7 +727,7 @@ def test_unwritable_standard_output_leaves_a_run_that_can_be_resumed(moody, k2, 
         raise Unwritable("Standard output cannot be written.", hint="Send the results somewhere else.")
 
     with monkeypatch.context() as patch:
-        patch.setattr("k2cli.carry.result", fill)
+        patch.setattr("k2cli.execute.print_result", fill)
         left = k2("render", "--quiet", code=1).stderr
         assert k2("render", "-p", "owl", code=1).stderr.endswith("\nHint:  Send the results somewhere else.\n")
     assert left.endswith("\nHint:  Send the results somewhere else, then resume with: k2 render --resume\n")
@@ -784,7 +784,7 @@ def test_resume_adds_a_missing_sheet(moody, k2, fake):
     folder = moody / "outputs" / "0001-fox-and-1-more"
     undisturbed = tree(folder)
     (folder / "sheet.png").unlink()
-    hands.load.cache_clear()
+    workers.load_pipeline.cache_clear()
     fake.loaded.clear()
 
     k2("render", "--resume")
@@ -956,7 +956,7 @@ def test_earlier_run_is_resumed_by_number(moody, k2, fake):
 def test_resume_keeps_what_the_model_chose(moody, k2, fake):
     """Precision and offload may depend on free memory; the pictures of one run must not."""
     interrupt(fake, k2, 3)
-    hands.load.cache_clear()
+    workers.load_pipeline.cache_clear()
 
     k2("render", "--resume")
 
@@ -1121,7 +1121,7 @@ def test_every_path_parameter_is_in_places():
             if Path in (kind, *get_args(kind), *(part for each in get_args(kind) for part in get_args(each))):
                 found.add(about.metavar)
 
-    assert found and found <= PLACES
+    assert found and found <= PATH_METAVARS
 
 
 @pytest.mark.parametrize(("there", "asked"), [("NFD", "NFC"), ("NFC", "NFD")])
@@ -1173,10 +1173,10 @@ def test_warns_about_sizes_far_from_the_native_one(moody, k2, size, broken):
 
 def test_size_warning_depends_on_what_the_weights_declare(moody, k2):
     about = {"kind": "dit", "variant": "raw"}
-    write_weights(library.BOX / "mini-raw.safetensors", about)
+    write_weights(library.BUNDLED / "mini-raw.safetensors", about)
     assert "far from" not in k2("render", "--size", "64x64", "--dry-run").stderr
 
-    write_weights(library.BOX / "mini-raw.safetensors", about | {"native": 128, "shapes": ["96x64", "256x128"]})
+    write_weights(library.BUNDLED / "mini-raw.safetensors", about | {"native": 128, "shapes": ["96x64", "256x128"]})
     for size, far in (("64x64", False), ("272x128", False), ("256x144", True), ("256x192", True)):
         assert ("far from" in k2("render", "--size", size, "--dry-run").stderr) is far
 
@@ -1343,7 +1343,9 @@ def test_doctor_says_why_no_gpu_can_be_used(monkeypatch, cuda, platform, said):
 
 def test_refuses_a_lone_transformer_without_a_matching_text_encoder(moody, k2):
     """As ComfyUI stores the open weights: a transformer alone, beside mini's text encoder. Dry runs refuse it, too."""
-    write_weights(library.BOX / "mini-text.safetensors", {"kind": "text", "config": {"hidden_size": 8, "taps": [1]}})
+    write_weights(
+        library.BUNDLED / "mini-text.safetensors", {"kind": "text", "config": {"hidden_size": 8, "taps": [1]}}
+    )
     heard = {"txtmlp.0.scale": (2560,), "txtfusion.projector.weight": (1, 12), "first.weight": (4, 4)}
     save_file({name: np.zeros(shape, np.float32) for name, shape in heard.items()}, moody / "lone.safetensors")
 
@@ -1390,12 +1392,14 @@ def test_doctor_finds_a_filter_that_cannot_be_loaded(moody, k2, monkeypatch):
 
 
 def test_resume_command_allows_a_model_outside_the_project(moody):
-    from k2cli.models import Held
+    from k2cli.models import ModelSpec
     from k2cli.outputs import Run
-    from k2cli.several import go_on
+    from k2cli.several import resume_commands
 
     def line(model: str) -> str:
-        return go_on([runs.Job(Project.open(moody), [], Held(model), run=Run(moody / "outputs" / "0001-fox"))])
+        return resume_commands(
+            [runs.Job(Project.open(moody), [], ModelSpec(model), run=Run(moody / "outputs" / "0001-fox"))]
+        )
 
     assert line("mini") == line(str(moody / "in.safetensors")) == "k2 render --resume --run 1"
     assert line("/else/where.safetensors") == "k2 render --resume --run 1 --allow-outside"

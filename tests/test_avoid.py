@@ -9,7 +9,17 @@ import pytest
 import torch
 from tiny import tiny, tiny_box  # noqa: F401
 
-from model.avoid import ASIDE, MOST, Direction, avoided, directions, negative_prompt, phrases, split, steer_away
+from model.avoid import (
+    MAX_WEIGHT,
+    MEAN_SHARE,
+    Direction,
+    avoided_phrases,
+    directions,
+    negative_prompt,
+    phrases_in,
+    split_suffix,
+    steer_away,
+)
 from model.pipeline import Pipeline
 from model.spec import RenderSpec, Style
 from model.text_encoder import SUFFIX_TOKENS
@@ -28,12 +38,12 @@ def rows() -> dict[str, torch.Tensor]:
 
 
 def middle(rows: torch.Tensor) -> torch.Tensor:
-    return split(rows)[0].mean(1, keepdim=True)
+    return split_suffix(rows)[0].mean(1, keepdim=True)
 
 
 def led(rows: torch.Tensor, weight: float) -> Direction:
     """A phrase by its rows, whose suffix is what it adds."""
-    return Direction(*split(rows), weight)
+    return Direction(*split_suffix(rows), weight)
 
 
 # ---- the mathematics ----------------------------------------------------------------------------
@@ -47,7 +57,7 @@ def test_at_weight_one_the_avoided_words_say_nothing(rows):
     """As rows of a prompt they become neutral one by one, and what stands at right angles to them stays; where the
     prompt does not speak of them, it goes by half of their mean."""
     neutral = middle(rows["neutral"])
-    fog = split(rows["fog"])[0]
+    fog = split_suffix(rows["fog"])[0]
     spanned = torch.linalg.qr(torch.cat((fog[0], torch.randn(1, 3, 16))).permute(1, 2, 0))[0]  # [N, E, 4]
     other = 0.1 * spanned[..., 3][None, None]
     said = torch.cat((neutral + other, neutral + fog, prompt(0, 7)), 1)
@@ -73,12 +83,12 @@ def test_rows_that_speak_of_it_in_part_lose_a_part(rows):
     moved = steer_away(torch.cat((neutral + said, prompt(0, 7)), 1), [phrase], rows["neutral"])
 
     s = 3 * g**2 - 2 * g**3
-    expected = neutral + said - 0.8 * (s * said + ASIDE * (1 - s[1]) * (1 - s) * 0.3 * of_it)
+    expected = neutral + said - 0.8 * (s * said + MEAN_SHARE * (1 - s[1]) * (1 - s) * 0.3 * of_it)
     torch.testing.assert_close(moved[:, :2], expected, atol=1e-5, rtol=1e-4)
 
 
 def test_words_that_say_the_same_are_one_direction(rows):
-    neutral, ink = middle(rows["neutral"]), split(rows["ink"])[0]
+    neutral, ink = middle(rows["neutral"]), split_suffix(rows["ink"])[0]
     adds = torch.zeros(1, SUFFIX_TOKENS, 3, 16)
     once, twice = (Direction(neutral + torch.cat([ink] * n, 1), adds, 1.0) for n in (1, 2))
 
@@ -89,8 +99,11 @@ def test_words_that_say_the_same_are_one_direction(rows):
 
 def test_it_is_linear_while_it_is_small(rows):
     fox, neutral = rows["fox"], rows["neutral"]
-    near = {name: torch.cat((middle(neutral) + 0.05 * split(rows[name])[0], split(rows[name])[1]), 1) for name in rows}
-    fox = torch.cat((middle(neutral) + 0.05 * split(fox)[0], split(fox)[1]), 1)
+    near = {
+        name: torch.cat((middle(neutral) + 0.05 * split_suffix(rows[name])[0], split_suffix(rows[name])[1]), 1)
+        for name in rows
+    }
+    fox = torch.cat((middle(neutral) + 0.05 * split_suffix(fox)[0], split_suffix(fox)[1]), 1)
 
     def shift(*parts: tuple[str, float]) -> torch.Tensor:
         return fox - steer_away(fox, [led(near[name], weight) for name, weight in parts], neutral)
@@ -111,7 +124,7 @@ def test_many_phrases_move_no_further_than_the_rows_are_long(rows):
     fox = rows["fox"]
     moved = steer_away(fox, [led(5 * prompt(2, seed), 2.0) for seed in range(20)], rows["neutral"])
 
-    before, after = split(fox)[0], split(moved)[0]
+    before, after = split_suffix(fox)[0], split_suffix(moved)[0]
     room = torch.maximum(before.norm(dim=-1).mean(1, keepdim=True), (before - middle(rows["neutral"])).norm(dim=-1))
     torch.testing.assert_close((after - before).norm(dim=-1), room)
     assert moved.isfinite().all()
@@ -144,8 +157,8 @@ def test_what_a_phrase_adds_is_told_beside_the_prompt(text, with_it, without):
     ((rows, adds, weight),) = directions(encode, lambda text: 0, text, (("ink on fog", 0.5),))
 
     assert asked == [with_it, without, "ink on fog"] and weight == 0.5
-    assert torch.equal(rows, split(prompt(2, 10))[0])
-    suffixes = [split(prompt(2, len(words)).double())[1] for words in (with_it, without)]
+    assert torch.equal(rows, split_suffix(prompt(2, 10))[0])
+    suffixes = [split_suffix(prompt(2, len(words)).double())[1] for words in (with_it, without)]
     assert torch.equal(adds, suffixes[0] - suffixes[1])
 
 
@@ -154,10 +167,10 @@ def test_what_a_phrase_adds_to_a_prompt_that_is_too_long_is_not_lost(tiny, text)
     speaks = Pipeline.load("tiny", filters=()).text
 
     def adds(prompt: str) -> float:
-        (led,) = directions(lambda words: speaks.encode([words])[0], speaks.unread, prompt, (("ink", 1.0),))
+        (led,) = directions(lambda words: speaks.encode([words])[0], speaks.truncated, prompt, (("ink", 1.0),))
         return led.adds.abs().max().item()
 
-    assert speaks.unread(f"{text}, ink") and adds(text) > 0.1 * adds("a fox")
+    assert speaks.truncated(f"{text}, ink") and adds(text) > 0.1 * adds("a fox")
 
 
 # ---- what is avoided ----------------------------------------------------------------------------
@@ -168,16 +181,22 @@ def test_weights_come_from_the_styles_and_are_one_elsewhere():
     turned = Style("riso", -0.3, keywords=("riso print", "fog"), avoids=("ink",))
     spec = replace(FOX, negative="rain, glossy", styles=(dusk, turned))
 
-    assert avoided(spec) == (("fog", 0.6 + 0.3), ("glossy", 0.6), ("rain", 1.0), ("riso print", 0.3), ("snow", 0.6))
+    assert avoided_phrases(spec) == (
+        ("fog", 0.6 + 0.3),
+        ("glossy", 0.6),
+        ("rain", 1.0),
+        ("riso print", 0.3),
+        ("snow", 0.6),
+    )
     strong = tuple(Style(name, 1.5, avoids=("fog",)) for name in ("a", "b", "c"))
-    assert avoided(replace(FOX, styles=strong)) == (("fog", MOST),)
+    assert avoided_phrases(replace(FOX, styles=strong)) == (("fog", MAX_WEIGHT),)
 
 
 def test_a_prompts_own_phrase_weighs_one_whatever_a_style_says_of_it():
     faint = Style("x", 0.05, avoids=("glossy",))
-    assert avoided(replace(FOX, negative="glossy, glossy", styles=(faint,))) == (("glossy", 1.0),)
-    assert avoided(replace(FOX, negative="glossy, glossy", styles=(replace(faint, strength=1.5),)))[0][1] == 1.5
-    assert avoided(replace(FOX, negative="glossy, glossy", styles=(faint, replace(faint, name="y")))) == (
+    assert avoided_phrases(replace(FOX, negative="glossy, glossy", styles=(faint,))) == (("glossy", 1.0),)
+    assert avoided_phrases(replace(FOX, negative="glossy, glossy", styles=(replace(faint, strength=1.5),)))[0][1] == 1.5
+    assert avoided_phrases(replace(FOX, negative="glossy, glossy", styles=(faint, replace(faint, name="y")))) == (
         ("glossy", 1.0),
     )
 
@@ -202,12 +221,12 @@ def test_the_order_of_styles_means_nothing_to_what_they_avoid(guidance):
     words = (("a", 0.1, ("snow", "fog")), ("b", 0.2, ("ink", "fog")), ("c", 0.3, ("fog", "glossy")))
     styles = [Style(name, strength, avoids=avoids) for name, strength, avoids in words]
     specs = [replace(FOX, guidance=guidance, styles=order) for order in itertools.permutations(styles)]
-    assert len({(avoided(spec), negative_prompt(spec)) for spec in specs}) == 1
+    assert len({(avoided_phrases(spec), negative_prompt(spec)) for spec in specs}) == 1
 
 
 def test_with_guidance_the_negative_prompt_does_it():
-    assert avoided(replace(FOX, guidance=2.0, negative="fog")) == ()
-    assert avoided(FOX) == () and phrases(" , a  b,,c ") == ["a b", "c"]
+    assert avoided_phrases(replace(FOX, guidance=2.0, negative="fog")) == ()
+    assert avoided_phrases(FOX) == () and phrases_in(" , a  b,,c ") == ["a b", "c"]
 
 
 # ---- in pictures --------------------------------------------------------------------------------

@@ -11,17 +11,17 @@ import pytest
 import torch
 from comfy_kitchen.float_utils import from_blocked, to_blocked
 from safetensors.torch import save_file
+from test_comfy_formats import PREFIX, TEXT, assert_means, prefixed, raw, with_table
 from test_dit import inputs, random_model, relative_error
 from test_layouts import TINY, native, refused, velocity
-from test_marks import PREFIX, TEXT, assert_means, prefixed, raw, with_table
 from tiny import tiny, tiny_box  # noqa: F401
 from torch import Tensor
 
 from model import library
-from model.blockwise import in_blocks, in_order, padded
+from model.blockwise import pad_to_tiles, unpack_blocks, unswizzle
 from model.layouts import is_packed, load_dit, stored_precision, to_diffusers
-from model.parts import numbers_of
-from model.plan import SPARE
+from model.parts import count_numbers
+from model.plan import USABLE_SHARE
 from model.stream import kept_bytes, pinned
 
 LAYOUTS = {"nvfp4": kitchen.TensorCoreNVFP4Layout, "mxfp8": kitchen.TensorCoreMXFP8Layout}
@@ -59,16 +59,16 @@ def test_swizzled_scales_are_put_in_order(rows, blocks):
     scales = torch.randint(0, 255, (rows, blocks), dtype=torch.uint8)
     swizzled = to_blocked(scales, flatten=False)
 
-    assert tuple(swizzled.shape) == tuple(padded(rows, blocks))
-    assert torch.equal(in_order(swizzled, rows, blocks), scales)
-    assert torch.equal(in_order(swizzled.flatten(), rows, blocks), from_blocked(swizzled, rows, blocks))
+    assert tuple(swizzled.shape) == tuple(pad_to_tiles(rows, blocks))
+    assert torch.equal(unswizzle(swizzled, rows, blocks), scales)
+    assert torch.equal(unswizzle(swizzled.flatten(), rows, blocks), from_blocked(swizzled, rows, blocks))
 
 
 @KINDS
 @pytest.mark.parametrize("shape", [(32, 32), (160, 96), (256, 1024)])
 def test_matrices_are_read_as_their_writer_reads_them(kind, shape):
     ends, means = packed(kind, torch.randn(shape) * torch.logspace(-6, 2, shape[0])[:, None])
-    numbers, scales = in_blocks(kind, ends[""], ends["_scale"], ends.get("_scale_2"))
+    numbers, scales = unpack_blocks(kind, ends[""], ends["_scale"], ends.get("_scale_2"))
 
     assert numbers.shape == shape and scales.dtype == torch.float32
     assert torch.equal((numbers.float().view(*scales.shape, -1) * scales[..., None]).view(shape), means)
@@ -79,7 +79,7 @@ def test_every_4_bit_number():
         16
     )
     scale = to_blocked(torch.ones(16, 2), flatten=False).to(torch.float8_e4m3fn)
-    numbers, scales = in_blocks("nvfp4", codes.view(16, 16), scale, torch.tensor(1.0))
+    numbers, scales = unpack_blocks("nvfp4", codes.view(16, 16), scale, torch.tensor(1.0))
     ours = numbers.float() * scales.repeat_interleave(16, 1)
 
     e2m1 = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6])
@@ -155,7 +155,7 @@ def test_streamed_and_resident_answers_are_equal(tmp_path, state, kind):
 def test_plan_knows_which_weights_are_packed(tmp_path, state, tiny, kind):  # noqa: F811
     parts = library.find_parts(library.find("tiny"))
     for tensors, told in ((state, False), (stored(kind, state)[0], True)):
-        assert numbers_of(replace(parts, dit=native(tmp_path, tensors)), "cpu").packed is told
+        assert count_numbers(replace(parts, dit=native(tmp_path, tensors)), "cpu").packed is told
 
 
 @pytest.mark.parametrize(("over", "kept"), [(8, True), (-8, False)])
@@ -163,7 +163,7 @@ def test_rounded_weights_are_kept_if_there_is_room(tmp_path, state, monkeypatch,
     told, path = [], native(tmp_path, stored("nvfp4", state)[0])
     room = sum(tensor.nbytes for tensor in load_dit(path, precision="int8")[0].blocks.state_dict().values())
     monkeypatch.setattr("model.layouts.stream", lambda *_, keep: told.append(keep))
-    monkeypatch.setattr("model.layouts.free_memory", lambda device: room / SPARE + over)
+    monkeypatch.setattr("model.layouts.free_memory", lambda device: room / USABLE_SHARE + over)
     for precision in ("int8", "native"):
         load_dit(path, precision=precision, streamed=True)
     assert told == [kept, False]  # at native precision they would take twice the room

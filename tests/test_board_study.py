@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 from test_style_study import Drawings, Rims, colour, draw
 
-from model.avoid import phrases
+from model.avoid import phrases_in
 from model.colours import named_colours
 from model.moodboard import Board, Look
 from model.spec import Picture, RenderSpec
@@ -123,4 +123,4 @@ def test_grounds_are_read_from_the_rim(study):
 
 def test_what_is_avoided_is_one_phrase():
     for words in module.MEDIA.values():
-        assert not words or phrases(words[0]) == [words[0]]
+        assert not words or phrases_in(words[0]) == [words[0]]

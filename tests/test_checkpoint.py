@@ -20,10 +20,10 @@ from model import checkpoint, quantize, safetensors_file
 from model.checkpoint import open_checkpoint, read, save
 from model.dit import DiTConfig
 from model.errors import K2Error
-from model.few_bits import FORMATS
 from model.layouts import diffusers_names, load_dit, to_diffusers
+from model.low_bit import FORMATS
 from model.quantize import quantise, to_rows
-from model.safetensors_file import AHEAD, SMALL, SafeTensors, open_uncached, room_for
+from model.safetensors_file import MAX_COPIED, READ_AHEAD, SafeTensors, open_uncached, page_buffer
 
 if sys.platform == "linux":
     import fcntl
@@ -360,7 +360,7 @@ def test_a_tensor_in_two_shards_is_refused(tmp_path):
 
 def test_windows_of_a_file_hold_the_same_numbers(tmp_path, monkeypatch):
     """In every number format, across the edges of small windows; and writing to a tensor does not change the file."""
-    monkeypatch.setattr(safetensors_file, "MOST_MAPPED", 4096)
+    monkeypatch.setattr(safetensors_file, "MAX_MAPPED", 4096)
     kinds = (torch.float32, torch.bfloat16, torch.float16, torch.int8, torch.uint8, torch.float8_e4m3fn, torch.int64)
     state = {f"{i}.{kind}": torch.randn(3, 700).to(kind) for i in range(3) for kind in kinds}
     state |= {"empty": torch.empty(0, 4), "one": torch.tensor(7.0)}
@@ -378,7 +378,7 @@ def test_windows_of_a_file_hold_the_same_numbers(tmp_path, monkeypatch):
 
 def test_small_tensors_do_not_keep_a_window_mapped(tmp_path):
     """Or they would hold on to all that was read of it. A large tensor is the window's own pages, and costs no copy."""
-    state = {"small": torch.ones(3), "large": torch.ones(SMALL)}
+    state = {"small": torch.ones(3), "large": torch.ones(MAX_COPIED)}
     save_file(state, tmp_path / "two.safetensors")
     for name, kept in (("small", False), ("large", True)):
         with SafeTensors(tmp_path / "two.safetensors", "cpu") as opened:
@@ -391,13 +391,13 @@ def test_weights_go_to_the_current_gpu_whichever_thread_reads(file, monkeypatch)
     """Which GPU "cuda" means differs from thread to thread; in a new thread it is the first."""
     opened: list[str] = []
 
-    class Elsewhere(checkpoint.Opened):
+    class Elsewhere(checkpoint.OpenFiles):
         def __init__(self, device: str, cached: bool):
             opened.append(device)
             raise RuntimeError("no card here")
 
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
-    monkeypatch.setattr(checkpoint, "Opened", Elsewhere)
+    monkeypatch.setattr(checkpoint, "OpenFiles", Elsewhere)
     for device in ("cuda", "cuda:1", "cpu", "mps"):
         with pytest.raises(RuntimeError, match="no card here"):
             next(open_checkpoint(file).read(device=device))
@@ -438,7 +438,7 @@ def test_a_file_truncated_while_being_read_does_not_hang(file):
         os.truncate(file, opened.size - 1)
 
         with pytest.raises(OSError, match="has become shorter"):
-            opened.read_into(room_for(2), opened.size - 2, opened.size, torch.uint8)
+            opened.read_into(page_buffer(2), opened.size - 2, opened.size, torch.uint8)
 
 
 def is_uncached(file) -> bool:
@@ -464,7 +464,7 @@ def test_any_byte_range_can_be_read(tmp_path, cached):
     raw = (tmp_path / "a.safetensors").read_bytes()
     with SafeTensors(tmp_path / "a.safetensors", "cpu", cached) as opened:
         for begin, end in ((0, 1), (4095, 4097), (4096, 8192), (7, 12_289), (1, len(raw)), (len(raw) - 1, len(raw))):
-            assert bytes(opened.read_into(room_for(end - begin), begin, end, torch.uint8).numpy()) == raw[begin:end]
+            assert bytes(opened.read_into(page_buffer(end - begin), begin, end, torch.uint8).numpy()) == raw[begin:end]
 
 
 @linux
@@ -503,7 +503,7 @@ def test_quantising_in_parts_equals_quantising_at_once(tmp_path, monkeypatch, dt
     found = dict(open_checkpoint(tmp_path / "a.safetensors").read(few=dict.fromkeys(("matrix",), FORMATS["int8"])))
     assert torch.equal(found["matrix"], expected) and torch.equal(found["matrix_scale"], scales)
     assert torch.equal(found["last"], matrix[:3])
-    assert len(places) == AHEAD + 1  # for fifteen parts
+    assert len(places) == READ_AHEAD + 1  # for fifteen parts
 
 
 def test_saved_files_have_default_permissions(tmp_path):

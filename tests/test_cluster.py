@@ -14,10 +14,10 @@ from typing import Any
 
 import pytest
 from PIL import Image
-from test_hands import PROJECT, made, needs_weights
+from test_workers import PROJECT, made, needs_weights
 
-from k2cli import cluster, hands, stream
-from k2cli.cluster import moved, pack, unpack
+from k2cli import cluster, stream, workers
+from k2cli.cluster import pack_files, relocate, unpack_files
 from model.errors import K2Error
 from model.hashes import files_of, settings_beside
 from model.spec import Lora, Reference, RenderSpec, Style
@@ -134,7 +134,7 @@ def test_cluster_makes_the_same_pictures_as_one_process(painted, k2, monkeypatch
     monkeypatch.setitem(sys.modules, "ray", ray)
     options = ("render", "--quiet", "--batch", "2", "--style", "dusk=0.5")
     k2(*options)
-    hands.load.cache_clear()
+    workers.load_pipeline.cache_clear()
 
     k2(*options, "--ray", "here")
 
@@ -143,7 +143,7 @@ def test_cluster_makes_the_same_pictures_as_one_process(painted, k2, monkeypatch
     assert {path.name for path in local.iterdir()} == {path.name for path in spread_out.iterdir()}
     assert ray.at is None
     if not deadly:  # once a worker has started, its pictures may take as long as they need
-        assert ray.patience[0] == cluster.PATIENCE and set(ray.patience[1:]) == {None}
+        assert ray.patience[0] == cluster.PLACEMENT_TIMEOUT and set(ray.patience[1:]) == {None}
 
 
 @pytest.mark.parametrize(
@@ -159,9 +159,9 @@ def test_cluster_makes_the_same_pictures_as_one_process(painted, k2, monkeypatch
 def test_one_worker_per_gpu_or_else_per_core(monkeypatch, room, most, size, gpus):
     monkeypatch.setitem(sys.modules, "ray", ray := StandIn(0))
     ray.room = room
-    crew = cluster.Cluster("here", most)
-    crew.begin([])
-    assert (crew.size, crew.needs) == (size, {"num_cpus": 1, "num_gpus": gpus})
+    pool = cluster.RayPool("here", most)
+    pool.begin_run([])
+    assert (pool.size, pool.resources) == (size, {"num_cpus": 1, "num_gpus": gpus})
 
 
 def test_streaming_keeps_actors_between_lines(painted, k2, monkeypatch):
@@ -218,20 +218,20 @@ def test_unreachable_cluster_is_reported_once_for_all_projects(painted, k2, monk
 def test_unreachable_address_fails_before_ray_connects(form):
     with socket.create_server(("127.0.0.1", 0)) as server:
         address = form.format(server.getsockname()[1])
-        cluster.knock(address)
+        cluster.check_port(address)
     with pytest.raises(K2Error, match=f"No Ray cluster answers at {address}: Connection refused."):
-        cluster.knock(address)
+        cluster.check_port(address)
 
 
 @pytest.mark.parametrize("address", ["[::1]:1", "::1:1", "127.0.0.1:70000", "no host:1", f"{'x' * 70}.org:1"])
 def test_invalid_addresses_get_one_sentence(address):
     with pytest.raises(K2Error, match="No Ray cluster answers at "):
-        cluster.knock(address)
+        cluster.check_port(address)
 
 
 @pytest.mark.parametrize("address", ["auto", "local", "ray://somewhere", ""])
 def test_addresses_without_a_port_are_left_to_ray(address):
-    cluster.knock(address)
+    cluster.check_port(address)
 
 
 @pytest.mark.parametrize(
@@ -303,13 +303,13 @@ def test_packed_files_keep_their_order(tmp_path):
     spec = RenderSpec("a fox", styles=(Style("x", 1.0, references, lora=lora),), loras=(Lora(lora),))
     (tmp_path / "there").mkdir()
 
-    places = unpack(pack([spec]), tmp_path / "there")
-    far = moved(spec, places.__getitem__)
+    places = unpack_files(pack_files([spec]), tmp_path / "there")
+    far = relocate(spec, places.__getitem__)
 
     assert files_of(spec) == set(places) and files_of(far) == set(places.values())
     assert [each.image.read_text() for each in far.styles[0].references] == ["b.png", "a.png"]
     assert far.loras[0].path.read_text() == "l.safetensors"
-    assert moved(far, {here: home for home, here in places.items()}.__getitem__) == spec
+    assert relocate(far, {here: home for home, here in places.items()}.__getitem__) == spec
 
 
 def test_adapter_settings_are_packed_with_the_adapter(tmp_path, monkeypatch):
@@ -322,11 +322,11 @@ def test_adapter_settings_are_packed_with_the_adapter(tmp_path, monkeypatch):
     specs = [RenderSpec("a fox", seed=seed, loras=(lora,), init_image=tmp_path / "ink.png") for seed in range(3)]
     (tmp_path / "there").mkdir()
 
-    places = unpack(pack(specs), tmp_path / "there")
+    places = unpack_files(pack_files(specs), tmp_path / "there")
 
     assert sorted(read) == [tmp_path / name for name in names]  # each only once
     assert {path.name for path in places.values()} == set(names)
-    assert settings_beside(moved(specs[0], places.__getitem__).loras[0].path) == places[tmp_path / names[0]]
+    assert settings_beside(relocate(specs[0], places.__getitem__).loras[0].path) == places[tmp_path / names[0]]
 
 
 @needs_weights

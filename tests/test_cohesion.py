@@ -10,14 +10,24 @@ import torch
 from PIL import Image
 from tiny import DIT, difference, pixels, tiny, tiny_box  # noqa: F401
 
-from k2cli import hands
+from k2cli import workers
 from model.attention import attention
-from model.cohesion import GUARD, NOISE, PULL, SHARE, Tie, leader_of, leads, shared_noise, tied
+from model.cohesion import (
+    LEAD_GUARD,
+    NOISE,
+    PULL,
+    SHARE,
+    LeadAttention,
+    is_lead,
+    leader_of,
+    shared_attention,
+    shared_noise,
+)
 from model.errors import K2Error
 from model.pipeline import Pipeline
 from model.spec import Leader, Reference, RenderSpec, Style
-from model.spec import tied as tie
-from model.splice import Capture, guarded, moments, pulled
+from model.spec import tie_to_lead as tie
+from model.splice import Capture, guard_keys, moments, pull_statistics
 
 FOX = RenderSpec("a red fox", seed=7, steps=3)
 OWL = RenderSpec("an owl in flight over a dark forest", seed=9, steps=3)
@@ -53,7 +63,7 @@ def latents(pipeline: Pipeline, specs: list[RenderSpec]) -> torch.Tensor:
 def test_what_is_listened_to_hangs_beside_the_picture_at_every_size(tiny, board, monkeypatch, side):  # noqa: F811
     pipeline, reached = Pipeline.load("tiny", device="cpu"), set()
     for module in ("cohesion", "splice"):
-        monkeypatch.setattr(f"model.{module}.guarded", lambda *args: reached.add(args[-1]) or guarded(*args))
+        monkeypatch.setattr(f"model.{module}.guard_keys", lambda *args: reached.add(args[-1]) or guard_keys(*args))
     grid = (side // 16,) * 2
 
     pipeline.render(tie([replace(spec, width=side, height=side) for spec in BATCH], 1.0))
@@ -115,7 +125,7 @@ def test_a_picture_does_not_depend_on_the_company_it_was_made_in(pipeline, board
 def test_many_are_made_in_chunks(pipeline, monkeypatch):
     specs = tie([replace(FOX, seed=seed) for seed in range(9)], 0.5)
     whole = pipeline.render(specs)
-    monkeypatch.setattr("model.pipeline.TOKENS_AT_ONCE", {"cpu": 48, "cuda": 48})
+    monkeypatch.setattr("model.pipeline.BATCH_TOKENS", {"cpu": 48, "cuda": 48})
     assert all(difference(a, b) <= 1 for a, b in zip(pipeline.render(specs), whole, strict=True))
 
 
@@ -154,7 +164,7 @@ def test_what_cannot_be_tied_is_one_sentence(pipeline):
 def test_who_leads():
     first, second, _ = tie(BATCH, 0.5)
     assert leader_of(FOX) is None and leader_of(first) == leader_of(second) == FOX
-    assert leads(first) and not leads(second)
+    assert is_lead(first) and not is_lead(second)
     assert leader_of(replace(second, cohesion=0.0)) is None
 
 
@@ -185,20 +195,22 @@ def scene():
 
 def test_words_never_see_the_leader(scene):
     stream, heard = scene
-    answer = tied(attention, heard, 0.7)(*stream)
+    answer = shared_attention(attention, heard, 0.7)(*stream)
     assert torch.equal(answer[:, :, :5], attention(*stream)[:, :, :5])
     assert not torch.allclose(answer[:, :, 5:], attention(*stream)[:, :, 5:])
 
 
 def test_an_answer_has_no_jump_at_nothing(scene):
     stream, heard = scene
-    torch.testing.assert_close(tied(attention, heard, 1e-6)(*stream), attention(*stream), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(
+        shared_attention(attention, heard, 1e-6)(*stream), attention(*stream), rtol=1e-4, atol=1e-4
+    )
 
 
 def test_who_follows_itself_stays_as_it_is(scene):
     """The same keys twice are the same answer, and its own statistics are there already."""
     q, k, v = (x[:, :, 5:] for x in scene[0])
-    answer = tied(attention, Capture(k, v, *moments(q), *moments(k)), 1.0)(q, k, v)
+    answer = shared_attention(attention, Capture(k, v, *moments(q), *moments(k)), 1.0)(q, k, v)
     torch.testing.assert_close(answer, attention(q, k, v), rtol=1e-4, atol=1e-5)
 
 
@@ -210,22 +222,22 @@ def test_image_tokens_go_towards_the_leaders_statistics(scene):
         asked.append((q, k))
         return attention(q, k, v)
 
-    tied(spy, heard, 0.5)(*stream)
+    shared_attention(spy, heard, 0.5)(*stream)
 
     q, k = (x[:, :, -12:] for x in asked[-1])
-    torch.testing.assert_close(q, pulled(stream[0][:, :, 5:], heard.q_mean, heard.q_var, PULL * 0.5))
-    torch.testing.assert_close(k, pulled(stream[1][:, :, 5:], heard.k_mean, heard.k_var, PULL * 0.5))
+    torch.testing.assert_close(q, pull_statistics(stream[0][:, :, 5:], heard.q_mean, heard.q_var, PULL * 0.5))
+    torch.testing.assert_close(k, pull_statistics(stream[1][:, :, 5:], heard.k_mean, heard.k_var, PULL * 0.5))
 
 
 def test_what_a_tie_does_by_its_formula(scene):
     """A share of each image token's answer is from attention to the leader's tokens and its own stream's."""
     (q, k, v), heard = scene
-    queries = pulled(q[:, :, 5:], heard.q_mean, heard.q_var, PULL / 2)
-    own = torch.cat((k[:, :, :5], pulled(k[:, :, 5:], heard.k_mean, heard.k_var, PULL / 2)), 2)
+    queries = pull_statistics(q[:, :, 5:], heard.q_mean, heard.q_var, PULL / 2)
+    own = torch.cat((k[:, :, :5], pull_statistics(k[:, :, 5:], heard.k_mean, heard.k_var, PULL / 2)), 2)
     keys, values = (torch.cat(pair, 2).repeat_interleave(2, 1) for pair in ((own, heard.k), (v, heard.v)))
     together = (queries @ keys.transpose(2, 3) / 4).softmax(-1) @ values  # 4 is √16
 
-    answer = tied(attention, heard, 0.5)(q, k, v)
+    answer = shared_attention(attention, heard, 0.5)(q, k, v)
 
     expected = attention(q, k, v)[:, :, 5:].lerp(together, SHARE / 2)
     torch.testing.assert_close(answer[:, :, 5:], expected, rtol=1e-4, atol=1e-5)
@@ -233,20 +245,20 @@ def test_what_a_tie_does_by_its_formula(scene):
 
 def test_the_leader_is_heard_in_the_deeper_blocks_and_guarded():
     config = replace(DIT, blocks=8)
-    bond = Tie(config, 0.5, [1.0, 0.6], 12, 4)
+    bond = LeadAttention(config, 0.5, [1.0, 0.6], 12, 4)
     q, k, v = (torch.randn(1, n, 17, config.head_dim) for n in (config.heads, config.kv_heads, config.kv_heads))
 
-    attend = bond.listen(None, [0], 1)
+    attend = bond.record(None, [0], 1)
 
     assert attend[:2] == [None, None] and torch.equal(attend[2](q, k, v), attention(q, k, v))
-    (heard,) = bond.heard[0]
-    torch.testing.assert_close(heard.k, guarded(k[0, :, 5:], config, GUARD, 0.6, 4))
+    (heard,) = bond.captures[0]
+    torch.testing.assert_close(heard.k, guard_keys(k[0, :, 5:], config, LEAD_GUARD, 0.6, 4))
     torch.testing.assert_close(heard.k_mean, k[0, :, 5:].mean(1, keepdim=True))
 
     def twice(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         return 2 * attention(q, k, v)
 
-    within = bond.listen([None, twice] * 4, [0], 1)  # a splice is, which ties are put around
+    within = bond.record([None, twice] * 4, [0], 1)  # a splice is, which ties are put around
     assert within[:2] == [None, twice]
     for block, times in ((2, 1), (3, 2)):
         assert torch.equal(within[block](q, k, v), times * attention(q, k, v))
@@ -274,12 +286,12 @@ avoid = "fog"
 
 @pytest.fixture
 def den(tiny, tmp_path, monkeypatch) -> Path:  # noqa: F811
-    hands.load.cache_clear()
+    workers.load_pipeline.cache_clear()
     (folder := tmp_path / "den").mkdir()
     (folder / "k2.toml").write_text(PROJECT)
     monkeypatch.chdir(folder)
     yield folder
-    hands.load.cache_clear()
+    workers.load_pipeline.cache_clear()
 
 
 def test_pictures_of_a_project_are_made_again_one_by_one(den, k2):

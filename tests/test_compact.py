@@ -17,10 +17,10 @@ from tiny import tiny, tiny_box  # noqa: F401
 
 from model import library
 from model.checkpoint import open_checkpoint, save
+from model.comfy_formats import is_auxiliary
 from model.compact import write_compact
 from model.errors import K2Error
 from model.layouts import load_dit, stored_precision, to_diffusers
-from model.marks import is_auxiliary
 from model.pipeline import Pipeline
 from model.spec import RenderSpec
 
@@ -105,10 +105,10 @@ def test_metadata_of_the_weights_is_kept(tmp_path, state):
 
 
 def test_compact_files_render_the_same_pictures(tiny, tmp_path, monkeypatch):  # noqa: F811
-    helpers, spec = library.helpers("tiny"), RenderSpec("a red fox", seed=3)
-    monkeypatch.setattr(library, "helpers", lambda name: helpers)
+    helpers, spec = library.bundled_parts("tiny"), RenderSpec("a red fox", seed=3)
+    monkeypatch.setattr(library, "bundled_parts", lambda name: helpers)
     for precision in ("int8", "fp8", "int4"):
-        made = compact(tmp_path, library.BOX / "tiny-turbo.safetensors", precision)
+        made = compact(tmp_path, library.BUNDLED / "tiny-turbo.safetensors", precision)
         kept = Pipeline.load("tiny", "turbo", "cpu", "bfloat16", precision=precision).render([spec])[0]
         pipeline = Pipeline.load(str(made), device="cpu", dtype="bfloat16", precision=precision)
         (ours,) = pipeline.render([spec])

@@ -119,7 +119,7 @@ def test_a_resumed_run_may_die_too(moody, k2, first):
 
 def test_half_a_dozen_kills_at_random_moments(tmp_path):
     """As `tests/bench/kills.py` does 200 times, with the model of the box; in processes that know nothing of pytest."""
-    if "mini" not in library.box():
+    if "mini" not in library.bundled_models():
         pytest.skip("the box holds no weights yet")
     bench = Path(__file__).parent / "bench" / "kills.py"
     done = subprocess.run(

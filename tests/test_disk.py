@@ -12,9 +12,18 @@ from pathlib import Path
 import pytest
 from conftest import tree
 
-from k2cli.disk import Ended, Exists, ended_as_by_ctrl_c, new_draft, sweep, undisturbed, write, writing
+from k2cli.disk import (
+    Exists,
+    Terminated,
+    new_draft,
+    remove_dead_drafts,
+    signals_as_ctrl_c,
+    uninterrupted,
+    write_files,
+    writing,
+)
+from model.atomic import atomic_write
 from model.errors import K2Error
-from model.whole import whole
 
 
 @pytest.mark.parametrize(
@@ -39,7 +48,7 @@ def test_failed_writes_change_nothing(tmp_path, monkeypatch, failing, code, mess
     monkeypatch.setattr(os, "fsync", fsync)
 
     with pytest.raises(K2Error, match=message):
-        write({tmp_path / "a": b"new", tmp_path / "b": b"new"})
+        write_files({tmp_path / "a": b"new", tmp_path / "b": b"new"})
     assert tree(tmp_path) == {"a": b"old"}
 
 
@@ -54,13 +63,13 @@ def test_a_replaced_file_survives_a_later_failure(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "replace", fail_at_b)
 
     with pytest.raises(K2Error, match="cannot be written"):
-        write({tmp_path / "a": b"new", tmp_path / "b": b"new"})
+        write_files({tmp_path / "a": b"new", tmp_path / "b": b"new"})
     assert tree(tmp_path) == {"a": b"new"}
 
 
 def test_a_missing_folder_is_not_blamed_on_permissions(tmp_path):
     with pytest.raises(K2Error, match="cannot be written") as caught:
-        write({tmp_path / "gone" / "a": b"new"})
+        write_files({tmp_path / "gone" / "a": b"new"})
     assert caught.value.hint == "Its folder was deleted or moved."
 
 
@@ -84,7 +93,7 @@ def test_the_folder_is_flushed_after_its_files(tmp_path, monkeypatch):
     flushed = []
     monkeypatch.setattr(os, "fsync", lambda handle: flushed.append(os.fstat(handle).st_ino))
 
-    write({tmp_path / "a": b"new"})
+    write_files({tmp_path / "a": b"new"})
 
     assert flushed == [(tmp_path / "a").stat().st_ino, tmp_path.stat().st_ino]
 
@@ -95,10 +104,10 @@ def test_new_files_replace_nothing(tmp_path, monkeypatch, links):
         raise OSError(errno.EPERM, os.strerror(errno.EPERM))
 
     monkeypatch.setattr(os, "link", os.link if links else link)
-    write({tmp_path / "b": b"mine"}, new=True)
+    write_files({tmp_path / "b": b"mine"}, new=True)
 
     with pytest.raises(Exists, match="b exists already"):
-        write({tmp_path / "a": b"new", tmp_path / "b": b"new"}, new=True)
+        write_files({tmp_path / "a": b"new", tmp_path / "b": b"new"}, new=True)
     assert tree(tmp_path) == {"b": b"mine"}
 
 
@@ -110,7 +119,7 @@ def test_drafts_do_not_follow_links(tmp_path, monkeypatch):
     monkeypatch.setattr(secrets, "token_hex", lambda count: next(names))
     (tmp_path / f".{os.getpid()}-guessed.draft").symlink_to(victim)
 
-    write({tmp_path / "a": b"new"})
+    write_files({tmp_path / "a": b"new"})
 
     assert victim.read_text() == "precious" and (tmp_path / "a").read_bytes() == b"new"
 
@@ -119,19 +128,19 @@ def test_sweep_removes_only_our_own_abandoned_drafts(tmp_path):
     """Other drafts are not locked while they are written, however long weights take, or are somebody's own files."""
     (tmp_path / "mine.draft").touch()
     draft, handle = new_draft(tmp_path)
-    with whole(tmp_path / "weights.safetensors") as weights:
+    with atomic_write(tmp_path / "weights.safetensors") as weights:
         weights.write_text("whole")
-        sweep(tmp_path)
+        remove_dead_drafts(tmp_path)
         assert draft.exists()
         os.close(handle)
-        sweep(tmp_path)
+        remove_dead_drafts(tmp_path)
 
     assert sorted(os.listdir(tmp_path)) == ["mine.draft", "weights.safetensors"]
 
 
 def press_by_default() -> None:
     signal.signal(signal.SIGINT, signal.SIG_DFL)
-    with undisturbed():
+    with uninterrupted():
         signal.raise_signal(signal.SIGINT)
 
 
@@ -147,14 +156,14 @@ class TestUndisturbed:
 
         monkeypatch.setattr(os, "replace", press)
         with pytest.raises(KeyboardInterrupt):
-            write({tmp_path / "a.png": b"picture"})
+            write_files({tmp_path / "a.png": b"picture"})
 
         assert tree(tmp_path) == {"a.png": b"picture"}
         assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
     def test_a_second_ctrl_c_interrupts_at_once(self):
         done = []
-        with pytest.raises(KeyboardInterrupt), undisturbed():
+        with pytest.raises(KeyboardInterrupt), uninterrupted():
             signal.raise_signal(signal.SIGINT)
             done.append(1)
             signal.raise_signal(signal.SIGINT)
@@ -171,8 +180,8 @@ class TestUndisturbed:
 
     def test_ctrl_c_waits_for_the_outermost_block(self):
         done = []
-        with pytest.raises(KeyboardInterrupt), undisturbed():
-            with undisturbed():
+        with pytest.raises(KeyboardInterrupt), uninterrupted():
+            with uninterrupted():
                 signal.raise_signal(signal.SIGINT)
                 done.append(1)
             done.append(2)
@@ -181,7 +190,7 @@ class TestUndisturbed:
 
     def test_signals_treated_like_ctrl_c_wait_too(self):
         done = []
-        with pytest.raises(Ended) as caught, ended_as_by_ctrl_c(), undisturbed():
+        with pytest.raises(Terminated) as caught, signals_as_ctrl_c(), uninterrupted():
             signal.raise_signal(signal.SIGTERM)
             done.append(1)
 
@@ -192,7 +201,7 @@ class TestUndisturbed:
         """As under nohup."""
         before = signal.signal(signal.SIGTERM, signal.SIG_IGN)
         try:
-            with ended_as_by_ctrl_c(), undisturbed():
+            with signals_as_ctrl_c(), uninterrupted():
                 signal.raise_signal(signal.SIGTERM)
         finally:
             signal.signal(signal.SIGTERM, before)

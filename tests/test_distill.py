@@ -8,15 +8,15 @@ from torch import nn
 
 from model.sampler import guided, shifted_sigmas
 from model.train.distill import (
-    Chance,
-    between,
+    Draws,
     fake_loss,
+    follow,
     matching_loss,
-    noise_in,
-    noised_on,
-    picture,
+    predicted_image,
+    predicted_noise,
+    renoise,
+    sample_between,
     student_loss,
-    walk,
 )
 
 
@@ -24,8 +24,8 @@ def test_a_point_of_the_flow_falls_into_picture_and_noise():
     x0, eps, t = torch.randn(5, 7), torch.randn(5, 7), torch.rand(5)
     x = (1 - t[:, None]) * x0 + t[:, None] * eps
 
-    torch.testing.assert_close(picture(x, eps - x0, t), x0)
-    torch.testing.assert_close(noise_in(x, eps - x0, t), eps)
+    torch.testing.assert_close(predicted_image(x, eps - x0, t), x0)
+    torch.testing.assert_close(predicted_noise(x, eps - x0, t), eps)
 
 
 def test_noising_on_from_a_segments_end_gives_the_flows_own_points():
@@ -33,25 +33,25 @@ def test_noising_on_from_a_segments_end_gives_the_flows_own_points():
     x0, eps, fresh = torch.full((200_000, 1), 3.0), torch.randn(200_000, 1), torch.randn(200_000, 1)
     s, t = torch.full((200_000,), 0.4), torch.full((200_000,), 0.7)
 
-    x, v = noised_on(x0, eps, s, t, fresh)
+    x, v = renoise(x0, eps, s, t, fresh)
 
     assert x.mean().item() == pytest.approx(0.3 * 3, abs=0.01)
     assert x.std().item() == pytest.approx(0.7, abs=0.01)
-    torch.testing.assert_close(picture(x, v, t), x0, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(predicted_image(x, v, t), x0, atol=1e-5, rtol=1e-5)
 
 
 def test_noising_on_by_nothing_stays_where_it_is():
     x0, eps, fresh = torch.randn(3, 4, 8)
     s = torch.tensor([0.2, 0.5, 0.8, 0.9])
 
-    x, _ = noised_on(x0, eps, s, s, fresh)
+    x, _ = renoise(x0, eps, s, s, fresh)
 
     torch.testing.assert_close(x, (1 - s)[:, None] * x0 + s[:, None] * eps)
 
 
 def test_a_walk_keeps_every_segments_start():
     times = shifted_sigmas(4, 0.5)
-    way = walk(lambda x, t: 0 * x + t[:, None], torch.randn(3, 2), times)
+    way = follow(lambda x, t: 0 * x + t[:, None], torch.randn(3, 2), times)
 
     x, v, start, end = way.at(torch.tensor([0, 1, 3]))
     assert start.tolist() == pytest.approx([times[0], times[1], times[3]])
@@ -65,7 +65,7 @@ def test_levels_lie_inside_their_segment():
     s, t = torch.tensor([0.0, 0.3]), torch.tensor([0.3, 1.0])
 
     for uniform in (0.0, 1.0):
-        tau = between(s, t, torch.full((2,), uniform))
+        tau = sample_between(s, t, torch.full((2,), uniform))
         assert (tau > s).all() and (tau < t).all()
 
 
@@ -171,13 +171,13 @@ def distilled(with_prompt, without, times, guidance, rate):
         return with_prompt(x, t), without(x, t)
 
     for _ in range(150):
-        way = walk(student, torch.randn(256, 2), times)
+        way = follow(student, torch.randn(256, 2), times)
         for _ in range(3):
             fast.zero_grad()
-            fake_loss(fake, way, Chance.draw(segments, way.points[0])).mean().backward()
+            fake_loss(fake, way, Draws.draw(segments, way.points[0])).mean().backward()
             fast.step()
         slow.zero_grad()
-        student_loss(student, fake, teacher, way, Chance.draw(segments, way.points[0]), guidance).mean().backward()
+        student_loss(student, fake, teacher, way, Draws.draw(segments, way.points[0]), guidance).mean().backward()
         slow.step()
     return student
 
@@ -188,7 +188,7 @@ def test_four_steps_of_the_student_reach_what_four_of_the_teacher_miss():
     student = distilled(exact, exact, times, guidance=0.0, rate=1e-2)
 
     noise = torch.randn(4000, 2)
-    before, after = (end(walk(velocity, noise, times)) for velocity in (exact, student))
+    before, after = (end(follow(velocity, noise, times)) for velocity in (exact, student))
     assert miss(before) > 0.25
     assert miss(after) < 0.7 * miss(before)
     nearest = (after[:, None] - CENTRES).norm(dim=-1).argmin(1)
@@ -207,7 +207,7 @@ def test_a_student_of_a_guided_teacher_goes_where_guidance_leads():
     noise = torch.randn(4000, 2)
     many = shifted_sigmas(64, 0.7)
     plain, aim, after = (
-        end(walk(*way)).mean(0) for way in ((with_prompt, noise, many), (led, noise, many), (student, noise, times))
+        end(follow(*way)).mean(0) for way in ((with_prompt, noise, many), (led, noise, many), (student, noise, times))
     )
     way = aim - plain
     assert way.norm() > 0.3

@@ -12,7 +12,7 @@ from torch import nn
 from torch._subclasses import FakeTensorMode
 
 from model import flux_vae, vae, vision
-from model.attention import attention, repeated
+from model.attention import attention, repeat_heads
 from model.dit import PRESETS, DiTConfig, Krea2, hidden_width, rms_norm, rotate
 from model.latents import position_ids
 
@@ -260,7 +260,7 @@ def test_query_heads_share_key_value_heads_in_groups_of_neighbours():
     q, k, v = torch.randn(2, 12, 5, 16), torch.randn(2, 3, 7, 16), torch.randn(2, 3, 7, 16)
     groups = [attention(q[:, 4 * i : 4 * i + 4], k[:, i : i + 1], v[:, i : i + 1]) for i in range(3)]
 
-    for answer in (attention(q, k, v), attention(q, repeated(k, 12), repeated(v, 12))):
+    for answer in (attention(q, k, v), attention(q, repeat_heads(k, 12), repeat_heads(v, 12))):
         torch.testing.assert_close(answer, torch.cat(groups, 1))
 
 
@@ -317,7 +317,7 @@ def test_where_scores_are_held_they_are_so_many_at_once(monkeypatch, mask, most)
         return fused(q, k, v, **how)
 
     monkeypatch.setattr(F, "scaled_dot_product_attention", held)
-    monkeypatch.setattr("model.attention.SCORES_AT_ONCE", {"cpu": most})
+    monkeypatch.setattr("model.attention.MAX_SCORES", {"cpu": most})
     torch.testing.assert_close(attention(q, k, v, mask), whole)
     assert max(scores) <= max(most, 72) and sum(scores) == 5 * 72
 
@@ -336,7 +336,7 @@ def test_every_part_keeps_to_so_many_scores(monkeypatch):
         return fused(q, k, v, **how)
 
     monkeypatch.setattr(F, "scaled_dot_product_attention", held)
-    monkeypatch.setattr("model.attention.SCORES_AT_ONCE", {"cpu": 100})
+    monkeypatch.setattr("model.attention.MAX_SCORES", {"cpu": 100})
     for (part, given), before in zip(parts, whole, strict=True):
         torch.testing.assert_close(part(*given), before)
     assert max(scores) <= 100 and sum(scores) == (2 + 2 + 3) * 15 * 15
@@ -369,7 +369,7 @@ def test_fewer_passes_give_the_same_numbers(dtype, monkeypatch):
     x, rope = torch.randn(2, 7, 3, 32).to(dtype), Krea2(SIZES["small-medium"]).rope(3, (2, 2))
     ways = []
     for own in (True, False):
-        monkeypatch.setattr("model.dit.unfused", lambda x, own=own: own)
+        monkeypatch.setattr("model.dit.runs_unfused", lambda x, own=own: own)
         ways.append((rotate(x, rope), rms_norm(x, torch.linspace(-1, 2, 32), 1e-5)))
 
     for ours, theirs in zip(*ways, strict=True):

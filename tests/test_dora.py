@@ -9,22 +9,22 @@ from pathlib import Path
 import pytest
 import torch
 from test_dit import inputs, random_model, reference, relative_error
-from test_few_bits import layer as few_bit_layer
 from test_loha import answer_of, called, hadamard, hadamard_factors
 from test_lora import FOX, LAYOUTS, THEIRS, TINY, dense, linears, pair, random_pairs, refused, velocity, write
 from test_lora import pipeline as pipeline
 from test_lora_kinds import factors, product, with_differences
+from test_low_bit import layer as few_bit_layer
 from tiny import tiny, tiny_box  # noqa: F401
 from torch import Tensor, nn
 
-from model import second_path
+from model import adapter_path
+from model.adapter_path import Dora, LowRank, dora_gain
 from model.checkpoint import save
 from model.dit import Krea2
-from model.few_bits import FewBitLinear, few_bit_layers, widened
 from model.layouts import load_dit
-from model.lora import laid_over
+from model.lora import applied
 from model.lora_match import read_lora
-from model.second_path import Dora, LowRank, gain_of
+from model.low_bit import FewBitLinear, dequantised_state, few_bit_layers
 from model.spec import Lora
 
 FORMS = {"rows": 1, "columns": 0}  # the dimension along which the norm is taken
@@ -104,7 +104,9 @@ def test_norms_are_taken_once_not_for_every_batch(tmp_path, model, monkeypatch):
     state, _ = lora(model, "PEFT", "rows")
     adapter = read_lora(write(tmp_path, state), model)
     taken: list[nn.Linear] = []
-    monkeypatch.setattr(second_path, "gain_of", lambda layer, update: taken.append(layer) or gain_of(layer, update))
+    monkeypatch.setattr(
+        adapter_path, "dora_gain", lambda layer, update: taken.append(layer) or dora_gain(layer, update)
+    )
 
     first, half, again = (velocity(model, (adapter, weight)) for weight in (1.0, 0.5, 1.0))
 
@@ -122,7 +124,7 @@ def test_weight_scales_the_difference(tmp_path, model, form, weight):
     for name, layer in linears(model).items():
         x = torch.randn(2, 5, layer.in_features)
         before = layer(x)
-        with laid_over(model, [(adapter, weight)]):
+        with applied(model, [(adapter, weight)]):
             during = layer(x)
         expected = weight * x.double() @ changes[f"{name}.diff"].T
         if weight:
@@ -170,7 +172,7 @@ def test_several_adapters_in_any_order(tmp_path, model, nested):
     for order in ((0, 1, 2), (2, 1, 0), (1, 0, 2)):
         ordered = [weighted[index] for index in order]
         if nested:
-            with laid_over(model, ordered[:1]), laid_over(model, ordered[1:2]):
+            with applied(model, ordered[:1]), applied(model, ordered[1:2]):
                 answers.append(velocity(model, ordered[2]))
         else:
             answers.append(velocity(model, *ordered))
@@ -296,7 +298,7 @@ def test_over_weights_in_few_bits(tmp_path, model, monkeypatch, precision, form)
     small, _ = load_dit(tmp_path / "wide.safetensors", precision=precision)
     assert any(name.startswith("blocks.") for name in few_bit_layers(small))
     held = random_model(TINY)
-    held.load_state_dict(widened(small, torch.float32))
+    held.load_state_dict(dequantised_state(small, torch.float32))
     state, changes = lora(held, "kohya", form)
     adapter = read_lora(write(tmp_path, state), small)
     before, expected = velocity(small), velocity(with_differences(held, -0.5, changes))
@@ -316,9 +318,9 @@ def test_int8_product_runs_once_per_call(tmp_path, model, monkeypatch):
     layer, x, calls = small.blocks[0].attn.wq, torch.randn(3, TINY.width), []
     forward = FewBitLinear.forward
     monkeypatch.setattr(FewBitLinear, "forward", lambda self, x: calls.append(self) or forward(self, x))
-    with laid_over(small, [(adapter, 1)]):
+    with applied(small, [(adapter, 1)]):
         layer(x)
-        monkeypatch.setattr("model.second_path.parts", lambda layer: pytest.fail("its norm was taken twice"))
+        monkeypatch.setattr("model.adapter_path.row_chunks", lambda layer: pytest.fail("its norm was taken twice"))
         layer(x)
     assert calls == [layer, layer]
 
@@ -341,7 +343,7 @@ def test_in_half_precision(tmp_path, model):
     state, changes = lora(model, "ComfyUI", "rows")
     adapter, half = read_lora(write(tmp_path, state), model), random_model(TINY).bfloat16()
     tokens, sigma, embeds, grid = inputs(TINY)
-    with laid_over(half, [(adapter, 1)]):
+    with applied(half, [(adapter, 1)]):
         ours = half(tokens.bfloat16(), sigma, embeds.bfloat16(), grid).float()
     assert relative_error(ours, velocity(with_differences(model, 1, changes))) < 0.05
 
@@ -367,7 +369,7 @@ def test_norms_are_taken_in_parts(monkeypatch, form):
     some = LowRank.dense
     monkeypatch.setattr(LowRank, "dense", lambda self, rows: largest.append(some(self, rows)) or largest[-1])
     monkeypatch.setattr("model.quantize._AT_ONCE", 64 * 5)
-    assert relative_error(gain_of(layer, update).double(), expected) < 1e-5
+    assert relative_error(dora_gain(layer, update).double(), expected) < 1e-5
     assert max(map(len, largest)) == 5 and sum(map(len, largest)) == 37
 
 
@@ -375,16 +377,16 @@ def test_norms_are_taken_in_parts(monkeypatch, form):
 def test_norms_over_few_bits_are_taken_in_parts(monkeypatch, precision):
     small = few_bit_layer(torch.randn(40, 64) * torch.logspace(-3, 2, 40)[:, None], precision)
     update = LowRank(torch.randn(3, 64), torch.randn(40, 3), magnitude=torch.ones(40, 1))
-    whole = gain_of(small, update)
+    whole = dora_gain(small, update)
     monkeypatch.setattr("model.quantize._AT_ONCE", 64 * 5)
-    torch.testing.assert_close(gain_of(small, update), whole, rtol=1e-5, atol=0)
+    torch.testing.assert_close(dora_gain(small, update), whole, rtol=1e-5, atol=0)
 
 
 def test_rows_of_zeros_stay_zero():
     layer = nn.Linear(4, 3, bias=False)
     with torch.no_grad():
         layer.weight.zero_()
-    gain = gain_of(layer, LowRank(torch.zeros(1, 4), torch.zeros(3, 1), magnitude=torch.zeros(3, 1)))
+    gain = dora_gain(layer, LowRank(torch.zeros(1, 4), torch.zeros(3, 1), magnitude=torch.zeros(3, 1)))
     assert torch.equal(gain, torch.zeros(3, 1))
 
 

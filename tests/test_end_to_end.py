@@ -14,7 +14,7 @@ from PIL import Image, ImageChops
 from safetensors.torch import load_file, save_file
 from tiny import tiny, tiny_box  # noqa: F401
 
-from k2cli import hands
+from k2cli import workers
 from k2cli.models import grid
 from k2cli.tables import Toml
 from model import library
@@ -40,7 +40,7 @@ text = "an owl"
 @pytest.fixture
 def den(tiny, tmp_path, monkeypatch) -> Path:  # noqa: F811
     """A project that renders with the tiny model, and is the current folder."""
-    hands.load.cache_clear()
+    workers.load_pipeline.cache_clear()
     (tmp_path / "den").mkdir()
     (tmp_path / "den" / "k2.toml").write_text(PROJECT)
     monkeypatch.chdir(tmp_path / "den")
@@ -61,7 +61,7 @@ def test_rerun_uses_the_same_precision_and_offload(den, k2):
     options = ["--quiet", "--only", "fox", "--batch", "1"]
     (plain,) = k2("render", *options).stdout.splitlines()
     (held,) = k2("render", *options, "--precision", "int8", "--offload", "all").stdout.splitlines()
-    hands.load.cache_clear()
+    workers.load_pipeline.cache_clear()
 
     again = k2("rerun", held)
 
@@ -109,7 +109,7 @@ def test_rerun_uses_the_same_guidance_and_sampler(den, k2):
     assert "Identical, pixel for pixel." in k2("rerun", table).stderr
 
 
-@pytest.mark.skipif("mini" not in library.box(), reason="the box holds no weights yet")
+@pytest.mark.skipif("mini" not in library.bundled_models(), reason="the box holds no weights yet")
 def test_more_denoise_keeps_less_of_the_init_image(tmp_path, monkeypatch, k2):
     """With the bundled weights; repainted entirely, it is the picture without an init image."""
     monkeypatch.chdir(tmp_path)
@@ -179,7 +179,7 @@ def test_references_change_pictures_unless_at_strength_zero(den, k2):
 
 
 def test_loras_are_reported_recorded_and_reproduced(den, k2):
-    width = read_header(library.BOX / "tiny-raw.safetensors")["blocks.0.attn.wq.weight"]["shape"][0]
+    width = read_header(library.BUNDLED / "tiny-raw.safetensors")["blocks.0.attn.wq.weight"]["shape"][0]
     pair = {"lora_A.weight": torch.full((2, width), 0.1), "lora_B.weight": torch.full((width, 2), 0.1)}
     for name, module in (("ink", "transformer.transformer_blocks.0.attn.to_q"), ("foreign", "unet.mid.to_q")):
         save_file({f"{module}.{part}": tensor for part, tensor in pair.items()}, den / f"{name}.safetensors")
@@ -226,8 +226,8 @@ def test_loras_are_reported_recorded_and_reproduced(den, k2):
 )
 def test_unusable_weights_give_one_error_message(den, k2, make, message):
     for part in ("text.safetensors", "vae.safetensors", "tokenizer.json"):  # a lone transformer borrows these
-        shutil.copyfile(library.BOX / f"tiny-{part}", library.BOX / f"mini-{part}")
-    make(library.BOX / "tiny-raw.safetensors", den / "weights.safetensors")
+        shutil.copyfile(library.BUNDLED / f"tiny-{part}", library.BUNDLED / f"mini-{part}")
+    make(library.BUNDLED / "tiny-raw.safetensors", den / "weights.safetensors")
     before = tree(den)
 
     result = k2("render", "--model", "weights.safetensors", code=1)
@@ -250,10 +250,10 @@ def record(path: str) -> dict:
     return Toml.read(Path(path).with_suffix(".toml"), path).table
 
 
-@pytest.mark.skipif("mini" not in library.box(), reason="the box holds no weights yet")
+@pytest.mark.skipif("mini" not in library.bundled_models(), reason="the box holds no weights yet")
 @pytest.mark.parametrize("name", ["stickers", "cast"])
 def test_example_projects_render_as_they_are(name, tmp_path, k2):
-    hands.load.cache_clear()
+    workers.load_pipeline.cache_clear()
     project = tmp_path / name
     shutil.copytree(ROOT / "projects_example" / name, project, ignore=shutil.ignore_patterns("outputs"))
 

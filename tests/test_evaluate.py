@@ -6,7 +6,7 @@ import torch
 
 from model.checkpoint import open_checkpoint
 from model.hashes import sha256
-from model.library import BOX
+from model.library import BUNDLED
 from model.train.evaluate import frechet, kernel_distance, nearest, retrieval, spread
 from model.train.judge import Judge, JudgeConfig
 from model.train.rewards import EVALUATION
@@ -70,8 +70,8 @@ def test_pictures_are_read_by_their_nearest_name():
 
 def test_bundled_judge_is_the_one_in_the_model_card():
     """It only evaluates, and its words are those that it was trained with: a cat is nearest to a cat."""
-    file = BOX / f"judge-{EVALUATION}.safetensors"
-    assert f"`{sha256(file)[:16]}…`" in (BOX / "README.md").read_text("utf-8")
+    file = BUNDLED / f"judge-{EVALUATION}.safetensors"
+    assert f"`{sha256(file)[:16]}…`" in (BUNDLED / "README.md").read_text("utf-8")
     assert open_checkpoint(file).metadata["training"]["seed"] == EVALUATION
     with torch.inference_mode():
         cat, *others = Judge.load(file).read(["cat face", "airplane", "castle", "hamburger"])

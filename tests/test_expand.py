@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from model.expand import LEVELS, LONGEST, clash, expand, expand_by_language, instruction, look_words, mentions
+from model.expand import LEVELS, MAX_CHARS, clash, expand, expand_by_language, instruction, look_words, mentions
 from model.train.looks import DRAWINGS, MEDIA, PALETTES, Look
 
 WORDS = look_words()
@@ -194,7 +194,7 @@ def test_a_good_answer_is_taken(answer, told):
     [
         "", "  \n", '""', "<think>A fox, a fox …",
         "I'm sorry, but I can't help with a fox.", "I’m sorry, a fox is beyond me.", "As an AI, I cannot draw a fox",
-        "What kind of a fox?", "a dog in the snow", "a fox " * LONGEST,
+        "What kind of a fox?", "a dog in the snow", "a fox " * MAX_CHARS,
     ],
 )  # fmt: skip
 def test_refusals_and_what_is_no_expansion_leave_the_prompt(answer):

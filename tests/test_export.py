@@ -70,7 +70,7 @@ def test_constant_mu_is_exported(tiny, tmp_path, monkeypatch):  # noqa: F811
     for path in tiny.iterdir():
         (tmp_path / path.name).write_bytes(path.read_bytes())
     save(tmp_path / "tiny-raw.safetensors", state, about | {"recommended": {"steps": 3, "guidance": 0.0, "mu": 0.2}})
-    monkeypatch.setattr(library, "BOX", tmp_path)
+    monkeypatch.setattr(library, "BUNDLED", tmp_path)
     pipeline = Pipeline.load("tiny", device="cpu")
     pipeline.export(tmp_path / "out")
 
@@ -103,7 +103,7 @@ def test_taps_up_to_the_last_layer(tiny, tmp_path, monkeypatch):  # noqa: F811
     }
     state |= layer | {"norm.weight": torch.rand(32) + 0.5}
     save(tmp_path / "tiny-text.safetensors", state, about | {"config": about["config"] | {"taps": [0, 2, 4]}})
-    monkeypatch.setattr(library, "BOX", tmp_path)
+    monkeypatch.setattr(library, "BUNDLED", tmp_path)
     pipeline = Pipeline.load("tiny", device="cpu")
     pipeline.export(tmp_path / "out")
 

@@ -11,7 +11,7 @@ from PIL import Image
 
 from k2cli import facts, gallery, records
 from k2cli.dialect import dump
-from k2cli.history import Made
+from k2cli.history import MadePicture
 from k2cli.project import Shot
 from k2cli.records import SPEC_KEYS, Record
 from k2cli.tables import Toml
@@ -48,8 +48,8 @@ def recorded(folder: Path, **changes: Any) -> Record:
 def test_the_gallery_tells_what_show_tells(tmp_path):
     record = recorded(tmp_path, **OTHERWISE)
 
-    shown = {name for name, fact in facts.facts_of(record).items() if fact}
-    page = {name for name, _ in gallery.record_of(Made(tmp_path / "fox-7.png", record.table))}
+    shown = {name for name, fact in facts.record_facts(record).items() if fact}
+    page = {name for name, _ in gallery.picture_facts(MadePicture(tmp_path / "fox-7.png", record.table))}
 
     assert shown - page == {
         "prompt",

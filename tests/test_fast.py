@@ -12,9 +12,9 @@ from test_lora import TINY, random_pairs
 from model import fast
 from model.checkpoint import save
 from model.dit import Krea2
-from model.few_bits import ENDS, FORMATS, few_bit_layers, hold, shrink, usual
-from model.lora import laid_over
+from model.lora import applied
 from model.lora_match import read_lora
+from model.low_bit import FORMATS, SUFFIXES, default_format, few_bit_layers, pack, use_few_bits
 
 gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
@@ -31,7 +31,7 @@ def parts(model: Krea2) -> tuple[torch.Tensor, ...]:
 @torch.no_grad()
 @pytest.mark.parametrize("narrow", [1, 1024], ids=["compiled", "recorded"])
 def test_fast_is_the_same(monkeypatch, tmp_path, narrow):
-    monkeypatch.setattr(fast, "NARROW", narrow)
+    monkeypatch.setattr(fast, "FP32_WIDTH", narrow)
     model = random_model(replace(TINY, blocks=2)).cuda()
     given = parts(model)
     exact, other = model.velocity(*given), model.velocity(given[0], given[1] * 2, *given[2:])
@@ -44,7 +44,7 @@ def test_fast_is_the_same(monkeypatch, tmp_path, narrow):
     pairs = random_pairs(model)
     lora = {f"{n}.lora_{half}.weight": t for n, pair in pairs.items() for half, t in zip("AB", pair, strict=True)}
     save(tmp_path / "lora.safetensors", lora, {})
-    with laid_over(model, [(read_lora(tmp_path / "lora.safetensors", model), 1.0)]):
+    with applied(model, [(read_lora(tmp_path / "lora.safetensors", model), 1.0)]):
         assert relative_error(model.velocity(*given), exact) > 0.01
     assert relative_error(model.velocity(*given), exact) < 1e-4
 
@@ -69,15 +69,15 @@ def test_what_is_laid_over_is_noticed(monkeypatch):
 @pytest.mark.parametrize("precision", ["int8", "int4"])
 def test_a_block_in_few_bits_is_compiled_in_one_piece(monkeypatch, tmp_path, precision):
     """Nothing in it asks the device anything while it is traced, and no matrix is made in it; needs no card."""
-    monkeypatch.setattr(fast, "NARROW", 1)
+    monkeypatch.setattr(fast, "FP32_WIDTH", 1)
     monkeypatch.setattr(fast, "can_compile", lambda: False)
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
     model, made = random_model(TINY), []
     exact, given = model.state_dict(), (torch.randn(1, 20, TINY.width), torch.randn(1, 1, 6 * TINY.width))
-    shrink(model.blocks, lambda name, layer: usual(precision, layer.in_features))
+    use_few_bits(model.blocks, lambda name, layer: default_format(precision, layer.in_features))
     for name, layer in few_bit_layers(model).items():
-        held = hold(exact[name], None, 0, layer.format)
-        exact |= {name + end: part for end, part in zip(ENDS[layer.format.bits], held, strict=True)}
+        held = pack(exact[name], None, 0, layer.format)
+        exact |= {name + end: part for end, part in zip(SUFFIXES[layer.format.bits], held, strict=True)}
     model.load_state_dict(exact, assign=True)
 
     fast.accelerate(model)
@@ -105,13 +105,13 @@ def test_a_block_in_few_bits_is_compiled_in_one_piece(monkeypatch, tmp_path, pre
 )
 def test_a_card_compiles_what_its_compiler_can_read(monkeypatch, tmp_path, precision, card, rocm, compiled):
     """Triton knows no e4m3 before Ada, and would say so in the middle of the first picture; needs no card."""
-    monkeypatch.setattr(fast, "NARROW", 1)
+    monkeypatch.setattr(fast, "FP32_WIDTH", 1)
     monkeypatch.setattr(fast, "can_compile", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: card)
     monkeypatch.setattr(torch.version, "hip", rocm)
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
     model = random_model(TINY)
-    shrink(model.blocks, lambda name, layer: FORMATS[precision])
+    use_few_bits(model.blocks, lambda name, layer: FORMATS[precision])
 
     fast.accelerate(model)
 

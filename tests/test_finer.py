@@ -12,7 +12,7 @@ from workshop import enlarge, make_data
 from model.train import finer, loop
 from model.train.autoencoder import SHAPE
 from model.train.data import Catalog
-from model.train.finer import Growing, Recipe, grown, halve, pool, twins
+from model.train.finer import GrowStage, Recipe, grow, halve_resolution, pool, twins
 from model.vae import QwenImageVAE
 
 
@@ -35,13 +35,13 @@ def test_twins_show_the_same(catalog, medium):
     fine, coarse = twins(catalog, item)
 
     assert (fine == catalog.picture(item)).all() and coarse.shape == (128, 128, 3)
-    assert np.abs(halve(fine.astype(float)) - coarse).mean() < 6
+    assert np.abs(halve_resolution(fine.astype(float)) - coarse).mean() < 6
 
 
 def test_the_grain_of_the_coarse_twin_is_as_strong_and_lies_where_the_fine_ones_does(catalog):
     fine, coarse = (picture.astype(float) for picture in twins(catalog, of_medium(catalog, "film")))
     corner = (slice(0, 24), slice(0, 24))  # nothing but ground
-    small = halve(fine)[corner].mean(-1)
+    small = halve_resolution(fine)[corner].mean(-1)
 
     assert coarse[corner].mean(-1).std() == pytest.approx(fine[:48, :48].mean(-1).std(), rel=0.15)
     assert np.corrcoef(small.ravel(), coarse[corner].mean(-1).ravel())[0, 1] > 0.95
@@ -52,7 +52,7 @@ def test_looks_are_the_same_looks_at_both_sizes(catalog):
     small = Catalog(catalog.folder)
     for medium in ("neon", "hatching", "watercolour"):
         item = of_medium(catalog, medium)
-        fine, coarse = halve(catalog.picture(item).astype(float)), small.picture(item).astype(float)
+        fine, coarse = halve_resolution(catalog.picture(item).astype(float)), small.picture(item).astype(float)
         assert fine.mean() == pytest.approx(coarse.mean(), rel=0.1)
         assert fine.std() == pytest.approx(coarse.std(), rel=0.15)
 
@@ -76,7 +76,7 @@ def test_it_begins_as_its_teacher(top, monkeypatch):
     """What the teacher's inner scales make of a coarse picture's features, the grown one's do too, exactly."""
     monkeypatch.setattr(finer, "TOP", top)
     old = teacher()
-    new = grown(old)
+    new = grow(old)
     coarse = torch.randn(2, 8, 32, 32)
 
     assert (old.factor, new.factor) == (8, 16)
@@ -99,7 +99,7 @@ def test_both_halves_learn(catalog, tmp_path):
         name="t", steps=12, lr=2e-3, muon_lr=2e-3, weight_decay=0.0, clip=1e6, every=4, batch=2, crop=64, pictures=6,
         warmup_steps=1,
     )  # fmt: skip
-    stage = Growing(recipe, catalog, pool(catalog, recipe, tmp_path), teacher())
+    stage = GrowStage(recipe, catalog, pool(catalog, recipe, tmp_path), teacher())
     first = stage.batch(0)
     assert first["fine"].shape == (2, 3, 64, 64) and first["coarse"].shape == (2, 3, 32, 32)
     apart = torch.nn.functional.avg_pool2d(first["fine"], 2) - first["coarse"]

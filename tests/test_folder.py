@@ -14,7 +14,7 @@ from conftest import tree
 from k2cli.folder import Folder
 from k2cli.project import Project
 from model.errors import K2Error
-from model.picture_file import MADE
+from model.picture_file import OUTPUT_FOLDERS
 
 
 def test_an_empty_folder_becomes_a_project_in_place(fake, tmp_path, monkeypatch):
@@ -26,7 +26,7 @@ def test_an_empty_folder_becomes_a_project_in_place(fake, tmp_path, monkeypatch)
     assert Project.find(Path.cwd()).name == "moody"
     assert sorted(path.name for path in Path(".").iterdir()) == [".gitignore", "k2.toml", "refs", "styles"]
     assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
-    assert tuple(re.findall(r"(?m)^/(.+)/$", Path(".gitignore").read_text())) == (*MADE, ".runs")
+    assert tuple(re.findall(r"(?m)^/(.+)/$", Path(".gitignore").read_text())) == (*OUTPUT_FOLDERS, ".runs")
 
 
 @pytest.mark.parametrize("stuck", ["", "styles", ".gitignore", "k2.toml"])

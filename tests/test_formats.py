@@ -90,7 +90,7 @@ def test_a_record_too_long_for_a_jpeg_stays_beside_it(moody, k2):
     made = moody / k2("render", "--format", "jpeg", "-", input=prompt).stdout.strip()
 
     with Image.open(made) as image:
-        assert formats.record_of(image.info) is None
+        assert formats.record_from_xmp(image.info) is None
     assert "Identical" in k2("rerun", made).stderr
 
 
@@ -105,7 +105,7 @@ def test_a_record_too_long_for_a_jpeg_stays_beside_it(moody, k2):
     ],
 )
 def test_a_packet_of_somebody_else_is_no_record(packet):
-    assert formats.record_of({"xmp": packet}) is None
+    assert formats.record_from_xmp({"xmp": packet}) is None
 
 
 def test_unknown_kinds_are_refused(moody, k2):

@@ -12,16 +12,16 @@ import torch
 from comfy_kitchen.backends.eager.w4a8_int8 import dequantize_w4a8_int8_weight, w4a8_int8_linear
 from safetensors import safe_open
 from safetensors.torch import load_file
+from test_comfy_formats import ROTATED, assert_means, convrot, prefixed, raw, stands_for, with_table
 from test_dit import inputs, random_model, relative_error
 from test_layouts import TINY, native, refused, velocity
-from test_marks import ROTATED, assert_means, convrot, prefixed, raw, stands_for, with_table
 from torch import Tensor
 
-from model import few_bits, library
+from model import library, low_bit
 from model.compact import write_compact
-from model.few_bits import few_bit_layers
-from model.four_bit import LEVELS, Codes, e4m3, numbers_of, to_codes, width_of_turns
+from model.four_bit import LEVELS, Codes, e4m3, numbers_of, rotation_size, to_codes
 from model.layouts import is_packed, load_dit, stored_precision, to_diffusers
+from model.low_bit import few_bit_layers
 from model.quantize import rotate
 
 W4A8, W4A4 = kitchen.AsymW4A8Int8Layout, kitchen.TensorCoreConvRotW4A4Layout
@@ -76,7 +76,7 @@ def test_every_code_under_every_scale_is_what_its_writer_reads():
 def test_the_error_is_that_of_its_inventors(shape):
     """Theirs looks for scales twice."""
     matrix = torch.randn(shape) * torch.logspace(-6, 3, shape[0])[:, None]
-    turns = width_of_turns(shape[1])
+    turns = rotation_size(shape[1])
     codes = to_codes(rotate(matrix, turns))
     ours = rotate(codes.numbers * codes.rows[:, None], turns)
     theirs = W4A8.dequantize(*W4A8.quantize(matrix, convrot_groupsize=turns))
@@ -122,7 +122,7 @@ def test_a_row_with_what_is_no_number_has_no_scale(none):
 
 @pytest.mark.parametrize(("inward", "turns"), [(6144, 256), (16384, 256), (384, 64), (1024, 256), (48, 16), (20, 4)])
 def test_as_many_numbers_are_rotated_together_as_divide_a_row(inward, turns):
-    assert width_of_turns(inward) == turns
+    assert rotation_size(inward) == turns
 
 
 # ---- files of ComfyUI ---------------------------------------------------------------------------
@@ -158,7 +158,7 @@ def test_it_is_held_as_it_lies(tmp_path, state, layout):
 
 def test_a_product_is_that_of_its_inventors(tmp_path, state, monkeypatch):
     """Tokens rotated, rounded to 8 bits, times numbers of 8 bits, whatever this processor is good at."""
-    monkeypatch.setattr(few_bits, "native", lambda number, device: True)
+    monkeypatch.setattr(low_bit, "is_native", lambda number, device: True)
     saved, _ = stored(state)
     layer = few_bit_layers(load_dit(native(tmp_path, saved), precision="int4")[0])[NAME]
     tokens = torch.randn(40, layer.in_features)
@@ -240,7 +240,7 @@ def test_what_a_file_says_needs_no_torch(tmp_path, state, layout, monkeypatch):
     assert about["precision"][word] == inside
     assert about["parameters"] == sum(tensor.numel() for tensor in state.values())
     assert (about["shape"]["width"], about["shape"]["heads"]) == (TINY.width, TINY.heads)
-    monkeypatch.setattr(library, "RELEASE", {"width": TINY.width, "blocks": TINY.blocks})
+    monkeypatch.setattr(library, "RELEASE_SHAPE", {"width": TINY.width, "blocks": TINY.blocks})
     assert library.is_release(path)
 
 
@@ -270,11 +270,11 @@ def test_what_is_written_its_inventors_read(tmp_path, state):
 
 
 def test_a_matrix_is_coded_part_by_part(monkeypatch):
-    matrix, format = torch.randn(37, 64), few_bits.FORMATS["int4"]._replace(turned=16)
-    whole = few_bits.hold(matrix, None, 0, format)
+    matrix, format = torch.randn(37, 64), low_bit.FORMATS["int4"]._replace(rotation=16)
+    whole = low_bit.pack(matrix, None, 0, format)
     monkeypatch.setattr("model.quantize._AT_ONCE", 64 * 5)
-    monkeypatch.setattr("model.four_bit.AT_ONCE", {"cpu": 64 * 3})
-    for a, b in zip(whole, few_bits.hold(matrix, None, 0, format), strict=True):
+    monkeypatch.setattr("model.four_bit.CHUNK", {"cpu": 64 * 3})
+    for a, b in zip(whole, low_bit.pack(matrix, None, 0, format), strict=True):
         assert torch.equal(a, b)
     assert torch.equal(Codes(*whole).numbers, numbers_of(*(whole[i] for i in (0, 1, 3))))
 

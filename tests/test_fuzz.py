@@ -22,7 +22,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from test_records import MADE, shot
 
-from k2cli import embedded, facts, moodboard, records
+from k2cli import facts, metadata, moodboard, records
 from k2cli.dialect import dump
 from k2cli.pictures import check_picture
 from k2cli.project import Project
@@ -31,7 +31,7 @@ from k2cli.tables import Toml
 from model.errors import K2Error
 from model.headers import read_header
 from model.library import describe
-from model.references import fitting, to_pixels
+from model.references import fit_size, to_pixels
 from model.spec import Picture, RenderSpec
 
 PATIENCE = 5.0  # seconds of CPU time
@@ -226,7 +226,7 @@ def studio(moody, monkeypatch) -> Path:
     def look(*what: object) -> None:
         raise K2Error("Nobody looks at boards here.")
 
-    monkeypatch.setattr(moodboard, "look", look)
+    monkeypatch.setattr(moodboard, "analyse_board", look)
     for folder in ("refs", "styles"):
         (moody / folder).mkdir()
     Image.new("RGB", (16, 16)).save(moody / "refs" / "a.png")
@@ -239,7 +239,7 @@ def studio(moody, monkeypatch) -> Path:
 def planned(folder: Path) -> None:
     project = Project.open(folder)
     for each in project.shots(project.settle())[:50]:
-        records.request(each, project.root)
+        records.planned_record(each, project.root)
 
 
 @fuzz
@@ -269,7 +269,7 @@ RECORD = a_record(Path("/nowhere"))
 @given(mangled(RECORD) | tables)
 def test_records(studio, content):
     (studio / "fox.toml").write_bytes(content)
-    inside = Project.open(studio).inside
+    inside = Project.open(studio).path_inside
     with nothing_but_k2_errors():
         record = records.parse(records.read(studio / "fox.toml"), inside)
         facts.describe(record)
@@ -309,7 +309,7 @@ def encoded(kind: str, **options: object) -> bytes:
 
 SEEDS = [
     *(
-        embedded.encode(Image.new("RGB", (24, 16)), Toml(RECORD, "record").table, format=kind)
+        metadata.encode(Image.new("RGB", (24, 16)), Toml(RECORD, "record").table, format=kind)
         for kind in ("png", "webp", "jpeg")
     ),
     encoded("PNG", mode="RGBA"),
@@ -340,7 +340,7 @@ def test_pictures(tmp_path, content):
     for read in (
         lambda: check_picture(path, "here", "a.png"),
         lambda: to_pixels(path, 32, 32),
-        lambda: fitting(path, 4096, 16),
+        lambda: fit_size(path, 4096, 16),
         lambda: records.parse(records.read(path), Path),
     ):
         with nothing_but_k2_errors():

@@ -14,7 +14,7 @@ import pytest
 from conftest import many_pictures, tree
 from PIL import Image
 
-from k2cli import embedded, gallery, history
+from k2cli import gallery, history, metadata
 from k2cli.dialect import dump
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
@@ -312,7 +312,7 @@ def test_a_project_with_only_unreadable_pictures(moody, k2):
 
 def test_markup_in_a_prompt_stays_inside_the_data(tmp_path):
     many_pictures(tmp_path, 1, text=EVIL)
-    page = gallery.page(EVIL, history.read(tmp_path))
+    page = gallery.page_html(EVIL, history.read(tmp_path))
 
     assert page.count("<script") == 2 and page.count("<!--") == 0 and "<img src=x" not in page
     (tmp_path / "index.html").write_text(page, "utf-8")
@@ -320,18 +320,18 @@ def test_markup_in_a_prompt_stays_inside_the_data(tmp_path):
 
 
 def test_content_policy_allows_only_the_pages_own_script():
-    page = gallery.page("moody", [])
+    page = gallery.page_html("moody", [])
     policy = re.search(r'Content-Security-Policy" content="([^"]*)"', page)[1]
 
     assert "default-src 'none'" in policy and "unsafe" not in policy
     for tag in ("script", "style"):
         body = page.split(f"<{tag}>")[1].split(f"</{tag}>")[0]
-        assert f"{tag}-src '{gallery.digest(body)}'" in policy
+        assert f"{tag}-src '{gallery.csp_hash(body)}'" in policy
 
 
 def test_facts_leave_out_what_says_nothing(tmp_path):
     many_pictures(tmp_path, 1)
-    data = gallery.describe("x", history.read(tmp_path))
+    data = gallery.page_data("x", history.read(tmp_path))
     facts = dict(data["facts"])
 
     assert data["strings"] == ["a red fox", "fox"]
@@ -345,11 +345,11 @@ def test_facts_leave_out_what_says_nothing(tmp_path):
 
     (path,) = tmp_path.glob("*/*.toml")
     path.write_text(path.read_text().replace("steps = 28", "steps = 1"))
-    assert gallery.describe("x", history.read(tmp_path))["runs"][0]["about"].endswith(" · 1 step")
+    assert gallery.page_data("x", history.read(tmp_path))["runs"][0]["about"].endswith(" · 1 step")
     text = path.read_text().replace(", film grain", "").replace('"raw"\n\n[settings]', '"high"\n\n[settings]')
     text += '[[style]]\nname = "dusk"\nstrength = 0.5\n[[style.reference]]\nimage = "refs/a.png"\n'
     path.write_text(text.replace('"native"', '"int8"'))
-    facts = dict(gallery.describe("x", history.read(tmp_path))["facts"])
+    facts = dict(gallery.page_data("x", history.read(tmp_path))["facts"])
 
     assert "expanded" not in facts
     told = [facts[key] for key in ("styles", "references", "creativity", "weights")]
@@ -362,7 +362,7 @@ def test_facts_name_cohesion_and_lead_picture(tmp_path):
     text = path.read_text().replace('offload = "none"', 'offload = "all"\ncohesion = 0.9\nleak_guard = "shift"')
     path.write_text(text + '[leader]\nprompt = "an owl"\nseed = 7\n')
 
-    facts = dict(gallery.describe("x", history.read(tmp_path))["facts"])
+    facts = dict(gallery.page_data("x", history.read(tmp_path))["facts"])
 
     assert facts["cohesion"] == "0.9, follows seed 7 of: an owl"
     assert (facts["leak guard"], facts["offload"]) == ("shift", "all")
@@ -398,7 +398,7 @@ def test_loras_are_among_the_facts(tmp_path):
     (path,) = tmp_path.glob("*/*.toml")
     path.write_text(path.read_text() + '[[lora]]\nfile = "loras/ink.safetensors"\nweight = -0.6\n[[lora]]\nfile = 1\n')
 
-    assert ("loras", "loras/ink.safetensors -0.6") in gallery.describe("x", history.read(tmp_path))["facts"]
+    assert ("loras", "loras/ink.safetensors -0.6") in gallery.page_data("x", history.read(tmp_path))["facts"]
 
 
 def test_a_record_with_wrong_types_is_still_shown(tmp_path):
@@ -407,7 +407,7 @@ def test_a_record_with_wrong_types_is_still_shown(tmp_path):
     path.write_bytes(
         dump({"prompt": {"text": [1]}, "settings": {"seed": 2**63 - 1, "mu": "high"}, "style": {"name": 1}, "model": 2})
     )
-    ((*_, seed, width, _, _, facts),) = gallery.describe("x", history.read(tmp_path))["pictures"]
+    ((*_, seed, width, _, _, facts),) = gallery.page_data("x", history.read(tmp_path))["pictures"]
 
     assert seed is None and width is None and facts
 
@@ -433,7 +433,7 @@ def folder(tmp_path_factory):
     root = tmp_path_factory.mktemp("project")
     many_pictures(root / "outputs", 80, per_run=20)
     for path in root.glob("outputs/0002-*/*.toml"):
-        table = history.load(path)
+        table = history.load_record(path)
         table["prompt"]["text"] = EVIL
         path.write_bytes(dump(table))
     (root / "outputs" / "0002-owl").rename(root / "outputs" / "0002-owl-and-2-more")
@@ -449,9 +449,9 @@ def folder(tmp_path_factory):
     for path in odd.glob("fox-0.*"):
         path.rename(odd / f"it's #1 100% fox{path.suffix}")
     record = root / "outputs" / "0003-teapot" / "teapot-40.toml"
-    record.with_suffix(".png").write_bytes(embedded.encode(Image.new("RGB", (64, 64)), history.load(record)))
+    record.with_suffix(".png").write_bytes(metadata.encode(Image.new("RGB", (64, 64)), history.load_record(record)))
     record.unlink()
-    gallery.build(root / "outputs", root / "gallery", "moody <b>")
+    gallery.build_gallery(root / "outputs", root / "gallery", "moody <b>")
     return root / "gallery"
 
 
@@ -460,7 +460,7 @@ def test_very_long_style_names_do_not_break_the_page(chromium, tmp_path):
     many_pictures(tmp_path / "outputs", 400)  # their facts outnumber the names that are looked for
     record = tmp_path / "outputs" / "0001-fox" / "fox-0.toml"
     record.write_text(record.read_text() + f'\n[[style]]\nname = "{"x" * 100_000}"\nstrength = 1.0\n')
-    gallery.build(tmp_path / "outputs", tmp_path / "gallery", "moody")
+    gallery.build_gallery(tmp_path / "outputs", tmp_path / "gallery", "moody")
     page = chromium.new_page()
     page.goto((tmp_path / "gallery" / "index.html").as_uri())
 
@@ -830,7 +830,7 @@ class TestInABrowser:
     def test_printing_covers_all_pictures_and_no_controls(self, chromium, tmp_path):
         """In dark ink, whatever colours were chosen for the screen."""
         many_pictures(tmp_path / "outputs", 260)
-        gallery.build(tmp_path / "outputs", tmp_path / "gallery", "moody")
+        gallery.build_gallery(tmp_path / "outputs", tmp_path / "gallery", "moody")
         page = chromium.new_page(color_scheme="dark")
         page.goto((tmp_path / "gallery" / "index.html").as_uri())
         page.locator("#theme").click(click_count=2)

@@ -9,13 +9,22 @@ import torch
 from model.errors import K2Error
 from model.sampler import euler, shifted_sigmas
 from model.train import grpo
-from model.train.grpo import Policy, Recipe, advantages, log_prob, policy_loss, rollout, sde_step, telling_prompts
+from model.train.grpo import (
+    GRPOStage,
+    Recipe,
+    advantages,
+    informative_prompts,
+    log_prob,
+    policy_loss,
+    rollout,
+    sde_step,
+)
 from model.train.looks import Look
 from model.train.rewards import Rewards
-from model.train.rollout import Asked
+from model.train.rollout import RolloutPrompt
 
 PLAIN = {"name": "x", "size": 64, "steps": 2, "batch": 1, "lr": 1e-3, "muon_lr": 1e-3, "mu": 0.0, "every": 2}
-PROMPTS = [Asked(str(number), "fox", Look("noto", "plain")) for number in range(10)]
+PROMPTS = [RolloutPrompt(str(number), "fox", Look("noto", "plain")) for number in range(10)]
 SIGMAS = shifted_sigmas(8, 0.5)
 
 
@@ -166,7 +175,7 @@ def policy(tmp_path_factory):
     network = {"width": 32, "heads": 2, "kv_heads": 1, "blocks": 1}
     texts = torch.zeros(8, 5, 2, 32), torch.ones(8, 5, dtype=torch.bool)
     data = SimpleNamespace(catalog=SimpleNamespace(folder=folder), looks=[0], embed=lambda captions: texts, cells=4)
-    stage = Policy(
+    stage = GRPOStage(
         Recipe(**PLAIN | keys, network=network, sample_steps=3, stochastic=2), data, SimpleNamespace(vae=None)
     )
     stage.pool = PROMPTS
@@ -181,7 +190,7 @@ def test_a_policy_learns_from_gated_rewards(policy, monkeypatch):
         learned.append(advantage)
         return policy_loss(velocity, made, advantage, *options)
 
-    monkeypatch.setattr(grpo, "conditioned", lambda *_: lambda x, sigma: 0.1 * x)
+    monkeypatch.setattr(grpo, "conditioned_velocity", lambda *_: lambda x, sigma: 0.1 * x)
     monkeypatch.setattr(grpo, "decode", lambda vae, latents: latents)
     monkeypatch.setattr(grpo, "policy_loss", watched)
     monkeypatch.setattr(policy.rewards, "chosen", lambda p, a, names: {n: rewards[n] for n in names}, raising=False)
@@ -217,14 +226,14 @@ def test_telling_prompts_are_neither_won_nor_hopeless(monkeypatch):
             prompts = [int(each.caption) for each in asked[::4]]
             return {name: known[name][prompts].flatten() for name in names}
 
-    monkeypatch.setattr(grpo, "asked", lambda *_: PROMPTS)
+    monkeypatch.setattr(grpo, "draw_prompts", lambda *_: PROMPTS)
     monkeypatch.setattr(grpo, "sample", lambda *_: None)
     monkeypatch.setattr(grpo, "decode", lambda *_: None)
     data = SimpleNamespace(embed=None, cells=4)
 
     def chosen(pool):
         recipe = Recipe(**PLAIN, weights={"style": 1.0}, gates={"style": "subject"}, pool=pool)
-        return [int(each.caption) for each in telling_prompts(None, data, Known(), recipe, lambda line: None)]
+        return [int(each.caption) for each in informative_prompts(None, data, Known(), recipe, lambda line: None)]
 
     assert chosen(3) == [8, 9, 5]
     assert chosen(10) == [8, 9, 5, 7, 1, 2, 0, 6, 3, 4]

@@ -18,7 +18,7 @@ from model.hashes import Hashes, sha256
 def test_a_changed_file_is_hashed_again(tmp_path, monkeypatch, large):
     """Even if its size is the same."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.setattr(hashes, "LARGE", large)
+    monkeypatch.setattr(hashes, "MIN_CACHED_SIZE", large)
     path = tmp_path / "a.png"
     path.write_bytes(b"one")
     before = sha256(path)
@@ -31,7 +31,7 @@ def test_a_changed_file_is_hashed_again(tmp_path, monkeypatch, large):
 
 def test_the_next_process_knows_the_hash_of_a_large_file(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.setattr(hashes, "LARGE", 1)
+    monkeypatch.setattr(hashes, "MIN_CACHED_SIZE", 1)
     path = tmp_path / "weights.safetensors"
     path.write_bytes(b"weights")
     known = sha256(path)

@@ -13,10 +13,10 @@ from model.dit import PRESETS, DiTConfig
 from model.errors import K2Error
 from model.train import merge, recipe, states
 from model.train.data import read_subjects
-from model.train.hearing import TRAINED, Hearing, Recipe, align
+from model.train.hearing import TRAINED, HearingStage, Recipe, align
 from model.train.pretrain import Recipe as PretrainRecipe
-from model.train.pretrain import Trainee
-from model.train.strangers import RELATIONS, Wilderness, known_words
+from model.train.pretrain import TrainedModel
+from model.train.strangers import RELATIONS, StrangeWords, known_words
 from model.train.thesaurus import Thesaurus
 from model.train.training_set import training_set
 from model.train.turbo import Recipe as TurboRecipe
@@ -26,13 +26,13 @@ TINY = DiTConfig(width=32, heads=2, kv_heads=1, blocks=2, text_width=32, text_ta
 
 @pytest.fixture(scope="module")
 def wilderness():
-    return Wilderness({subject.name: subject for subject in read_subjects()}, Thesaurus())
+    return StrangeWords({subject.name: subject for subject in read_subjects()}, Thesaurus())
 
 
 def test_captions_keep_their_words_among_strange_ones(wilderness):
     rng = np.random.default_rng(0)
     made = [
-        wilderness.wild("a red fox on a teal background, pencil drawing", ("fox", "red fox"), rng) for _ in range(200)
+        wilderness.wrap("a red fox on a teal background, pencil drawing", ("fox", "red fox"), rng) for _ in range(200)
     ]
 
     for caption in made:
@@ -50,13 +50,13 @@ def test_strange_words_name_neither_looks_nor_subjects(wilderness):
 
 def test_second_subject_follows_the_first(wilderness):
     rng, fox = np.random.default_rng(0), ("fox", "red fox")
-    made = [wilderness.crowd("a red fox, pencil drawing", fox, rng) for _ in range(200)]
+    made = [wilderness.surround("a red fox, pencil drawing", fox, rng) for _ in range(200)]
 
     for caption in made:
         assert caption.startswith(tuple(f"a red fox {relation} " for relation in RELATIONS))
         assert caption.removesuffix(", pencil drawing").endswith(tuple(wilderness.things))
     assert len(set(made)) > 190
-    assert wilderness.crowd("", fox, rng) == ""
+    assert wilderness.surround("", fox, rng) == ""
 
 
 def test_strange_words_are_inserted_in_one_place(wilderness):
@@ -81,7 +81,7 @@ def test_some_strange_words_are_made_of_pieces(wilderness):
 
 
 def test_empty_caption_stays_empty(wilderness):
-    assert wilderness.wild("", ("fox",), np.random.default_rng(0)) == ""
+    assert wilderness.wrap("", ("fox",), np.random.default_rng(0)) == ""
 
 
 def test_only_text_input_layers_learn_and_turbo_merges_the_change(workshop):  # noqa: F811
@@ -132,10 +132,10 @@ def test_plain_captions_cause_no_loss(monkeypatch):
     """A student equal to its teacher answers as the teacher does; only strange rows leave something to learn."""
     monkeypatch.setitem(PRESETS, "tiny", TINY)
     torch.manual_seed(0)
-    teacher = Trainee(TINY, 3)
+    teacher = TrainedModel(TINY, 3)
     torch.nn.init.normal_(teacher.dit.last.linear.weight, std=0.1)
     settings = {"name": "tiny", "size": 64, "steps": 4, "batch": 4, "lr": 1e-3, "muon_lr": 1e-3, "mu": 0.0}
-    hearing = Hearing(Recipe(**settings, preset="tiny"), None, teacher, 3)
+    hearing = HearingStage(Recipe(**settings, preset="tiny"), None, teacher, 3)
 
     def share(wild, mask, name="share"):
         batch = {"latents": torch.randn(4, 16, 4, 4), "embeds": plain, "mask": whole, "references": None}
@@ -176,7 +176,7 @@ def test_most_captions_pass_only_the_text_input_layers(workshop):  # noqa: F811
     settings = {"name": "tiny", "size": 64, "steps": 4, "batch": 2, "lr": 1e-3, "muon_lr": 1e-3, "mu": 0.0}
     hears = Recipe(**settings, network=NETWORK, swapped=40, whole=4, pool=8)
     data = training_set(hears, "cpu")
-    hearing = Hearing(hears, data, Trainee(hears.config, len(data.looks)), len(data.looks))
+    hearing = HearingStage(hears, data, TrainedModel(hears.config, len(data.looks)), len(data.looks))
 
     whole, other = hearing.batch(0), hearing.batch(1)
     assert "latents" in whole and "latents" not in other
@@ -202,7 +202,7 @@ def test_plain_captions_pass_the_text_input_layers_too(workshop):  # noqa: F811
     def off(**more):
         hears = Recipe(**settings, network=NETWORK, swapped=40, **more)
         data = training_set(hears, "cpu")
-        hearing = Hearing(hears, data, Trainee(hears.config, len(data.looks)), len(data.looks))
+        hearing = HearingStage(hears, data, TrainedModel(hears.config, len(data.looks)), len(data.looks))
         batch = hearing.batch(1)
         with torch.no_grad():
             rows = hearing.model.dit.encode_text(batch["said"], batch["said_mask"])

@@ -12,7 +12,7 @@ import pytest
 from conftest import many_pictures
 
 from k2cli import gallery, history
-from k2cli.history import Chosen, Made, begins_in
+from k2cli.history import MadePicture, Selection, word_starts
 from model.errors import K2Error
 
 
@@ -28,17 +28,17 @@ def test_pictures_come_in_the_order_in_which_they_were_made(tmp_path):
 @pytest.mark.parametrize(
     ("chosen", "count"),
     [
-        (Chosen(), 24),
-        (Chosen(run="2"), 12),
-        (Chosen(run="0002"), 12),
-        (Chosen(run="fox"), 12),
-        (Chosen(run="2" * 5000), 0),
-        (Chosen(prompt="FOX red"), 12),
-        (Chosen(prompt="fox green"), 0),
-        (Chosen(prompt="film grain"), 24),
-        (Chosen(styles=["dusk"]), 12),
-        (Chosen(styles=["dus"]), 0),
-        (Chosen(since=datetime(2026, 1, 2, tzinfo=UTC)), 12),
+        (Selection(), 24),
+        (Selection(run="2"), 12),
+        (Selection(run="0002"), 12),
+        (Selection(run="fox"), 12),
+        (Selection(run="2" * 5000), 0),
+        (Selection(prompt="FOX red"), 12),
+        (Selection(prompt="fox green"), 0),
+        (Selection(prompt="film grain"), 24),
+        (Selection(styles=["dusk"]), 12),
+        (Selection(styles=["dus"]), 0),
+        (Selection(since=datetime(2026, 1, 2, tzinfo=UTC)), 12),
     ],
 )
 def test_filters(tmp_path, chosen, count):
@@ -50,7 +50,7 @@ def test_filters(tmp_path, chosen, count):
 def test_a_prompt_is_found_by_its_name_too(tmp_path):
     many_pictures(tmp_path, 1, text="a tree")
 
-    assert len(list(history.read(tmp_path, Chosen(prompt="fox")))) == 1
+    assert len(list(history.read(tmp_path, Selection(prompt="fox")))) == 1
 
 
 @pytest.mark.parametrize(
@@ -71,7 +71,7 @@ def test_a_prompt_is_found_by_the_beginnings_of_its_words(word, found, tmp_path)
     """A bowl is no owl. Languages that do not part their words are searched as they are written."""
     many_pictures(tmp_path, 1, text="owls, 白雪, école, рыжий кот")
 
-    assert len(list(history.read(tmp_path, Chosen(prompt=word)))) == found
+    assert len(list(history.read(tmp_path, Selection(prompt=word)))) == found
 
 
 @pytest.mark.parametrize("form", ["NFC", "NFD"])
@@ -84,10 +84,10 @@ def test_accents_are_of_their_letters_however_they_are_written(word, found, form
     (tmp_path / "0001-fox").rename(tmp_path / f"0001-{text}")
 
     for each in (word, other):
-        assert len(list(history.read(tmp_path, Chosen(prompt=each)))) == found
-    assert len(list(history.read(tmp_path, Chosen(run=other)))) == (found or word == "cole")
-    made = Made(tmp_path / "x.png", {"style": [{"name": "école", "strength": 1.0}]})
-    assert made in Chosen(styles=[unicodedata.normalize(form, "école")])
+        assert len(list(history.read(tmp_path, Selection(prompt=each)))) == found
+    assert len(list(history.read(tmp_path, Selection(run=other)))) == (found or word == "cole")
+    made = MadePicture(tmp_path / "x.png", {"style": [{"name": "école", "strength": 1.0}]})
+    assert made in Selection(styles=[unicodedata.normalize(form, "école")])
 
 
 @pytest.mark.parametrize(
@@ -99,8 +99,8 @@ def test_accents_that_no_letter_is_joined_to_count_for_nothing(word, found, tmp_
     many_pictures(tmp_path, 1, text="за\u0301мок у озера, кои\u0306, İstanbul")
     (tmp_path / "0001-fox").rename(tmp_path / "0001-за\u0301мок-İstanbul")
 
-    assert len(list(history.read(tmp_path, Chosen(prompt=word)))) == found
-    assert len(list(history.read(tmp_path, Chosen(run=word)))) == (found or word == "мок")
+    assert len(list(history.read(tmp_path, Selection(prompt=word)))) == found
+    assert len(list(history.read(tmp_path, Selection(run=word)))) == (found or word == "мок")
 
 
 @pytest.mark.parametrize(
@@ -120,7 +120,7 @@ def test_accents_that_no_letter_is_joined_to_count_for_nothing(word, found, tmp_
     ],
 )
 def test_a_word_begins_behind_letters_that_are_not_parted_from_it(text, found):
-    assert begins_in("fox", text) == found
+    assert word_starts("fox", text) == found
 
 
 def test_a_run_by_another_name_is_one_still(tmp_path):
@@ -128,9 +128,9 @@ def test_a_run_by_another_name_is_one_still(tmp_path):
     (tmp_path / "0002-owl").rename(tmp_path / "for the client")
     (tmp_path / ".trash").mkdir()
 
-    assert [run.name for run in history.runs_of(tmp_path)] == ["for the client", "0001-fox", "0003-teapot"]
-    assert [made.path.name for made in history.read(tmp_path, history.Chosen(run="client"))] == ["owl-1.png"]
-    assert [made.path.name for made in history.read(tmp_path, history.Chosen(run="3"))] == ["teapot-2.png"]
+    assert [run.name for run in history.run_folders(tmp_path)] == ["for the client", "0001-fox", "0003-teapot"]
+    assert [made.path.name for made in history.read(tmp_path, history.Selection(run="client"))] == ["owl-1.png"]
+    assert [made.path.name for made in history.read(tmp_path, history.Selection(run="3"))] == ["teapot-2.png"]
 
 
 def test_damaged_and_foreign_files_are_passed_over(tmp_path):
@@ -146,7 +146,7 @@ def test_damaged_and_foreign_files_are_passed_over(tmp_path):
     (tmp_path / "0009-linked").symlink_to(run)
     unread: list[Path] = []
 
-    made = list(history.read(tmp_path, skipped=unread.append))
+    made = list(history.read(tmp_path, on_skipped=unread.append))
 
     assert [each.path.name for each in made] == ["fox-2.png"]
     assert sorted(path.name for path in unread) == ["alone.png", "fox-0.png", "fox-1.png"]
@@ -155,18 +155,18 @@ def test_damaged_and_foreign_files_are_passed_over(tmp_path):
 def test_a_run_may_vanish_while_it_is_read(tmp_path, monkeypatch):
     """One that has only just begun gets its name, and one that came to nothing is removed."""
     many_pictures(tmp_path, 2, per_run=1)
-    runs = history.runs_of(tmp_path)
+    runs = history.run_folders(tmp_path)
     (tmp_path / "0001-fox").rename(tmp_path / "0001-vixen")
     for run in (tmp_path / "0001-fox", tmp_path / "0002-owl" / "owl-1.png"):
-        assert history.read_run(run, skipped=pytest.fail) == []
-    monkeypatch.setattr(history, "runs_of", lambda outputs: runs)
+        assert history.read_run(run, on_skipped=pytest.fail) == []
+    monkeypatch.setattr(history, "run_folders", lambda outputs: runs)
     assert [made.run for made in history.read(tmp_path)] == ["0002-owl"]
 
     def load(path: Path) -> None:
         shutil.rmtree(path.parent)
 
-    monkeypatch.setattr(history, "load", load)
-    assert list(history.read(tmp_path, skipped=pytest.fail)) == []
+    monkeypatch.setattr(history, "load_record", load)
+    assert list(history.read(tmp_path, on_skipped=pytest.fail)) == []
 
 
 @pytest.mark.parametrize("number", ["nan", "-inf", "1e999"])
@@ -177,7 +177,7 @@ def test_a_record_with_a_number_that_is_not_finite_is_passed_over(tmp_path, numb
     odd.write_text(odd.read_text().replace("strength = 0.6", f"strength = {number}"))
     unread: list[Path] = []
 
-    assert len(list(history.read(tmp_path, skipped=unread.append))) == 79
+    assert len(list(history.read(tmp_path, on_skipped=unread.append))) == 79
     assert unread == [odd.with_suffix(".png")]
 
 
@@ -203,20 +203,20 @@ def test_a_record_of_any_shape_can_be_looked_at(tmp_path):
         ("90m", datetime(2026, 11, 24, 10, 30, tzinfo=UTC)),
         ("2026-11-01T10:00+00:00", datetime(2026, 11, 1, 10, tzinfo=UTC)),
         ("2026-11-01", datetime(2026, 11, 1).astimezone()),
-        ("99999999999w", history.LONG_AGO),
-        (f"{'9' * 5000}d", history.LONG_AGO),
+        ("99999999999w", history.EARLIEST),
+        (f"{'9' * 5000}d", history.EARLIEST),
     ],
 )
 def test_since(text, moment):
-    assert history.read_since(text, datetime(2026, 11, 24, 12, tzinfo=UTC)) == moment
+    assert history.parse_since(text, datetime(2026, 11, 24, 12, tzinfo=UTC)) == moment
 
 
 def test_since_days_of_people():
     now = datetime.now(UTC)
 
-    assert history.read_since("yesterday", now) <= history.read_since("today", now) - timedelta(hours=22)
+    assert history.parse_since("yesterday", now) <= history.parse_since("today", now) - timedelta(hours=22)
     with pytest.raises(K2Error, match="is not a time"):
-        history.read_since("soon", now)
+        history.parse_since("soon", now)
 
 
 def test_a_run_that_may_not_be_read_hides_no_other(tmp_path, monkeypatch):
@@ -230,7 +230,7 @@ def test_a_run_that_may_not_be_read_hides_no_other(tmp_path, monkeypatch):
         return scan(folder)
 
     monkeypatch.setattr(history.os, "scandir", scandir)
-    assert list(history.read(tmp_path, skipped=skipped.append)) == []
+    assert list(history.read(tmp_path, on_skipped=skipped.append)) == []
     assert [path.name for path in skipped] == ["0001-fox"]
 
 
@@ -243,7 +243,7 @@ def test_a_moment_that_the_clock_here_does_not_know_is_told_in_utc():
                 raise OSError(errno.EINVAL, "Invalid argument")
             return super().astimezone(zone)
 
-    made = Made(Path("fox-7.png"), {"created": Early(1969, 7, 20, 20, 17, tzinfo=UTC)})
+    made = MadePicture(Path("fox-7.png"), {"created": Early(1969, 7, 20, 20, 17, tzinfo=UTC)})
 
-    assert gallery.about(made, ()) == "20 Jul 1969, 20:17"
-    assert dict(gallery.record_of(made))["created"] == "1969-07-20 20:17:00"
+    assert gallery.describe_run(made, ()) == "20 Jul 1969, 20:17"
+    assert dict(gallery.picture_facts(made))["created"] == "1969-07-20 20:17:00"

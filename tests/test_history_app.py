@@ -633,8 +633,8 @@ def test_k2_alone_does_not_import_torch(moody, k2, fake):
     k2("render")
     code = """if True:
         import sys
-        from k2cli.here import where_am_i
-        assert "0001-fox-and-1-more has 1 of 2 pictures" in where_am_i()
+        from k2cli.status import project_status
+        assert "0001-fox-and-1-more has 1 of 2 pictures" in project_status()
         heavy = {"torch", "transformers"} & set(sys.modules)
         sys.exit(f"imported: {heavy}" if heavy else 0)
     """
@@ -708,7 +708,7 @@ def test_shell_completes_names(moody, typed, offered):
 def test_completion_does_not_import_torch():
     code = """if True:
         import sys
-        from k2cli.complete import complete_method, complete_setting
+        from k2cli.completion import complete_method, complete_setting
         assert complete_method("") and complete_setting("format")("")
         sys.exit("torch" in sys.modules)
     """

@@ -236,7 +236,7 @@ def test_the_token_goes_to_the_hub_and_nowhere_else(hf: Hub, k2):
 def test_other_tools_find_what_was_pulled(hf: Hub, k2):
     k2("models", "pull", "krea-2-turbo")
 
-    cache = library.cache()
+    cache = library.hub_cache()
     found = huggingface_hub.hf_hub_download(REPO, SHARDS[1], cache_dir=cache, local_files_only=True)
     assert Path(found).read_bytes() == PIPELINE[SHARDS[1]]
     (repo,) = huggingface_hub.scan_cache_dir(cache).repos
@@ -246,7 +246,7 @@ def test_other_tools_find_what_was_pulled(hf: Hub, k2):
 def test_what_another_tool_pulled_is_found(hf: Hub, k2):
     assert library.find(REPO) is None
     for name in ("model_index.json", SHARDS[0], SHARDS[1]):
-        huggingface_hub.hf_hub_download(REPO, name, cache_dir=library.cache())
+        huggingface_hub.hf_hub_download(REPO, name, cache_dir=library.hub_cache())
 
     model = library.find("krea-2-turbo")
     assert model is not None and model.path.name == MAIN and model.licence == library.KREA_2
@@ -264,7 +264,7 @@ def test_no_repository_brings_a_manifest(hf: Hub, k2, name, pulled):
         assert set(manifest["files"]) == NEEDED
     else:
         for each in ("model_index.json", name, *SHARDS):
-            huggingface_hub.hf_hub_download(REPO, each, cache_dir=library.cache())
+            huggingface_hub.hf_hub_download(REPO, each, cache_dir=library.hub_cache())
 
     assert library.find("krea-2-turbo").licence == library.KREA_2
 
@@ -273,14 +273,14 @@ def test_the_bar_counts_bytes(monkeypatch):
     screen = Console(file=StringIO(), force_terminal=True, width=120)
     monkeypatch.setattr("k2cli.console.console", screen)
 
-    with hub.bar(2_000_000, quiet=False) as watch:
+    with hub.progress_bar(2_000_000, quiet=False) as watch:
         watch("[bold]turbo.safetensors", 1_000_000)
 
     assert "1.0/2.0 MB" in screen.file.getvalue() and "[bold]turbo.safetensors" in screen.file.getvalue()
 
 
 def test_progress_is_of_the_whole_pull_byte_by_byte(hf: Hub):
-    plan, seen = hub.look_up("krea-2-turbo"), []
+    plan, seen = hub.plan_pull("krea-2-turbo"), []
     hub.fetch(plan, lambda what, done: seen.append(done))
 
     assert seen == sorted(seen) and seen[-1] == plan.size == sum(len(PIPELINE[name]) for name in NEEDED)
@@ -447,7 +447,7 @@ def test_a_twin_in_another_repository_is_not_fetched_again(hf: Hub, k2):
 
 def test_room_is_looked_for_before_the_first_byte(hf: Hub, k2, monkeypatch):
     monkeypatch.setattr(hub.shutil, "disk_usage", lambda path: SimpleNamespace(free=300_000_000))
-    monkeypatch.setattr(hub, "MARGIN", 300_000_000)
+    monkeypatch.setattr(hub, "MIN_FREE_BYTES", 300_000_000)
 
     result = k2("models", "pull", "krea-2-turbo", code=1)
 
@@ -470,7 +470,7 @@ def test_what_is_here_needs_no_room(hf: Hub, k2, monkeypatch):
     ],
 )
 def test_an_end_half_way_keeps_what_came(hf: Hub, k2, monkeypatch, trouble: Any, code: int, words: str):
-    write = hub.Counted.write
+    write = hub.ProgressFile.write
 
     def stop(self: Any, data: bytes) -> int:
         if self.file.tell() > 100_000:
@@ -479,11 +479,11 @@ def test_an_end_half_way_keeps_what_came(hf: Hub, k2, monkeypatch, trouble: Any,
             signal.raise_signal(trouble)
         return write(self, data)
 
-    monkeypatch.setattr(hub.Counted, "write", stop)
+    monkeypatch.setattr(hub.ProgressFile, "write", stop)
     assert words in k2("models", "pull", "krea-2-turbo", code=code).stderr
     assert library.locate("krea-2-turbo") is None
 
-    monkeypatch.setattr(hub.Counted, "write", write)
+    monkeypatch.setattr(hub.ProgressFile, "write", write)
     hf.asked.clear()
     k2("models", "pull", "krea-2-turbo")
     assert int(hf.gets("text_encoder/model.safetensors")[0][6:-1]) > 100_000
@@ -503,9 +503,9 @@ def test_a_disk_that_is_full_leaves_no_half_of_a_small_file(hf: Hub, k2, monkeyp
     monkeypatch.setattr(Path, "write_text", full)
     assert "is full" in k2("models", "pull", "krea-2-turbo", code=1).stderr
 
-    assert not [path for path in library.cache().rglob("*") if path.is_file() and path.suffix == ".draft"]
-    assert len([*library.cache().rglob(library.MANIFEST)]) == written
-    assert not [path for path in library.cache().rglob("refs/*") if path.is_file()]
+    assert not [path for path in library.hub_cache().rglob("*") if path.is_file() and path.suffix == ".draft"]
+    assert len([*library.hub_cache().rglob(library.MANIFEST)]) == written
+    assert not [path for path in library.hub_cache().rglob("refs/*") if path.is_file()]
 
 
 def test_offline_finds_what_is_here_and_says_what_is_not(hf: Hub, k2, monkeypatch):
@@ -571,7 +571,7 @@ def test_files_stay_in_the_cache(hf: Hub, k2, name: str):
 
 
 def test_two_pulls_do_not_write_one_file(hf: Hub, k2):
-    with hub.alone(hub.look_up("krea-2-turbo")):
+    with hub.exclusive(hub.plan_pull("krea-2-turbo")):
         assert "Another process is pulling" in k2("models", "pull", "krea-2-turbo", code=1).stderr
 
 
@@ -616,24 +616,24 @@ def test_the_language_side_speaks_under_an_accepted_licence_only(hf: Hub, moody:
     licence.record_file().unlink()
     loaded = []
     speaking = SimpleNamespace(answer=lambda *_: "a cup of tea on a table", sight=False)
-    monkeypatch.setattr("model.speaker.speaks", lambda text: True)
-    monkeypatch.setattr("model.speaker.Speaker.load", lambda *_: loaded.append(1) or speaking)
+    monkeypatch.setattr("model.language_model.can_answer", lambda text: True)
+    monkeypatch.setattr("model.language_model.LanguageModel.load", lambda *_: loaded.append(1) or speaking)
     find_parts = library.find_parts
     monkeypatch.setattr(
         "model.library.find_parts", lambda found: replace(find_parts(found), text=found.path / "text_encoder")
     )
-    monkeypatch.setattr("model.moodboard.told", lambda board, speaker: "Quiet.")
-    expander.language_of.cache_clear()
+    monkeypatch.setattr("model.moodboard.describe_by_language", lambda board, speaker: "Quiet.")
+    expander.language_model_path.cache_clear()
     command = ("render", "--model", "krea-2-turbo", "-p", "tea", "--creativity", "high", "--dry-run")
     board = Board((), (), (), (), "")
 
     assert "has not been accepted" in k2(*command, code=1).stderr
-    assert "has not been accepted" in moodboard.tell(board, "krea-2-turbo").notes[0]
+    assert "has not been accepted" in moodboard.describe_taste(board, "krea-2-turbo").notes[0]
     assert not loaded
 
     licence.accept(licence.KREA_2)
-    assert "on a table" in k2(*command).stdout and moodboard.tell(board, "krea-2-turbo").told == "Quiet."
-    expander.language_of.cache_clear()
+    assert "on a table" in k2(*command).stdout and moodboard.describe_taste(board, "krea-2-turbo").told == "Quiet."
+    expander.language_model_path.cache_clear()
 
 
 def test_what_was_made_from_the_weights_comes_under_their_licence(hf: Hub, k2):

@@ -16,19 +16,19 @@ from PIL import Image
 from tiny import tiny, tiny_box  # noqa: F401
 
 from k2cli import models, origins, records, runs
-from k2cli.cluster import moved
+from k2cli.cluster import relocate
 from k2cli.outputs import Run
 from k2cli.project import Project
-from k2cli.several import go_on
-from k2cli.watch import look
+from k2cli.several import resume_commands
+from k2cli.watch import plan_missing
 from model.errors import K2Error
 from model.hashes import files_of, sha256
 from model.latents import noise, patchify, unpatchify
 from model.pipeline import Pipeline, to_image
-from model.references import feathered, to_mask, to_pixels
+from model.references import feather, to_mask, to_pixels
 from model.sampler import guided, shifted_sigmas
-from model.spec import DENOISE, DENOISE_MASKED, Picture, RenderSpec, tied
-from model.train.rollout import conditioned
+from model.spec import DENOISE, DENOISE_MASKED, Picture, RenderSpec, tie_to_lead
+from model.train.rollout import conditioned_velocity
 
 FOX = RenderSpec("a red fox", seed=7, steps=8)
 
@@ -78,7 +78,7 @@ def test_the_last_steps_are_taken_from_the_picture_with_as_much_noise(pipeline, 
         begun = theirs.scale_noise(latents, theirs.timesteps[8 - taken : 9 - taken], fresh)
         tokens = patchify(begun, config.patch)
         said, unsaid = (
-            conditioned(pipeline.dit, pipeline.text.encode([text])[0], None, grid) for text in (FOX.prompt, "")
+            conditioned_velocity(pipeline.dit, pipeline.text.encode([text])[0], None, grid) for text in (FOX.prompt, "")
         )
         for step, time in enumerate(theirs.timesteps[8 - taken :]):
             level = time[None] / 1000
@@ -119,14 +119,14 @@ def test_pictures_that_begin_differently_keep_no_company(pipeline, sketch, tmp_p
 def test_one_picture_begins_pictures_of_several_shapes(pipeline, sketch):
     cell = pipeline.vae.factor
     for width, height in ((64, 64), (64, 96), (96, 64)):
-        assert pipeline.beginnings.latents(sketch, width, height).shape[2:] == (height // cell, width // cell)
+        assert pipeline.init_images.latents(sketch, width, height).shape[2:] == (height // cell, width // cell)
 
 
 def test_the_first_of_a_batch_is_what_it_would_be_alone(pipeline, sketch):
     """And the leader of the others begins as they do."""
     spec = replace(FOX, init_image=sketch, denoise=0.6)
     alone = [as_array(pipeline.render([each])[0]) for each in (spec, replace(spec, seed=8))]
-    first, second = (as_array(each) for each in pipeline.render(tied([spec, replace(spec, seed=8)], 1.0)))
+    first, second = (as_array(each) for each in pipeline.render(tie_to_lead([spec, replace(spec, seed=8)], 1.0)))
     assert np.abs(first - alone[0]).max() <= 1 < np.abs(second - alone[1]).max()
 
 
@@ -210,7 +210,7 @@ def test_what_stays_is_at_every_step_what_noise_has_left_of_it(pipeline, noisy, 
     monkeypatch.setattr(Pipeline, "_one_stream", property(lambda self: 0))
     pipeline.render([spec])
     config, cells = pipeline.dit.config, side // pipeline.vae.factor
-    image = patchify(pipeline.beginnings.latents(noisy, side, side), config.patch)
+    image = patchify(pipeline.init_images.latents(noisy, side, side), config.patch)
     fresh = patchify(noise(FOX.seed, config.channels, cells, cells), config.patch)
     sigmas = shifted_sigmas(8, pipeline.resolve(spec).mu)
     for tokens, sigma in zip(seen[:: len(seen) // 8], sigmas[:-1], strict=True):
@@ -279,10 +279,10 @@ def test_a_region_may_touch_every_edge(pipeline, noisy):
 
 def test_the_edge_of_a_mask_is_half_a_latent_cell_wide(pipeline, noisy):
     """So far, within the mask, the initial picture and what is painted run into each other."""
-    side, half = pipeline.native, pipeline.beginnings.vae.factor // 2
+    side, half = pipeline.native, pipeline.init_images.vae.factor // 2
     spec = pipeline.resolve(replace(FOX, init_image=noisy, mask=f"{side // 2}x{side}+0+0"))
 
-    found = pipeline.beginnings.rest(spec).around(torch.full((3, side, side), 3.0))  # as no picture is
+    found = pipeline.init_images.kept_pixels(spec).composite(torch.full((3, side, side), 3.0))  # as no picture is
 
     soft = side // 2 - half
     assert (found[..., :soft] == 3).all() and (found[..., soft] < 3).all()
@@ -293,9 +293,9 @@ def test_a_cell_that_a_mask_cuts_is_made_anew_in_part(pipeline, noisy):
     spec = pipeline.resolve(replace(FOX, init_image=noisy, mask=f"{cell + cell // 2}x{side}+0+0"))
     cells = side // cell
 
-    way = pipeline.beginnings.way([spec], patchify(noise(7, config.channels, cells, cells), config.patch), 1.0)
+    way = pipeline.init_images.trajectory([spec], patchify(noise(7, config.channels, cells, cells), config.patch), 1.0)
 
-    assert unpatchify(way.anew, config.patch, cells, cells)[0, 0, 0, :3].tolist() == [1.0, 0.5, 0.0]
+    assert unpatchify(way.repaint, config.patch, cells, cells)[0, 0, 0, :3].tolist() == [1.0, 0.5, 0.0]
 
 
 def test_files_may_change_and_go_once_a_picture_is_begun(pipeline, noisy, tmp_path):
@@ -316,18 +316,18 @@ def test_files_may_change_and_go_once_a_picture_is_begun(pipeline, noisy, tmp_pa
 
 def test_a_mask_comes_in_within_its_edge_and_not_at_the_pictures():
     mask = to_mask("20x40+0+0", 40, 40)
-    soft = feathered(mask, 4)
+    soft = feather(mask, 4)
     assert (soft[..., 20:] == 0).all() and (soft[..., :16] == 1).all()
     ramp = soft[0, 0, 5, 15:21]
     assert (ramp.diff() <= 0).all() and 0 < ramp[3] < 1
 
 
 def test_greys_lighter_than_half_lead_over_to_what_is_made_anew():
-    soft = [feathered(torch.full((1, 1, 16, 16), grey), 4).unique().tolist() for grey in (0.0, 0.25, 0.5, 0.75, 1.0)]
+    soft = [feather(torch.full((1, 1, 16, 16), grey), 4).unique().tolist() for grey in (0.0, 0.25, 0.5, 0.75, 1.0)]
     assert soft == [[0.0], [0.0], [0.0], [0.5], [1.0]]
     white = torch.ones(1, 1, 16, 16)
     white[..., 8, 8] = 0.5
-    assert feathered(white, 4)[0, 0, 8, 8] == 0
+    assert feather(white, 4)[0, 0, 8, 8] == 0
 
 
 # ---- projects -------------------------------------------------------------------------------------------------------
@@ -445,7 +445,7 @@ def test_what_lies_elsewhere_is_known_by_where_it_lies(begun, k2, said):
     assert "Identical" in k2("rerun", made, "--allow-outside").stderr
     job = runs.resume(Project.open(begun, allow_outside=True), 1)
     asked = replace(job, project=Project.open(begun), run=Run(Path(made).parent))
-    assert go_on([asked]) == "k2 render --resume --run 1 --allow-outside"
+    assert resume_commands([asked]) == "k2 render --resume --run 1 --allow-outside"
 
 
 def test_a_project_is_a_link_to_one(begun, k2, tmp_path, monkeypatch):
@@ -689,16 +689,16 @@ def test_other_tools_are_told_of_it_and_tell_of_it(begun, k2, tmp_path):
 def test_a_cluster_gets_the_picture_too(tmp_path):
     spec = RenderSpec("a fox", init_image=tmp_path / "a.png", mask=tmp_path / "b.png")
     assert files_of(spec) == {tmp_path / "a.png", tmp_path / "b.png"}
-    there = moved(spec, lambda path: Path("/far") / path.name)
+    there = relocate(spec, lambda path: Path("/far") / path.name)
     assert (there.init_image, there.mask) == (Path("/far/a.png"), Path("/far/b.png"))
     region = replace(spec, mask="8x8+0+0")
-    assert files_of(region) == {tmp_path / "a.png"} and moved(region, Path).mask == "8x8+0+0"
+    assert files_of(region) == {tmp_path / "a.png"} and relocate(region, Path).mask == "8x8+0+0"
 
 
 def test_watch_sees_another_beginning(begun, k2):
     """What a picture is known by holds the hash of what it begins with."""
     settings = dict.fromkeys(("variant", "batch", "steps", "size", "device"))
-    _, before, _ = look(Project.open(begun), ["fox"], settings, {}, {})
+    _, before, _ = plan_missing(Project.open(begun), ["fox"], settings, {}, {})
     Image.new("RGB", (300, 200), "teal").save(begun / "refs" / "wide.png")
-    _, after, _ = look(Project.open(begun), ["fox"], settings, {}, {})
+    _, after, _ = plan_missing(Project.open(begun), ["fox"], settings, {}, {})
     assert before.keys() == after.keys() and not set(before.values()) & set(after.values())

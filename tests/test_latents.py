@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from model.latents import BEYOND, around, noise, patchify, position_ids, unpatchify
+from model.latents import OUTER_SPACING, centre_on_square, noise, patchify, position_ids, unpatchify
 
 
 @pytest.mark.parametrize("shape", [(2, 16, 8, 8), (1, 4, 6, 10), (3, 3, 2, 4)])
@@ -49,12 +49,14 @@ def test_a_grid_lies_around_the_middle_of_a_square():
     """A scale between that of equal areas and that of a square within the picture; beyond it, rows come close."""
     places = position_ids(0, 16, 4)[:, 1:].double()
 
-    there = around(places, (16, 4), 8).view(16, 4, 2)
+    there = centre_on_square(places, (16, 4), 8).view(16, 4, 2)
     rows, columns = there[:, 0, 0], there[0, :, 1]
 
     scale = (1 * 2) ** 0.5  # 8 / √(16 · 4), and 8 / 4
     torch.testing.assert_close(columns.diff(), torch.full((3,), scale).double())
     torch.testing.assert_close(rows[6:10].diff(), torch.full((3,), scale).double())
-    torch.testing.assert_close(rows[:3].diff(), torch.full((2,), BEYOND * scale).double())
+    torch.testing.assert_close(rows[:3].diff(), torch.full((2,), OUTER_SPACING * scale).double())
     torch.testing.assert_close(there.mean((0, 1)), torch.tensor([3.5, 3.5]).double())
-    assert torch.equal(around(position_ids(0, 8, 8)[:, 1:].double(), (8, 8), 8), position_ids(0, 8, 8)[:, 1:].double())
+    assert torch.equal(
+        centre_on_square(position_ids(0, 8, 8)[:, 1:].double(), (8, 8), 8), position_ids(0, 8, 8)[:, 1:].double()
+    )

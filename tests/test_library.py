@@ -14,7 +14,7 @@ import pytest
 from k2cli import models
 from model import library
 from model.errors import K2Error
-from model.spec import mu_at
+from model.spec import resolve_mu
 
 COMMIT = "c" * 40
 
@@ -56,7 +56,7 @@ def diffusers(width: int = 256, blocks: int = 2) -> dict[str, tuple[int, ...]]:
 @pytest.fixture(autouse=True)
 def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder of bundled models and a cache, both for one test."""
-    monkeypatch.setattr(library, "BOX", tmp_path / "box")
+    monkeypatch.setattr(library, "BUNDLED", tmp_path / "box")
     monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
     for name in ("HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE"):
         monkeypatch.delenv(name, raising=False)
@@ -175,10 +175,10 @@ def test_a_pipelines_scheduler_states_raws_mu(home: Path, stated: dict):
         mu = library.recommended("raw", {}, path)["mu"]
         for tokens in (16, 1024, 4096, 16384):
             theirs = krea2.calculate_shift(tokens, *(scheduler.config[name] for name in names))
-            assert mu_at(mu, tokens) == pytest.approx(theirs)
+            assert resolve_mu(mu, tokens) == pytest.approx(theirs)
     assert library.recommended("raw", {"recommended": {"mu": 0.25}}, file)["mu"] == 0.25
     assert library.recommended("turbo", {}, file)["mu"] == 1.15
-    own = models.own_mu(str(home / "mine"), "raw", 1024, 1024)
+    own = models.default_mu(str(home / "mine"), "raw", 1024, 1024)
     assert own == pytest.approx(krea2.calculate_shift(4096, *(scheduler.config[name] for name in names)))
 
 
@@ -262,7 +262,8 @@ def test_invalid_hub_names(name: str):
 
 
 def test_the_cache_is_where_the_hubs_client_has_it(home: Path, monkeypatch):
-    code = "import sys, huggingface_hub.constants as c, model.library as l; sys.exit(c.HF_HUB_CACHE != str(l.cache()))"
+    code = "import sys, huggingface_hub.constants as c; from model.library import hub_cache; "
+    code += "sys.exit(c.HF_HUB_CACHE != str(hub_cache()))"
     for name, value in {"HF_HOME": "~/one", "XDG_CACHE_HOME": "/two", "HF_HUB_CACHE": "$HOME/three"}.items():
         monkeypatch.delenv("HF_HOME", raising=False)
         monkeypatch.setenv(name, value)
@@ -324,7 +325,7 @@ def test_which_transformers_listen_to_a_text_encoder(home: Path, shape: tuple[in
     dit = write(home / "x.safetensors", transformer() | heard)
     text = write(home / "text.safetensors", {}, {"config": {"hidden_size": 32, "taps": [1, 2, 3, 4]}})
 
-    assert library.listens(dit, text) is listens
+    assert library.fits_text_encoder(dit, text) is listens
 
 
 @pytest.mark.parametrize("shapes", [transformer(6144, 28), transformer(6144, 28, "net."), diffusers(6144, 28)])

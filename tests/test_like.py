@@ -304,7 +304,7 @@ def test_pictures_that_are_read_in_another_way_are_told(dusky, k2):
     Image.new("RGB", (64, 64), "teal").save(dusky / "a.png")
     plain = '[[reference]]\nimage = "a.png"\n'
     night.write_text(plain)
-    write_weights(library.BOX / "mini-style.safetensors", {"kind": "style"})
+    write_weights(library.BUNDLED / "mini-style.safetensors", {"kind": "style"})
     made = rendered(k2, "-p", "tea", "--style", "night=1")
     for before, now, told in (
         ("tokens", "auto", ""),

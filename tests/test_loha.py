@@ -12,11 +12,11 @@ from test_lora import LAYOUTS, THEIRS, TINY, bare_ones, linears, random_pairs, r
 from test_lora_kinds import with_differences
 from torch import Tensor
 
+from model.adapter_path import Hadamard
 from model.dit import Krea2
 from model.latents import position_ids
-from model.lora import laid_over
+from model.lora import applied
 from model.lora_match import read_lora
-from model.second_path import Hadamard
 
 Factors = dict[str, dict[str, Tensor]]  # native layer -> what LyCORIS calls it -> tensor
 
@@ -87,7 +87,7 @@ def test_on_each_layer_it_is_the_dense_product(tmp_path, model, rank):
     for name, layer in linears(model).items():
         x = torch.randn(2, 5, layer.in_features)
         before = layer(x)
-        with laid_over(model, [(adapter, -1.5)]):
+        with applied(model, [(adapter, -1.5)]):
             delta = layer(x) - before
         expected = -1.5 * 2 / rank * x.double() @ hadamard(found[name]).T
         assert relative_error(delta.double(), expected) < 1e-4, name

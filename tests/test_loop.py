@@ -99,7 +99,7 @@ def test_a_killed_run_ends_as_one_that_was_not(tmp_path, die_at):
 class Watched(Line):
     """Something is measured for every line of the log."""
 
-    def measured(self):
+    def figures(self):
         return {"weight": float(self.model["out"].weight.detach().sum())}
 
 
@@ -315,8 +315,8 @@ def test_a_finished_run_is_left_as_it_is(tmp_path):
     assert (tmp_path / "state.safetensors").read_bytes() == written
 
 
-OTHER = "import sys; from pathlib import Path; from model.train.alone import alone\n"
-OTHER += "with alone(Path(sys.argv[1])): print('in', flush=True); sys.stdin.read()"
+OTHER = "import sys; from pathlib import Path; from model.train.run_lock import run_lock\n"
+OTHER += "with run_lock(Path(sys.argv[1])): print('in', flush=True); sys.stdin.read()"
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="Windows has no such locks")

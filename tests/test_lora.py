@@ -20,9 +20,9 @@ from model.dit import PRESETS, DiTConfig, Krea2
 from model.errors import K2Error
 from model.latents import position_ids
 from model.layouts import diffusers_names
-from model.lora import Adapter, laid_over
-from model.lora_match import bare, layer_names, read_lora
-from model.pipeline import MOST_ADAPTERS, Pipeline
+from model.lora import Adapter, applied
+from model.lora_match import layer_names, read_lora, strip_prefixes
+from model.pipeline import MAX_ADAPTERS, Pipeline
 from model.quantize import to_int8
 from model.spec import Lora, RenderSpec, Style
 
@@ -76,7 +76,7 @@ def dense(model: Krea2, *weighted: tuple[Pairs, float]) -> Krea2:
 @torch.no_grad()
 def velocity(model: Krea2, *adapters: tuple[Adapter, float]) -> Tensor:
     tokens, sigma, embeds, grid = inputs(model.config)
-    with laid_over(model, adapters):
+    with applied(model, adapters):
         return model(tokens, sigma, embeds, grid)
 
 
@@ -208,7 +208,7 @@ def test_no_two_layers_share_a_spelling(config):
     for name in [*linears(network), *bare_ones(network)]:
         other = theirs.get(f"{name}.weight", theirs.get(name)).removesuffix(".weight")
         assert names[name] == names[flat(name)] == names[other] == names[flat(other)] == name
-        assert bare(f"base_model.model.transformer.{other}") == other
+        assert strip_prefixes(f"base_model.model.transformer.{other}") == other
 
 
 # ---- sums ---------------------------------------------------------------------------------------
@@ -220,7 +220,7 @@ def test_the_delta_of_each_layer_is_the_dense_product(model, pairs, adapter):
         down, up = pairs[name]
         x = torch.randn(5, layer.in_features)
         before = layer(x)
-        with laid_over(model, [(adapter, -0.7)]):
+        with applied(model, [(adapter, -0.7)]):
             delta = layer(x) - before
         expected = -0.7 * (x.double() @ (up.double() @ down.double()).T)
         assert relative_error(delta.double(), expected) < 1e-5, name
@@ -236,7 +236,7 @@ def test_two_add_in_any_order(tmp_path, model, pairs, adapter):
     assert relative_error(both, velocity(dense(model, (pairs, 0.8), (others, -0.5)))) < 1e-5
     assert torch.equal(both, velocity(model, (other, -0.5), (adapter, 0.8)))
     assert relative_error(velocity(model, (adapter, 0.3), (adapter, 0.7)), velocity(model, (adapter, 1))) < 1e-5
-    with laid_over(model, [(other, -0.5)]):  # one within the other
+    with applied(model, [(other, -0.5)]):  # one within the other
         assert relative_error(velocity(model, (adapter, 0.8)), both) < 1e-5
 
 
@@ -253,7 +253,7 @@ def test_weight_nought_and_taking_off_leave_no_trace(model, adapter):
 
     assert torch.equal(velocity(model, (adapter, 0)), before)
     assert not torch.equal(velocity(model, (adapter, 1e-3)), before)
-    with pytest.raises(RuntimeError), laid_over(model, [(adapter, 1)]):
+    with pytest.raises(RuntimeError), applied(model, [(adapter, 1)]):
         assert {name: tensor.data_ptr() for name, tensor in model.state_dict().items()} == weights  # nothing is copied
         raise RuntimeError
     assert torch.equal(velocity(model), before)
@@ -262,7 +262,7 @@ def test_weight_nought_and_taking_off_leave_no_trace(model, adapter):
 def test_in_half_precision(model, pairs, adapter):
     half = dense(model).bfloat16()
     tokens, sigma, embeds, grid = inputs(TINY)
-    with laid_over(half, [(adapter, 1)]), torch.no_grad():
+    with applied(half, [(adapter, 1)]), torch.no_grad():
         ours = half(tokens.bfloat16(), sigma, embeds.bfloat16(), grid).float()
     assert relative_error(ours, velocity(dense(model, (pairs, 1)))) < 0.05
 
@@ -441,8 +441,8 @@ def test_numbers_that_are_none(tmp_path, model, value):
 def test_larger_than_any_of_this_network(tmp_path, model, monkeypatch):
     """It is told by the file's size, before a tensor is read."""
     path = write(tmp_path, {"blocks.0.attn.wq.lora_A.weight": torch.ones(4, 64)})
-    monkeypatch.setattr(lora_match, "MOST_BESIDE", -8 * sum(weight.numel() for weight in model.parameters()))
-    monkeypatch.setattr(lora_match, "sort_out", lambda *read: pytest.fail("it was read"))
+    monkeypatch.setattr(lora_match, "MAX_EXTRA_BYTES", -8 * sum(weight.numel() for weight in model.parameters()))
+    monkeypatch.setattr(lora_match, "sort_parts", lambda *read: pytest.fail("it was read"))
 
     with pytest.raises(K2Error, match="larger than a LoRA of this network"):
         read_lora(path, model)
@@ -551,7 +551,7 @@ def test_a_file_that_changes_is_read_again(pipeline, path, tmp_path):
 def test_however_many_a_picture_takes_each_is_read_once(pipeline, tmp_path, monkeypatch):
     """Where fewer were kept, each would throw out the one that is asked for next."""
     few = {"blocks.0.attn.wq": random_pairs(pipeline.dit)["blocks.0.attn.wq"]}
-    paths = [write(tmp_path, LAYOUTS["kohya"](few), f"{i}.safetensors") for i in range(MOST_ADAPTERS + 1)]
+    paths = [write(tmp_path, LAYOUTS["kohya"](few), f"{i}.safetensors") for i in range(MAX_ADAPTERS + 1)]
     spec, asked = replace(FOX, loras=tuple(map(Lora, paths))), []
     monkeypatch.setattr("model.pipeline.read_lora", lambda path, dit: asked.append(path) or read_lora(path, dit))
 
@@ -562,7 +562,7 @@ def test_however_many_a_picture_takes_each_is_read_once(pipeline, tmp_path, monk
 
 def test_what_was_read_stays_though_the_file_is_written_over(monkeypatch, model, pairs, tmp_path):
     """Large tensors of a file are views of its pages: an adapter is kept, and answers for what it was."""
-    monkeypatch.setattr("model.safetensors_file.SMALL", 0)
+    monkeypatch.setattr("model.safetensors_file.MAX_COPIED", 0)
     file = write(tmp_path, LAYOUTS["diffusers"](pairs))
     adapter = read_lora(file, model)
     before = velocity(model, (adapter, 1.0))

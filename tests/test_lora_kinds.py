@@ -31,7 +31,7 @@ from model.checkpoint import save
 from model.dit import Krea2
 from model.errors import K2Error
 from model.layouts import diffusers_names, load_dit
-from model.lora import Adapter, laid_over
+from model.lora import Adapter, applied
 from model.lora_match import read_lora
 
 
@@ -148,7 +148,7 @@ def test_what_is_no_linear_layers_is_changed_too(tmp_path, model, called):
     changed = dense(model)
     changed.load_state_dict({n: t + 0.5 * found[n] if n in found else t for n, t in model.state_dict().items()})
     assert relative_error(velocity(model, (adapter, 0.5)), velocity(changed)) < 1e-5
-    with laid_over(model, [(adapter, 0.2)]):  # one within the other
+    with applied(model, [(adapter, 0.2)]):  # one within the other
         assert relative_error(velocity(model, (adapter, 0.3)), velocity(changed)) < 1e-5
     assert torch.equal(velocity(model), before)
     assert {name: id(each) for name, each in model.named_parameters()} == weights
@@ -304,7 +304,7 @@ def test_a_kronecker_product_on_one_layer_is_the_dense_one(tmp_path, model):
     adapter = read_lora(write(tmp_path, written(found, native, alpha=2.0)), model)
     layer, x = model.blocks[0].mlp.up, torch.randn(3, 5, TINY.width)
     before = layer(x)
-    with laid_over(model, [(adapter, 0.7)]):
+    with applied(model, [(adapter, 0.7)]):
         delta = layer(x) - before
     expected = 0.7 * x.double() @ product(found["blocks.0.mlp.up"]).T
     assert relative_error(delta.double(), expected) < 1e-5 and torch.equal(layer(x), before)

@@ -16,9 +16,9 @@ from model.train.looks import Look
 from model.train.merge import choose, combine, simplex
 from model.train.midtrain import balanced, kmeans
 from model.train.rollout import noise_levels
-from model.train.sft import Recipe, best_of_each, domain
+from model.train.sft import Recipe, best_of_each, domain_items
 from model.train.training_set import training_set
-from model.train.validation import only, rest_for_validation, rests, validation_loss
+from model.train.validation import hold_out, is_validation, only, validation_loss
 
 WAVES = 3
 gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
@@ -160,7 +160,7 @@ def test_features_for_clustering_are_in_main_memory(workshop, device):  # noqa: 
     small = midtrain.Recipe(**keys, init="box", network=NETWORK)
     data = training_set(small, device)
 
-    found = midtrain.features(data, pretrain.trainee(small, len(data.looks)).to(device))
+    found = midtrain.features(data, pretrain.build_model(small, len(data.looks)).to(device))
 
     assert found.shape == (len(data.items), 4 * 32 + 64)
     assert np.allclose(np.linalg.norm(found[:, : 4 * 32], axis=1), 1, atol=1e-4)
@@ -179,10 +179,10 @@ def test_domain_must_leave_pictures_of_every_shape():
 def test_validation_pictures_are_not_trained_on():
     items = [Item(row, Pair(f"thing {row}", "noto"), Look("noto", "plain", "white", "cream")) for row in range(200)]
     data = SimpleNamespace(items=items, weights=np.full(200, 1 / 200), shaped=[])
-    rest_for_validation(data)
+    hold_out(data)
 
-    assert 0 < sum(map(rests, items)) < 20
-    assert (data.weights == 0).tolist() == [rests(item) for item in items]
+    assert 0 < sum(map(is_validation, items)) < 20
+    assert (data.weights == 0).tolist() == [is_validation(item) for item in items]
 
     drawn = []
 
@@ -195,7 +195,7 @@ def test_validation_pictures_are_not_trained_on():
     found = validation_loss(model, Resting(items=items), RECIPE, 48)
 
     assert found == 1 and [step for step, _ in drawn] == [0, 1, 2]
-    assert all(resting.tolist() == [rests(item) for item in items] for _, resting in drawn)
+    assert all(resting.tolist() == [is_validation(item) for item in items] for _, resting in drawn)
 
 
 def test_clusters_are_found_and_the_same_for_the_same_seed():
@@ -245,11 +245,11 @@ RECIPE = Recipe(name="d", steps=1, size=64, batch=1, repeats=1, lr=0.1, muon_lr=
 
 
 def test_domain_is_what_its_recipe_selects():
-    film = domain(ITEMS, replace(RECIPE, media=("film",)))
+    film = domain_items(ITEMS, replace(RECIPE, media=("film",)))
     assert [item.look.medium == "film" for item in ITEMS] == film.tolist()
-    both = domain(ITEMS, replace(RECIPE, media=("plain",), drawings=("noto",), on=("white", "flat")))
+    both = domain_items(ITEMS, replace(RECIPE, media=("plain",), drawings=("noto",), on=("white", "flat")))
     assert [i.look.medium == "plain" and i.pair.drawing == "noto" for i in ITEMS] == both.tolist()
-    assert domain(ITEMS, RECIPE).all()
+    assert domain_items(ITEMS, RECIPE).all()
 
 
 @pytest.mark.parametrize("domain", [{"media": ("film", "flim")}, {"drawings": ("nothing",)}])

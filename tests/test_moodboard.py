@@ -15,18 +15,18 @@ import torch
 from PIL import Image
 from tiny import tiny, tiny_box  # noqa: F401
 
-from k2cli import hands, moodboard
+from k2cli import moodboard, workers
 from k2cli.project import Project
 from k2cli.tables import Toml
 from model import library
+from model.board_pictures import StyleReader
 from model.checkpoint import save
-from model.clusters import APART, find_looks, silhouette, spherical_kmeans
+from model.clusters import MIN_SILHOUETTE, find_looks, silhouette, spherical_kmeans
 from model.colours import colour_words, find_palette, name_of, named_colours, oklab, swatches
 from model.errors import K2Error
 from model.hashes import cache_folder, sha256
 from model.moodboard import analyse, same_within
-from model.seeing import Eye
-from model.words import Words, speak
+from model.words import Words, read_words
 
 K2 = """\
 [render]
@@ -89,7 +89,7 @@ def test_silhouette_matches_its_definition():
     found = silhouette(vectors, np.array([0, 0, 1, 1]))
 
     assert found == pytest.approx((1 - a / b + 1 - a / c) / 2)
-    assert found > APART > silhouette(vectors, np.array([0, 1, 0, 1]))
+    assert found > MIN_SILHOUETTE > silhouette(vectors, np.array([0, 1, 0, 1]))
     assert (spherical_kmeans(vectors, 2) == spherical_kmeans(vectors, 2)).all()
 
 
@@ -173,14 +173,14 @@ def test_words_are_read_only_from_pictures_near_the_training_data():
     chances, known = words.read(torch.tensor([[1.0, 0.0], [0.9, 0.1], [9.0, 9.0]]))
 
     assert known.tolist() == [True, True, False]
-    keywords, avoids, told = speak(words, chances, known)
+    keywords, avoids, told = read_words(words, chances, known)
     assert keywords == ["grainy film"] and avoids == ["neon on black"]
     assert told["medium"][0] == "film" and told["medium"][1] > 0.99
 
 
 def test_bundled_word_table_fits_the_bundled_style_encoder():
     """New weights need new words: python -m model.train.words."""
-    eye = Eye.load("mini")
+    eye = StyleReader.load("mini")
 
     assert eye.words is not None, eye.why
 
@@ -188,9 +188,9 @@ def test_bundled_word_table_fits_the_bundled_style_encoder():
 def test_words_that_were_unreliable_on_unseen_looks_are_omitted():
     chances, known = table(0.3).read(torch.tensor([[1.0, 0.0]]))
 
-    assert speak(table(0.3), chances, known) == ([], [], {})
-    assert speak(None, {}, known) == ([], [], {})
-    assert speak(table(0.9), chances, np.array([False])) == ([], [], {})
+    assert read_words(table(0.3), chances, known) == ([], [], {})
+    assert read_words(None, {}, known) == ([], [], {})
+    assert read_words(table(0.9), chances, np.array([False])) == ([], [], {})
 
 
 # ---- boards -------------------------------------------------------------------------------------
@@ -200,7 +200,7 @@ def test_words_that_were_unreliable_on_unseen_looks_are_omitted():
 def den(tiny, tmp_path, monkeypatch) -> Path:  # noqa: F811
     """A project with a board of two looks, six pictures each: dark stripes and bright squares."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    hands.load.cache_clear()
+    workers.load_pipeline.cache_clear()
     folder = tmp_path / "den"
     (folder / "refs" / "board").mkdir(parents=True)
     rng = np.random.default_rng(0)
@@ -217,7 +217,7 @@ def den(tiny, tmp_path, monkeypatch) -> Path:  # noqa: F811
 
 def board(folder: Path, *names: str):
     paths = [folder / "refs" / "board" / name for name in names] or sorted((folder / "refs" / "board").iterdir())
-    return analyse(paths, Eye.load("tiny"))
+    return analyse(paths, StyleReader.load("tiny"))
 
 
 def test_analysis_is_deterministic(den):
@@ -231,7 +231,7 @@ def test_analysis_is_deterministic(den):
 
 def test_bad_boards_get_one_sentence_each(den):
     with pytest.raises(K2Error, match="holds no picture"):
-        analyse([], Eye.load("tiny"))
+        analyse([], StyleReader.load("tiny"))
     pictures = den / "refs" / "board"
     assert any("thin moodboard" in note for note in board(den, "dark-0.png").notes)
     for name in ("a.png", "b.png"):
@@ -272,7 +272,7 @@ def test_patterns_of_the_same_colour_are_not_copies(den):
         image.save(folder / f"{index}.png")
         image.save(folder / f"{index}.jpg", quality=60)
 
-    found = analyse(sorted(folder.iterdir()), Eye.load("tiny"))
+    found = analyse(sorted(folder.iterdir()), StyleReader.load("tiny"))
 
     assert "5 of them are copies of others and count once." in found.notes
     assert sum(len(look.pictures) for look in found.looks) == 5
@@ -298,8 +298,8 @@ def test_copies_keep_their_grain_and_other_pictures_differ_in_it(much, channels)
 
 
 def test_word_table_for_another_encoder_is_not_used(den, monkeypatch, tmp_path):
-    shutil.copytree(library.BOX, tmp_path / "box")
-    monkeypatch.setattr(library, "BOX", tmp_path / "box")
+    shutil.copytree(library.BUNDLED, tmp_path / "box")
+    monkeypatch.setattr(library, "BUNDLED", tmp_path / "box")
     state = {"medium.weight": torch.zeros(1, 32), "medium.offset": torch.zeros(1)}
     state |= {
         "mean": torch.zeros(32),
@@ -308,9 +308,9 @@ def test_word_table_for_another_encoder_is_not_used(den, monkeypatch, tmp_path):
         "precision": torch.eye(32),
     }
     about = {"kind": "words", "names": {"medium": ["film"]}, "furthest": 1e9, "unseen": {"medium": 0.9}}
-    hashes = {part: sha256(library.BOX / f"tiny-{part}.safetensors") for part in ("style", "vae")}
+    hashes = {part: sha256(library.BUNDLED / f"tiny-{part}.safetensors") for part in ("style", "vae")}
     for made_for, keywords in ((hashes, ("grainy film",)), (hashes | {"vae": "other"}, ())):
-        save(library.BOX / "tiny-words.safetensors", state, about | {"made_for": made_for})
+        save(library.BUNDLED / "tiny-words.safetensors", state, about | {"made_for": made_for})
         found = board(den)
         assert found.keywords[:1] == keywords or (not keywords and "grainy film" not in found.keywords)
         assert any("another style encoder" in note for note in found.notes) == (not keywords)
@@ -453,14 +453,14 @@ def test_subfolders_named_by_the_board_are_not_reported_as_skipped(den, k2):
 
 
 def test_style_created_during_analysis_is_not_overwritten(den, k2, monkeypatch):
-    look, style = moodboard.look, den / "styles" / "dusk.toml"
+    look, style = moodboard.analyse_board, den / "styles" / "dusk.toml"
 
     def slowly(*arguments):
         style.parent.mkdir(exist_ok=True)
         style.write_text('keywords = ["mine"]\n')
         return look(*arguments)
 
-    monkeypatch.setattr(moodboard, "look", slowly)
+    monkeypatch.setattr(moodboard, "analyse_board", slowly)
 
     said = k2("moodboard", "analyze", "--name", "dusk", code=1).stderr
 
@@ -485,8 +485,8 @@ def test_language_model_describes_the_board(den, k2, monkeypatch):
                 raise self.said
             return self.said
 
-    monkeypatch.setattr(moodboard, "language_of", lambda model: Path("somewhere"))
-    monkeypatch.setattr(moodboard, "speaker", lambda text, device: Speaking())
+    monkeypatch.setattr(moodboard, "language_model_path", lambda model: Path("somewhere"))
+    monkeypatch.setattr(moodboard, "load_language_model", lambda text, device: Speaking())
     told = json.loads(k2("moodboard", "analyze", "--json").stdout)
     looks = [look["representatives"] for look in told["looks"]]
 
@@ -550,7 +550,7 @@ def test_board_is_analysed_once(den, monkeypatch):
         return project.shots(project.settle())[0].spec.styles
 
     first = style()
-    monkeypatch.setattr(moodboard, "look", None)
+    monkeypatch.setattr(moodboard, "analyse_board", None)
     assert style() == first
     for kept in (cache_folder() / "boards").iterdir():
         kept.write_text("nonsense")

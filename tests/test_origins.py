@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import ExifTags, Image, PngImagePlugin
 
-from k2cli import origins, taken
+from k2cli import from_pictures, origins
 from k2cli.project import Project
 from model.errors import K2Error
 
@@ -662,7 +662,7 @@ records = st.fixed_dictionaries(
 @given(records)
 def test_any_record_gives_a_valid_project_file(record):
     for found in origins.readings({"k2": tomli_w.dumps(record)}, ""):
-        tomllib.loads(taken.project_text("x", [found]))
+        tomllib.loads(from_pictures.project_text("x", [found]))
 
 
 @given(st.dictionaries(st.sampled_from("1234"), st.fixed_dictionaries({"inputs": nodes}) | trees), trees, st.text())
@@ -678,7 +678,7 @@ def test_any_picture_metadata_gives_a_valid_project_file(graph, table, text):
     }
 
     for found in origins.readings(texts, text):
-        tomllib.loads(taken.project_text("x", [found]))
+        tomllib.loads(from_pictures.project_text("x", [found]))
 
 
 def test_lone_surrogates_are_dropped(tmp_path, k2, monkeypatch):

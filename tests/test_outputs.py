@@ -12,7 +12,7 @@ import pytest
 from conftest import tree
 
 from k2cli import disk, history, outputs
-from k2cli.disk import FOLDER, hold, new_draft, opened, write
+from k2cli.disk import O_DIRECTORY, new_draft, opened, try_lock, write_files
 from k2cli.outputs import Run, next_number
 from model.errors import K2Error
 
@@ -73,7 +73,7 @@ def test_processes_never_share_a_number(tmp_path):
 
 def test_failed_run_without_pictures_leaves_nothing(tmp_path):
     with pytest.raises(ZeroDivisionError), Run.claim(tmp_path / "outputs", "fox") as run:
-        write({run["run.toml"]: b"planned"})
+        write_files({run["run.toml"]: b"planned"})
         raise ZeroDivisionError
 
     assert tree(tmp_path) == {}
@@ -143,7 +143,7 @@ def test_file_in_place_of_outputs_is_one_sentence(tmp_path):
 def test_outputs_linked_to_an_unmounted_drive(tmp_path):
     (tmp_path / "outputs").symlink_to(tmp_path / "drive" / "outputs")
 
-    for ask in (lambda folder: Run.claim(folder, "fox"), Run.last, history.runs_of):
+    for ask in (lambda folder: Run.claim(folder, "fox"), Run.last, history.run_folders):
         with pytest.raises(K2Error, match=r"outputs links to .*/drive/outputs, which does not exist\.") as caught:
             ask(tmp_path / "outputs")
         assert caught.value.hint == "Is its drive mounted?"
@@ -171,7 +171,7 @@ def test_file_system_without_locks_does_not_block_runs(tmp_path, monkeypatch):
     monkeypatch.setattr(disk.fcntl, "flock", flock)
     run = Run.claim(tmp_path, "fox", {"run.toml": b"planned"})
 
-    assert not Run(run.folder).busy
+    assert not Run(run.folder).is_busy
     Run(run.folder).lock()
 
 
@@ -214,11 +214,11 @@ def test_next_start_removes_only_leftovers_of_dead_processes(tmp_path):
 
 def test_nothing_is_removed_while_another_process_holds_the_folder(tmp_path, monkeypatch):
     """That process may be about to name the number that it holds."""
-    monkeypatch.setattr(outputs, "PATIENCE", 0.0)
+    monkeypatch.setattr(outputs, "LOCK_TIMEOUT", 0.0)
     (tmp_path / "0001").mkdir()
 
-    with opened(tmp_path, FOLDER) as handle:
-        assert hold(handle)
+    with opened(tmp_path, O_DIRECTORY) as handle:
+        assert try_lock(handle)
         assert Run.claim(tmp_path, "fox").folder.name == "0002-fox"
     assert (tmp_path / "0001").is_dir()
 
@@ -227,8 +227,8 @@ def test_number_held_by_a_living_process_is_not_removed(tmp_path):
     """It gave up waiting for a stalled process, and is about to name its run."""
     (tmp_path / "0001").mkdir()
 
-    with opened(tmp_path / "0001", FOLDER) as handle:
-        assert hold(handle)
+    with opened(tmp_path / "0001", O_DIRECTORY) as handle:
+        assert try_lock(handle)
         assert Run.claim(tmp_path, "fox").folder.name == "0002-fox"
     assert (tmp_path / "0001").is_dir()
 
@@ -257,7 +257,7 @@ def test_numbered_folder_with_content_is_left_alone(tmp_path):
 
 def test_leftover_drafts_are_swept_once_per_process(tmp_path, monkeypatch):
     looked: list[str] = []
-    monkeypatch.setattr(outputs, "sweep", lambda folder: looked.append(folder.name))
+    monkeypatch.setattr(outputs, "remove_dead_drafts", lambda folder: looked.append(folder.name))
     Run.claim(tmp_path / "outputs", "fox", {"run.toml": b""})
     outputs.SWEPT.clear()
 

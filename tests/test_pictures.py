@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from PIL import Image, ImageOps
 
 from k2cli.pictures import (
-    LEAST_SIDE,
     LONGEST,
+    MIN_SIDE,
     check_picture,
     find,
     in_folder,
@@ -37,7 +37,7 @@ def tree(tmp_path_factory):
     root = tmp_path_factory.mktemp("tree")
     for each in TREE:
         (root / each).parent.mkdir(parents=True, exist_ok=True)
-        Image.new("RGB", (LEAST_SIDE, LEAST_SIDE)).save(root / each)
+        Image.new("RGB", (MIN_SIDE, MIN_SIDE)).save(root / each)
     return root
 
 
@@ -161,7 +161,7 @@ def test_a_picture_is_opened_once_to_check_and_decode_it(tmp_path, monkeypatch):
     assert opened == [tmp_path / "a.png"]
 
 
-@pytest.mark.parametrize(("size", "fine"), [((LEAST_SIDE, LEAST_SIDE), True), ((LEAST_SIDE - 1, 64), False)])
+@pytest.mark.parametrize(("size", "fine"), [((MIN_SIDE, MIN_SIDE), True), ((MIN_SIDE - 1, 64), False)])
 def test_pictures_that_are_too_small_are_refused(tmp_path, size, fine):
     Image.new("RGB", size).save(tmp_path / "a.png")
     if fine:

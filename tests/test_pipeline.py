@@ -24,23 +24,23 @@ from tiny import difference, pixels, tiny, tiny_box  # noqa: F401
 from k2cli import models
 from model import library
 from model.attention import attention
-from model.branches import Branches, Said, Told
+from model.branches import GuidedVelocity, PromptContexts, WeightedContexts
 from model.checkpoint import read, save
-from model.conditioning import REMEMBERED
+from model.conditioning import MAX_CONTEXTS
 from model.errors import K2Error
 from model.flux_vae import FluxVAE, FluxVAEConfig
 from model.hashes import sha256
 from model.latents import noise, patchify, unpatchify
 from model.layouts import load_dit
 from model.pipeline import Pipeline, to_image
+from model.reference_weights import weigh
+from model.resolve import evaluations, weighted_negatives, weighted_prompts
 from model.safety import Verdict
 from model.sampler import adams_bashforth, guided, shifted_sigmas
-from model.settle import branches, unwanted, wordings
-from model.spec import SIDES, Picture, Reference, RenderSpec, Style, raw_mu, tied
+from model.spec import SIDES, Picture, Reference, RenderSpec, Style, raw_mu, tie_to_lead
 from model.style import StyleEncoder
 from model.text_encoder import PROMPT_TOKENS
-from model.train.rollout import conditioned
-from model.weighed import weigh
+from model.train.rollout import conditioned_velocity
 
 FOX = RenderSpec("a red fox", seed=7)
 
@@ -84,7 +84,7 @@ def test_a_picture_does_not_depend_on_its_company(pipeline):
 def test_prompts_of_several_lengths_share_every_reading_of_the_weights(pipeline, monkeypatch, cohesion):
     """One stream while that is small, a leader among them or not; the groups one by one give the same."""
     specs = [FOX, replace(FOX, prompt="an owl in flight over a dark forest at night", seed=8)]
-    specs = tied(specs, cohesion)
+    specs = tie_to_lead(specs, cohesion)
     streams = []
     velocities = pipeline.dit.velocities
     monkeypatch.setattr(
@@ -92,7 +92,7 @@ def test_prompts_of_several_lengths_share_every_reading_of_the_weights(pipeline,
     )
     together = pipeline.render(specs)
     assert len(streams) == pipeline.resolve(FOX).steps
-    monkeypatch.setattr("model.pipeline.TOKENS_SHARED", 1)
+    monkeypatch.setattr("model.pipeline.ONE_STREAM_TOKENS", 1)
     for ours, one in zip(together, pipeline.render(specs), strict=True):
         assert difference(ours, one) <= 1
     assert len(streams) == pipeline.resolve(FOX).steps
@@ -124,7 +124,7 @@ def test_prompts_are_encoded_once_and_forgotten_in_time(pipeline, monkeypatch):
     assert encoded == ["a red fox", ""]
 
     for _ in pipeline.stream(replace(FOX, prompt=f"fox {i}", steps=1) for i in range(100)):
-        assert len(pipeline.conditioning._contexts.values) <= REMEMBERED
+        assert len(pipeline.conditioning._contexts.values) <= MAX_CONTEXTS
     assert encoded.count("") == 1  # the negative one stays, being asked for all the time
 
     encoded.clear()
@@ -153,13 +153,13 @@ def test_a_reference_is_read_once_for_all_prompts_and_weights(pipeline, red, mon
 def test_a_style_of_more_references_than_contexts_are_kept_is_read_once_too(pipeline, tmp_path, monkeypatch):
     read, seen = StyleEncoder.read, []
     monkeypatch.setattr(StyleEncoder, "read", lambda self, latents: seen.append(1) or read(self, latents))
-    for shade in range(REMEMBERED + 6):
+    for shade in range(MAX_CONTEXTS + 6):
         Image.new("RGB", (32, 32), (shade, 0, 0)).save(tmp_path / f"{shade}.png")
-    style = Style("look", 1.0, tuple(Reference(tmp_path / f"{shade}.png") for shade in range(REMEMBERED + 6)))
+    style = Style("look", 1.0, tuple(Reference(tmp_path / f"{shade}.png") for shade in range(MAX_CONTEXTS + 6)))
 
     pipeline.render([replace(FOX, prompt=f"{i} foxes", steps=1, styles=(style,)) for i in range(2)])
 
-    assert len(seen) == REMEMBERED + 6
+    assert len(seen) == MAX_CONTEXTS + 6
 
 
 def test_streaming_asks_for_specs_only_as_it_goes(pipeline):
@@ -285,7 +285,7 @@ def test_guidance_may_end_before_the_last_step(pipeline, monkeypatch):
 
     whole = made()
     assert (sum(rows), whole.record["guidance_until"]) == (10, 1.0)
-    assert branches(pipeline.resolve(spec)) == 2
+    assert evaluations(pipeline.resolve(spec)) == 2
     assert pixels(made(guidance_until=1.0)) == pixels(whole)
     for until, guided_steps in ((0.4, 2), (0.41, 3), (0.8, 4), (0.01, 1)):
         picture = made(guidance_until=until)
@@ -300,7 +300,7 @@ def test_guidance_may_end_before_the_last_step(pipeline, monkeypatch):
     sigmas = shifted_sigmas(5, settled.mu)
     with torch.inference_mode():
         said, unsaid = (
-            conditioned(pipeline.dit, pipeline.text.encode([text])[0], None, grid) for text in (FOX.prompt, "")
+            conditioned_velocity(pipeline.dit, pipeline.text.encode([text])[0], None, grid) for text in (FOX.prompt, "")
         )
         for step, (sigma, following) in enumerate(pairwise(sigmas)):
             level = torch.tensor([sigma])
@@ -331,14 +331,17 @@ def test_branches_add_up_to_the_formulas_of_guidance(style_guidance, presence, s
     shares, against, guidance = (0.7, 0.3), (0.4, 0.6), 3.0
     numbers = torch.tensor([3.0, 1.0, 4.0, 1.5, 9.0, 2.0, 6.0, 5.0]).view(4, 2)  # of each way, and the negative one
     told = [
-        [Told(share, [torch.full((1, 3 + p, 2), row[w] + 10 * p) for p in (0, 1)]) for w, share in enumerate(parts)]
+        [
+            WeightedContexts(share, [torch.full((1, 3 + p, 2), row[w] + 10 * p) for p in (0, 1)])
+            for w, share in enumerate(parts)
+        ]
         for row, parts in zip(numbers, (shares, shares, shares, against), strict=True)
     ]
-    said = Said(dict(zip(ways, told, strict=False)), told[-1])
+    said = PromptContexts(dict(zip(ways, told, strict=False)), told[-1])
     splice = SimpleNamespace(velocity=lambda evaluate, step: evaluate([attention])) if spliced else None
-    velocity = Branches(
+    velocity = GuidedVelocity(
         Talker(), said, torch.zeros(1, 1, 7), (2, 2), guidance=guidance, style_guidance=style_guidance,
-        presence=presence, splice=splice,
+        fade=presence, splice=splice,
     )  # fmt: skip
 
     found = velocity(torch.zeros(2, 4, 3), 0)
@@ -393,7 +396,10 @@ def worded(*styles: tuple[str, float, tuple[str, ...]], **changes) -> RenderSpec
 
 def test_a_style_of_words_takes_part_by_its_strength():
     def found(*styles: tuple[str, float, tuple[str, ...]]) -> list[tuple[str, float]]:
-        return [(prompt.removeprefix(FOX.prompt), pytest.approx(share)) for prompt, share in wordings(worded(*styles))]
+        return [
+            (prompt.removeprefix(FOX.prompt), pytest.approx(share))
+            for prompt, share in weighted_prompts(worded(*styles))
+        ]
 
     wet, two = ("wet", 0.7, ("watercolour", "soft light")), ("two", 0.3, ("riso, two inks",))
     assert found() == [("", 1)] == found(("wet", -1.0, ("watercolour",)))
@@ -416,14 +422,14 @@ def test_a_style_of_words_takes_part_by_its_strength():
     ]
     assert found(("wet", 2.0, ("watercolour",))) == [(", watercolour", 1.5), ("", -0.5)]  # beyond 1 half as fast
     unsaid = replace(FOX, styles=(Style("wet", 0.5, keywords=("watercolour",)),))
-    assert wordings(unsaid) == [(FOX.prompt, 0.5), (FOX.prompt, 0.5)]  # nothing to take away
+    assert weighted_prompts(unsaid) == [(FOX.prompt, 0.5), (FOX.prompt, 0.5)]  # nothing to take away
 
 
 def test_pictures_and_adapters_carry_a_styles_strength_themselves():
     for carried in ({"references": (Reference(Path("a.png")),)}, {"lora": Path("a.safetensors")}):
         style = Style("wet", 0.5, keywords=("watercolour",), **carried)
         spec = replace(FOX, prompt=f"{FOX.prompt}, watercolour", styles=(style,))
-        assert wordings(spec) == [(spec.prompt, 1.0)]
+        assert weighted_prompts(spec) == [(spec.prompt, 1.0)]
 
 
 @pytest.mark.parametrize(
@@ -438,7 +444,7 @@ def test_pictures_and_adapters_carry_a_styles_strength_themselves():
 def test_a_style_of_words_takes_none_from_another_that_joins_whole(other):
     """The command line joins what two styles say once: turned up from nothing, one must not turn the other down."""
     spec = worded(("wet", 0.2, ("grain", "soft light")))
-    said = wordings(replace(spec, styles=(*spec.styles, other)))
+    said = weighted_prompts(replace(spec, styles=(*spec.styles, other)))
     assert [prompt for prompt, _ in said] == [f"{FOX.prompt}, grain, soft light", f"{FOX.prompt}, grain"]
 
 
@@ -446,20 +452,22 @@ def test_a_style_of_words_is_turned_around_by_its_strength():
     """What it avoids joins the prompt, what it wants the negative one; and what is avoided weighs as its style does."""
     turned = Style("wet", -0.3, keywords=("watercolour, wet",), avoids=("grain",))
     spec = replace(FOX, prompt=f"{FOX.prompt}, grain", negative="rain, watercolour, wet", styles=(turned,))
-    assert wordings(spec) == [(f"{FOX.prompt}, grain", 0.3), (FOX.prompt, 0.7)]
-    assert unwanted(spec) == [("rain, watercolour, wet", 0.3), ("rain", 0.7)]
+    assert weighted_prompts(spec) == [(f"{FOX.prompt}, grain", 0.3), (FOX.prompt, 0.7)]
+    assert weighted_negatives(spec) == [("rain, watercolour, wet", 0.3), ("rain", 0.7)]
 
     clean, twice = Style("clean", 0.25, avoids=("grain",)), Style("again", 0.5, avoids=("grain",))
-    assert unwanted(replace(FOX, negative="grain, grain", styles=(clean, twice))) == [
+    assert weighted_negatives(replace(FOX, negative="grain, grain", styles=(clean, twice))) == [
         ("grain, grain", 0.75),
         ("grain", 0.25),
     ]
-    assert unwanted(replace(FOX, negative="a,b", styles=(replace(clean, strength=1.0),))) == [("a,b, grain", 1.0)]
+    assert weighted_negatives(replace(FOX, negative="a,b", styles=(replace(clean, strength=1.0),))) == [
+        ("a,b, grain", 1.0)
+    ]
     carried = replace(clean, lora=Path("a.safetensors"))
-    assert unwanted(replace(FOX, styles=(carried, twice))) == [("grain", 1.0)]
+    assert weighted_negatives(replace(FOX, styles=(carried, twice))) == [("grain", 1.0)]
     faint, both = replace(twice, strength=0.125), replace(clean, strength=0.375)
-    assert unwanted(replace(FOX, styles=(faint, clean))) == unwanted(replace(FOX, styles=(both,)))
-    assert unwanted(replace(FOX, negative="rain", styles=(carried,))) == [("rain, grain", 1.0)]
+    assert weighted_negatives(replace(FOX, styles=(faint, clean))) == weighted_negatives(replace(FOX, styles=(both,)))
+    assert weighted_negatives(replace(FOX, negative="rain", styles=(carried,))) == [("rain, grain", 1.0)]
 
 
 @pytest.mark.parametrize("side", ["keywords", "avoids"])
@@ -549,7 +557,7 @@ def test_a_release_lends_nothing_that_the_box_has_fitting(tiny, tmp_path, monkey
     def lent():
         return Pipeline.load(str(tmp_path / "mine.safetensors"), device="cpu").parts.text
 
-    monkeypatch.setattr(library, "BOX", tmp_path / "box")
+    monkeypatch.setattr(library, "BUNDLED", tmp_path / "box")
     assert lent() == tmp_path / "box" / "mini-text.safetensors"
 
     file = tmp_path / "box" / "mini-text.safetensors"  # and one of another kind is the release's
@@ -583,7 +591,7 @@ def test_references_are_read_at_the_style_encoders_own_size(tiny, tmp_path, red)
     rows = []
     for box in (tiny, tmp_path / "box"):
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(library, "BOX", box)
+            patch.setattr(library, "BUNDLED", box)
             rows.append(Pipeline.load("tiny", device="cpu").conditioning.style_rows(weigh(spec.styles, "tokens")))
     assert torch.equal(*rows)
 
@@ -646,7 +654,7 @@ def test_rendering_brings_in_no_heavy_library(tiny):  # noqa: F811
 import sys
 from pathlib import Path
 from model import library
-library.BOX = Path(sys.argv[1])
+library.BUNDLED = Path(sys.argv[1])
 from model.pipeline import Pipeline
 from model.spec import RenderSpec
 Pipeline.load("tiny", device="cpu").render([RenderSpec("a red fox", steps=1)])
@@ -720,7 +728,7 @@ def test_absurd_models(tiny, asked, what):  # noqa: F811
 
 def test_where_memory_is_short_for_a_batch_it_is_rendered_in_halves(pipeline, monkeypatch):
     """In the same order, and in the look of the same leader."""
-    specs = tied([replace(FOX, seed=seed) for seed in range(5)], 0.5)
+    specs = tie_to_lead([replace(FOX, seed=seed) for seed in range(5)], 0.5)
     whole, tried, render = pipeline.render(specs), [], pipeline._render
 
     def short(batch, on_step):
@@ -763,15 +771,21 @@ def test_memory_that_runs_out_over_the_weights_is_said(tiny, monkeypatch):  # no
 
 def test_weights_that_leave_out_what_suits_them_take_what_the_open_ones_do(tiny, tmp_path, monkeypatch):  # noqa: F811
     """To say nothing, a file may also say `null`."""
-    monkeypatch.setattr(library, "BOX", Path(shutil.copytree(tiny, tmp_path / "box")))
+    monkeypatch.setattr(library, "BUNDLED", Path(shutil.copytree(tiny, tmp_path / "box")))
     state, about = read(tiny / "tiny-turbo.safetensors")
-    save(library.BOX / "tiny-turbo.safetensors", state, about | {"recommended": None, "native": None})
+    save(library.BUNDLED / "tiny-turbo.safetensors", state, about | {"recommended": None, "native": None})
 
     pipeline = Pipeline.load("tiny", "turbo", device="cpu")
 
-    assert (pipeline.recommended, pipeline.native) == (library.RECOMMENDED["turbo"], library.NATIVE)
+    assert (pipeline.recommended, pipeline.native) == (library.RECOMMENDED["turbo"], library.OPEN_WEIGHTS_SIDE)
     taken = models.recommended("tiny", "turbo")
-    assert taken == {"width": library.NATIVE, "height": library.NATIVE, "steps": 8, "guidance": 0.0, "mu": 1.15}
+    assert taken == {
+        "width": library.OPEN_WEIGHTS_SIDE,
+        "height": library.OPEN_WEIGHTS_SIDE,
+        "steps": 8,
+        "guidance": 0.0,
+        "mu": 1.15,
+    }
 
 
 def test_weights_are_what_is_asked_for_where_they_do_not_say(tiny, tmp_path):  # noqa: F811
@@ -795,7 +809,7 @@ def test_weights_are_what_is_asked_for_where_they_do_not_say(tiny, tmp_path):  #
 def test_a_variant_that_is_not_there(tiny, tmp_path, monkeypatch):  # noqa: F811
     shutil.copytree(tiny, tmp_path / "box")
     (tmp_path / "box" / "tiny-turbo.safetensors").unlink()
-    monkeypatch.setattr(library, "BOX", tmp_path / "box")
+    monkeypatch.setattr(library, "BUNDLED", tmp_path / "box")
     with pytest.raises(K2Error, match='"tiny" has no turbo checkpoint here'):
         Pipeline.load("tiny", variant="turbo", device="cpu")
 
@@ -814,7 +828,7 @@ def test_parts_that_do_not_belong_together(tiny, tmp_path, monkeypatch, part, co
     file = tmp_path / "box" / f"tiny-{part}.safetensors"
     state, about = read(file)
     save(file, state, about | {"config": about["config"] | config})
-    monkeypatch.setattr(library, "BOX", tmp_path / "box")
+    monkeypatch.setattr(library, "BUNDLED", tmp_path / "box")
     with pytest.raises(K2Error, match=what) as refused:
         Pipeline.load("tiny", device="cpu")
     assert "models pull" not in refused.value.hint  # it brought its own
@@ -827,7 +841,7 @@ def test_a_lone_file_that_the_boxs_text_encoder_does_not_fit_says_where_others_c
     state, about = read(box / "mini-text.safetensors")
     save(box / "mini-text.safetensors", state, about | {"config": about["config"] | {"taps": (1, 2)}})
     lone = shutil.copy(box / "mini-raw.safetensors", tmp_path / "mine.safetensors")
-    monkeypatch.setattr(library, "BOX", box)
+    monkeypatch.setattr(library, "BUNDLED", box)
     monkeypatch.setattr("model.pipeline.load_dit", lambda *_, **__: pytest.fail("its weights were read"))
 
     with pytest.raises(K2Error, match="needs 3 text layers") as refused:

@@ -16,18 +16,18 @@ from tiny import tiny, tiny_box  # noqa: F401
 from model import library, plan
 from model.checkpoint import save
 from model.errors import K2Error
-from model.parts import has_kernels, numbers_of, pick_device, pick_dtype, release_numbers
+from model.parts import count_numbers, has_kernels, pick_device, pick_dtype, release_numbers
 from model.pipeline import Pipeline
 from model.plan import (
-    IN_HAND,
     OFFLOADS,
     PRECISIONS,
-    Numbers,
+    STREAMED_BLOCKS,
+    ModelSize,
     choose,
     default_dtype,
     known_precisions,
-    lacking_memory,
     limit_left,
+    memory_errors,
     needs,
 )
 
@@ -83,14 +83,14 @@ def test_needs_are_the_weights_held_plus_a_picture(release):
     """Of streamed parts, only the blocks in use count; the picture costs the same however the weights are held."""
     n, rest = release, release.outside + release.others
 
-    def picture(numbers: Numbers) -> int:
+    def picture(numbers: ModelSize) -> int:
         return needs(numbers, "bfloat16", "native", "none") - 2 * (numbers.inside + numbers.text + rest)
 
     for precision, size in (("native", 2), ("int8", 1), ("fp8", 1)):
         for offload, inside, text in (
             ("none", 1.0, 1.0),
-            ("text", 1.0, IN_HAND / n.layers),
-            ("all", IN_HAND / n.blocks, IN_HAND / n.layers),
+            ("text", 1.0, STREAMED_BLOCKS / n.layers),
+            ("all", STREAMED_BLOCKS / n.blocks, STREAMED_BLOCKS / n.layers),
         ):
             held = size * inside * n.inside + 2 * (text * n.text + rest)
             assert needs(n, "bfloat16", precision, offload) == pytest.approx(held + picture(n), abs=8)
@@ -141,7 +141,7 @@ def test_device_gets_a_precision_that_it_supports(release):
 
 
 def test_small_model_is_held_as_it_is_however_little_is_free(tiny):  # noqa: F811
-    numbers = numbers_of(library.find_parts(library.find("tiny")), "cpu")
+    numbers = count_numbers(library.find_parts(library.find("tiny")), "cpu")
     chosen = choose(numbers, 0, dtype="float32")
     assert (chosen.precision, chosen.offload) == ("native", "none")
     assert choose(numbers, 0, dtype="float32", precision="int8").precision == "int8"
@@ -155,14 +155,14 @@ def test_small_model_is_held_as_it_is_however_little_is_free(tiny):  # noqa: F81
 def test_numbers_match_the_files(tiny, tmp_path):  # noqa: F811
     """Without the vision tower, which is read only to look at a picture."""
     pipeline, parts = Pipeline.load("tiny", device="cpu"), library.find_parts(library.find("tiny"))
-    numbers = numbers_of(parts, "cpu")
+    numbers = count_numbers(parts, "cpu")
     total = sum(p.numel() for p in pipeline.dit.parameters())
     inside = sum(p.numel() for p in pipeline.dit.blocks.parameters())
     assert (numbers.inside, numbers.outside) == (inside, total - inside)
     assert numbers.layers == 3 and numbers.native == 64 and numbers.stored is None and numbers.wide == inside
     seeing = pipeline.text.tower.state_dict() | {"visual.layers.0.weight": torch.zeros(8)}
     save(tmp_path / "seeing.safetensors", seeing, {"kind": "text"})
-    assert numbers_of(replace(parts, text=tmp_path / "seeing.safetensors"), "cpu") == numbers
+    assert count_numbers(replace(parts, text=tmp_path / "seeing.safetensors"), "cpu") == numbers
 
 
 def test_unknown_precision_and_offload_are_refused(tiny):  # noqa: F811
@@ -196,7 +196,7 @@ def test_native_bf16_and_8_bit_formats_of_devices(monkeypatch):
         assert plan.native_bf16("cuda") is able
     assert not plan.native_bf16("mps")
     for number, precision in ((torch.float8_e4m3fn, "fp8"), (torch.int8, "int8"), (None, "int8")):
-        monkeypatch.setattr("model.few_bits.native", lambda asked, device, number=number: asked == number)
+        monkeypatch.setattr("model.low_bit.is_native", lambda asked, device, number=number: asked == number)
         assert plan.eight_bits("cpu") == precision
 
 
@@ -302,12 +302,12 @@ def test_control_group_limit_counts(tmp_path):
     ids=str,
 )
 def test_out_of_memory_is_recognised_on_every_system(error):
-    with pytest.raises(K2Error, match="not enough memory for a picture of 8x8"), lacking_memory("a picture of 8x8"):
+    with pytest.raises(K2Error, match="not enough memory for a picture of 8x8"), memory_errors("a picture of 8x8"):
         raise error
 
 
 @pytest.mark.parametrize("error", [RuntimeError("mat1 and mat2 shapes"), OSError(errno.ENOSPC, "No space left")])
 def test_other_errors_pass_unchanged(error):
-    with pytest.raises(type(error)) as raised, lacking_memory("a picture"):
+    with pytest.raises(type(error)) as raised, memory_errors("a picture"):
         raise error
     assert raised.value is error

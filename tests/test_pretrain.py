@@ -16,7 +16,7 @@ from model.train import loop, optim, pretrain
 from model.train.alignment import CLEANER, Teacher
 from model.train.data import Item, Pair
 from model.train.looks import Look
-from model.train.pretrain import Pretraining, Recipe
+from model.train.pretrain import PretrainStage, Recipe
 from model.train.training_set import pad, training_set
 
 TINY = DiTConfig(width=32, heads=2, kv_heads=1, blocks=2, text_width=32, text_taps=2, text_heads=2)
@@ -41,7 +41,7 @@ def recipe(tmp_path, monkeypatch):
 
 
 def begin(recipe: Recipe) -> loop.Run:
-    return loop.Run(Pretraining(recipe, looks=3), pretrain.RUNS / recipe.name)
+    return loop.Run(PretrainStage(recipe, looks=3), pretrain.RUNS / recipe.name)
 
 
 def make_batch(seed: int, references: bool) -> dict:
@@ -156,7 +156,7 @@ def test_muon_lets_weights_decay():
 
 
 def test_muon_has_the_matrices_of_blocks_and_of_the_text_and_adamw_the_rest(recipe):
-    stage = Pretraining(replace(recipe, lr=1e-3, muon_lr=2e-3, weight_decay=0.1), looks=3)
+    stage = PretrainStage(replace(recipe, lr=1e-3, muon_lr=2e-3, weight_decay=0.1), looks=3)
     names = {param: name for name, param in stage.model.named_parameters()}
     optimisers = optim.optimisers_of(stage.model, stage.recipe, stage.muon, stage.rate)
     found = {
@@ -260,7 +260,7 @@ def test_the_teacher_is_the_average_of_the_weights_that_are_trained(recipe):
 
 def test_the_teacher_sees_less_noise(recipe):
     class Watched:
-        def see(self, tokens, sigma, *_):
+        def capture(self, tokens, sigma, *_):
             self.sigma = sigma
             return torch.randn(8, 4, TINY.width)
 
@@ -271,8 +271,8 @@ def test_the_teacher_sees_less_noise(recipe):
 
 
 def test_the_teacher_follows_once_a_step(recipe, monkeypatch):
-    followed, follow = [], Teacher.follow
-    monkeypatch.setattr(Teacher, "follow", lambda self, averages: followed.append(1) or follow(self, averages))
+    followed, follow = [], Teacher.update
+    monkeypatch.setattr(Teacher, "update", lambda self, averages: followed.append(1) or follow(self, averages))
     run = begin(replace(recipe, align=0.5))
     for step in range(2):
         run.advance(*(aligned(3 * step + part) for part in range(3)))

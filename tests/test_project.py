@@ -83,7 +83,7 @@ def test_options_override_a_prompts_settings(moody, options, seeds, size):
     ],
 )
 def test_unsupported_sizes_are_blamed_on_where_they_come_from(moody, text, options, place):
-    write_weights(library.BOX / "mini-vae.safetensors", {"kind": "vae", "config": {"dim_mult": [1, 2, 4, 4, 4]}})
+    write_weights(library.BUNDLED / "mini-vae.safetensors", {"kind": "vae", "config": {"dim_mult": [1, 2, 4, 4, 4]}})
     (moody / "k2.toml").write_text(PROJECT.replace("seed = 7", f"seed = 7\n{text}" if "size" in text else text))
 
     with pytest.raises(K2Error, match=re.escape(place)):
@@ -204,7 +204,7 @@ def test_other_unknown_options_get_no_hint(moody, k2):
 def test_a_random_seed_is_drawn_once_per_run(moody, k2, monkeypatch, line, options):
     """All prompts share it, as they would any other seed, and records contain the number."""
     draws = iter(range(40, 99, 10))
-    monkeypatch.setattr(project, "draw", lambda: next(draws))
+    monkeypatch.setattr(project, "draw_seed", lambda: next(draws))
     (moody / "k2.toml").write_text(PROJECT.replace("seed = 7", line))
 
     first, again = (k2("render", "--batch", "2", "--json", *options).stdout.splitlines() for _ in range(2))
@@ -691,7 +691,7 @@ def test_sides_are_multiples_of_a_tokens_pixels(moody):
     about = {"kind": "vae", "config": {"dim_mult": [2, 1, 2, 6, 12]}}
     assert models.grid("mini").step == 16
 
-    write_weights(library.BOX / "mini-vae.safetensors", about)
+    write_weights(library.BUNDLED / "mini-vae.safetensors", about)
     assert models.grid("mini").step == 32
     project = Project.open(moody)
     sizes = {(shot.spec.width, shot.spec.height) for shot in shots(project, aspect="3:2")}
@@ -702,7 +702,7 @@ def test_sides_are_multiples_of_a_tokens_pixels(moody):
 
 def test_the_grid_is_that_of_the_autoencoder_in_use(moody):
     """A lone transformer borrows the bundled one; a folder's states its scales in diffusers' config."""
-    write_weights(library.BOX / "mini-vae.safetensors", {"kind": "vae", "config": {"dim_mult": [2, 1, 2, 6, 12]}})
+    write_weights(library.BUNDLED / "mini-vae.safetensors", {"kind": "vae", "config": {"dim_mult": [2, 1, 2, 6, 12]}})
     write_weights(moody / "mine.safetensors", {"kind": "dit", "native": 256})
     assert models.grid(str(moody / "mine.safetensors")) == (256, 32, (256**2, 256**2))
 

@@ -7,7 +7,7 @@ import pytest
 from workshop import InThisProcess
 
 from model.checkpoint import open_checkpoint
-from model.library import BOX
+from model.library import BUNDLED
 from model.train import data, encode, pretrain, queue, recipe, release, samples, training_set, turbo
 from model.train.data import DRAWINGS, read_subjects
 
@@ -30,7 +30,7 @@ multiplier = 1
 """
 
 
-@pytest.mark.skipif(not (BOX / "mini-vae.safetensors").exists(), reason="no bundled weights")
+@pytest.mark.skipif(not (BUNDLED / "mini-vae.safetensors").exists(), reason="no bundled weights")
 def test_queue_trains_from_renders_to_weights(tmp_path, monkeypatch):
     folder = tmp_path / "data"
     folder.mkdir()

@@ -23,7 +23,7 @@ INSTALLS = ("pip install -e . && k2 render projects_example/stickers", 'pip inst
 
 SMALL = r"sed -i 's/^\[render\]$/&\nresolution = 128\nsteps = 8/' k2.toml"  # commands as printed, but faster to render
 
-needs_weights = pytest.mark.skipif("mini" not in library.box(), reason="the box holds no weights yet")
+needs_weights = pytest.mark.skipif("mini" not in library.bundled_models(), reason="the box holds no weights yet")
 
 
 def blocks(language: str) -> list[str]:

@@ -23,7 +23,7 @@ sys.path[:0] = {path!r}
 from conftest import FakePipeline
 from k2cli import app
 from model import library
-library.BOX = Path({box!r})
+library.BUNDLED = Path({box!r})
 sys.modules["model.pipeline"] = ModuleType("model.pipeline")
 sys.modules["model.pipeline"].Pipeline = FakePipeline
 app.main()

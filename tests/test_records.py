@@ -20,7 +20,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from k2cli import embedded, history, models, records, rerun, runs
+from k2cli import history, metadata, models, records, rerun, runs
 from k2cli.dialect import dump
 from k2cli.project import Project, Shot
 from k2cli.tables import LIMIT, Toml
@@ -84,10 +84,10 @@ def test_a_record_leads_back_to_its_spec(moody):
     asked = replace(asked, row="a row", caption="a caption", creativity="high")
     text = dump(records.compose(asked, picture(), moody)).decode()
 
-    read = records.parse(Toml(text, "fox-7.toml"), Project.open(moody).inside)
+    read = records.parse(Toml(text, "fox-7.toml"), Project.open(moody).path_inside)
 
     assert read.shot == asked
-    assert read.model == models.Held("mini", "raw", "cpu", "float32", "int8", "text")
+    assert read.model == models.ModelSpec("mini", "raw", "cpu", "float32", "int8", "text")
     assert read.pixels == records.pixel_hash(picture().image)
     assert read.files == {"mini-raw.safetensors": "ab" * 32}
     assert list(read.references) == [reference, lora, reference.with_name("sketch.png")]
@@ -99,7 +99,7 @@ def test_any_prompt_survives_a_record_and_a_picture(fake, tmp_path, prompt, avoi
     asked = Shot("x-7", "x", prompt, RenderSpec(prompt, 64, 96, 7, avoid, 8, 2.5, 0.5))
     record = records.compose(asked, picture(), tmp_path)
     path = tmp_path / "x.png"
-    path.write_bytes(embedded.encode(picture().image, record))
+    path.write_bytes(metadata.encode(picture().image, record))
 
     table = records.read(path).table
 
@@ -121,7 +121,7 @@ def test_a_record_holds_the_hashes_of_what_was_read_though_it_is_gone(tmp_path):
 def test_pictures_say_what_other_tools_look_for(tmp_path):
     record = records.compose(shot(), picture(), tmp_path)
     path = tmp_path / "fox-7.png"
-    path.write_bytes(embedded.encode(picture().image, record))
+    path.write_bytes(metadata.encode(picture().image, record))
 
     with Image.open(path) as image:
         text, pixels = dict(image.text), image.tobytes()
@@ -133,7 +133,7 @@ def test_pictures_say_what_other_tools_look_for(tmp_path):
         f"Version: k2 {version('k2')}"
     ]
     elsewhere = record | {"model": record["model"] | {"name": "models/ink.safetensors"}}
-    assert ", Model: ink-raw, " in embedded.parameters(elsewhere)
+    assert ", Model: ink-raw, " in metadata.a1111_parameters(elsewhere)
     assert Toml(text["k2"], "chunk").table == Toml(dump(record).decode(), "file").table
     (description,) = ElementTree.fromstring(text["XML:com.adobe.xmp"]).iter(
         "{http://www.w3.org/1999/02/22-rdf-syntax-ns#}Description"
@@ -149,7 +149,7 @@ def test_a_record_behind_the_picture_is_found(tmp_path):
     """Where some tools put texts."""
     record = records.compose(shot(), picture(), tmp_path)
     path = tmp_path / "fox-7.png"
-    bare = embedded.encode(picture().image, record, embed=False)
+    bare = metadata.encode(picture().image, record, embed=False)
     chunk = b"iTXtk2\0\0\0\0\0" + dump(record)
     end = bare.index(b"IEND") - 4
     text = struct.pack(">I", len(chunk) - 4) + chunk + struct.pack(">I", zlib.crc32(chunk))
@@ -161,7 +161,7 @@ def test_a_record_behind_the_picture_is_found(tmp_path):
 def test_a_record_in_a_picture_that_is_longer_than_any_is_not_read(tmp_path):
     record = records.compose(shot(), picture(), tmp_path)
     path = tmp_path / "fox-7.png"
-    path.write_bytes(embedded.encode(picture().image, record | {"more": "x" * LIMIT}))
+    path.write_bytes(metadata.encode(picture().image, record | {"more": "x" * LIMIT}))
 
     with pytest.raises(K2Error, match="has no record"):
         records.read(path)
@@ -181,7 +181,9 @@ def test_a_project_that_holds_its_model_takes_plans_and_records_along(moody):
     made = MADE | {"model": MADE["model"] | {"name": chosen.model}}
 
     assert Path(chosen.model).is_absolute()
-    assert runs.plan(runs.Job(project, project.shots(chosen), chosen.held()))["model"]["name"] == "ink.safetensors"
+    assert (
+        runs.plan(runs.Job(project, project.shots(chosen), chosen.model_spec()))["model"]["name"] == "ink.safetensors"
+    )
     assert records.compose(shot(), Picture(picture().image, made), moody)["model"]["name"] == "ink.safetensors"
 
 
@@ -203,7 +205,7 @@ def test_a_picture_without_guidance_was_guided_for_no_share_of_its_steps(moody):
 def test_a_private_picture_says_nothing(tmp_path):
     record = records.compose(shot(), picture(), tmp_path)
     path = tmp_path / "fox-7.png"
-    path.write_bytes(embedded.encode(picture().image, record, embed=False))
+    path.write_bytes(metadata.encode(picture().image, record, embed=False))
 
     with Image.open(path) as image:
         assert image.text == {}
@@ -235,7 +237,7 @@ def test_a_changed_record_is_refused(moody, old, new, message):
     assert old in text
 
     with pytest.raises(K2Error, match=message):
-        inside = Project.open(moody).inside
+        inside = Project.open(moody).path_inside
         records.locate(records.parse(Toml(text.replace(old, new), "fox-7.toml"), inside), inside)
 
 
@@ -437,7 +439,7 @@ class TestRerun:
         assert "Identical" in k2("rerun", record, "--device", "cpu").stderr and counts == [3]
         card = fake.load()
         card.device = "cuda"
-        monkeypatch.setattr(rerun, "load", lambda held: card)
+        monkeypatch.setattr(rerun, "load_pipeline", lambda held: card)
         assert "Identical" in k2("rerun", record).stderr and counts == [3]
 
     def test_a_bare_picture_is_enough(self, made, k2, tmp_path, fake):

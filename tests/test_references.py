@@ -10,9 +10,9 @@ import pytest
 import torch
 from PIL import Image, ImageCms
 
+from model.board_pictures import read_picture
 from model.errors import K2Error
-from model.references import fitting, to_pixels
-from model.seeing import read_picture
+from model.references import fit_size, to_pixels
 
 Light = tuple[float, float, float]
 
@@ -178,11 +178,11 @@ def test_sizes_that_fit_a_picture(tmp_path):
     ):
         Image.new("RGB", size).save(tmp_path / f"{name}.png", **options)
 
-    sizes = {name: fitting(tmp_path / f"{name}.png", 512 * 512, 32) for name in ("wide", "lying", "thin", "tall")}
+    sizes = {name: fit_size(tmp_path / f"{name}.png", 512 * 512, 32) for name in ("wide", "lying", "thin", "tall")}
 
     assert sizes == {"wide": (704, 352), "lying": (352, 704), "thin": (1024, 256), "tall": (256, 1024)}
     with pytest.raises(K2Error, match="There is no"):
-        fitting(tmp_path / "none.png", 4096, 32)
+        fit_size(tmp_path / "none.png", 4096, 32)
 
 
 def test_long_pictures_are_cropped_not_squeezed(tmp_path):
@@ -221,7 +221,7 @@ def test_a_palette_with_more_transparencies_than_colours(tmp_path):
 
 def test_our_own_errors_are_not_blamed_on_the_picture(tmp_path, monkeypatch):
     Image.new("RGB", (20, 20)).save(tmp_path / "a.png")
-    monkeypatch.setattr("model.picture_file.in_eight_bits", lambda image: image.no_such_thing)
+    monkeypatch.setattr("model.picture_file.to_eight_bits", lambda image: image.no_such_thing)
     with pytest.raises(AttributeError):
         to_pixels(tmp_path / "a.png", 16, 16)
 

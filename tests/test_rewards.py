@@ -12,10 +12,10 @@ from workshop import make_data
 
 from model.errors import K2Error
 from model.train import grpo, stpo
-from model.train.judge import SIZE, Critic, Judge, JudgeConfig, Judging, Recipe, broken, judged
+from model.train.judge import SIZE, Critic, Judge, JudgeConfig, JudgeStage, Recipe, broken, may_train_judge
 from model.train.looks import Look
 from model.train.rewards import Rewards, chosen_by, top_octave
-from model.train.rollout import Asked
+from model.train.rollout import RolloutPrompt
 
 GRAINY, SMOOTH = Look("noto", "film"), Look("noto", "plain")
 
@@ -60,7 +60,11 @@ def test_the_top_octave_measures_fine_grain():
 
 def test_grain_must_neither_be_polished_away_nor_added(rewards):
     def grain(amount, look):
-        return rewards.chosen(pictures(6, amount, 5), [Asked("", "fox", look)] * 6, ["grain"])["grain"].mean().item()
+        return (
+            rewards.chosen(pictures(6, amount, 5), [RolloutPrompt("", "fox", look)] * 6, ["grain"])["grain"]
+            .mean()
+            .item()
+        )
 
     assert grain(0.2, GRAINY) > 0.7
     assert grain(0.1, GRAINY) < 0.5 * grain(0.2, GRAINY) and grain(0.0, GRAINY) < 0.1
@@ -69,7 +73,7 @@ def test_grain_must_neither_be_polished_away_nor_added(rewards):
 
 
 def test_rewards_are_between_0_and_1_and_depend_on_the_prompt(rewards):
-    asked = [Asked("", "fox", GRAINY), Asked("", "car", GRAINY)]
+    asked = [RolloutPrompt("", "fox", GRAINY), RolloutPrompt("", "car", GRAINY)]
     found = rewards.chosen(pictures(1, 0.1).expand(2, -1, -1, -1), asked, ["subject", "style", "artefact", "grain"])
 
     assert all(value.shape == (2,) and ((value >= 0) & (value <= 1)).all() for value in found.values())
@@ -85,10 +89,10 @@ def test_rewards_are_between_0_and_1_and_depend_on_the_prompt(rewards):
 def test_pictures_that_show_what_was_asked_earn_more(rewards, monkeypatch):
     """The subject as named, the style as in the look's real pictures, and artefacts as the critic sees them."""
     both = torch.cat((pictures(8, 0.2), pictures(8, 0.0, 1)))
-    monkeypatch.setattr(rewards, "names", rewards.see(both[[0, 8]])[0])
+    monkeypatch.setattr(rewards, "names", rewards.views(both[[0, 8]])[0])
 
     def found(look):
-        return rewards.chosen(both, [Asked("", "fox", look)] * 16, ["subject", "style", "artefact"])
+        return rewards.chosen(both, [RolloutPrompt("", "fox", look)] * 16, ["subject", "style", "artefact"])
 
     as_grainy, as_smooth = found(GRAINY), found(SMOOTH)
     assert as_grainy["style"][:8].mean() > as_smooth["style"][:8].mean()
@@ -99,7 +103,7 @@ def test_pictures_that_show_what_was_asked_earn_more(rewards, monkeypatch):
 
 def test_unknown_rewards_are_refused(rewards):
     with pytest.raises(K2Error, match="beauty"):
-        rewards.chosen(pictures(1, 0.1), [Asked("", "fox", GRAINY)], ["beauty"])
+        rewards.chosen(pictures(1, 0.1), [RolloutPrompt("", "fox", GRAINY)], ["beauty"])
 
 
 def test_only_requested_rewards_are_computed(rewards, monkeypatch):
@@ -108,7 +112,7 @@ def test_only_requested_rewards_are_computed(rewards, monkeypatch):
 
     monkeypatch.setattr("model.train.rewards.top_octave", not_asked)
     monkeypatch.setattr(rewards.critic, "forward", not_asked)
-    assert rewards.chosen(pictures(1, 0.1), [Asked("", "fox", GRAINY)], ["subject"]).keys() == {"subject"}
+    assert rewards.chosen(pictures(1, 0.1), [RolloutPrompt("", "fox", GRAINY)], ["subject"]).keys() == {"subject"}
 
 
 @pytest.mark.parametrize("stage", [stpo, grpo])
@@ -129,7 +133,7 @@ def test_a_choice_names_all_that_it_depends_on(rewards, stage, tmp_path):
         sets.append(SimpleNamespace(catalog=SimpleNamespace(folder=folder), text=SimpleNamespace(tower=tower)))
 
     def found(dit=dits[0], rewards=rewards, data=sets[0], **changes):
-        return chosen_by(replace(recipe, **changes), stage.CHOSEN_BY, dit, rewards, data)
+        return chosen_by(replace(recipe, **changes), stage.REWARD_KEYS, dit, rewards, data)
 
     changes = {"white": 2.0, "grounds": 1.0, "later": 1.0, "preset": "big", "network": {"blocks": 1}}
     changes |= {"gates": {"subject": "style"}} if stage is grpo else {}
@@ -154,7 +158,7 @@ def test_every_picture_is_broken_and_keeps_its_grain():
 def judging(tmp_path):
     """The judge's stage for a seed, on the workshop's drawings."""
     catalog = make_data(tmp_path / "data")
-    return lambda seed: Judging(Recipe(name="judge", steps=1, lr=1e-3, muon_lr=1e-3, seed=seed), catalog)
+    return lambda seed: JudgeStage(Recipe(name="judge", steps=1, lr=1e-3, muon_lr=1e-3, seed=seed), catalog)
 
 
 def test_value_ranges_do_not_tell_whole_from_broken(judging):
@@ -174,4 +178,4 @@ def test_judges_skip_a_tenth_of_their_own_and_all_held_out(judging):
 
     assert all(each <= train and 0.05 < len(train - each) / len(train) < 0.15 for each in seen)
     assert left[0] != left[1]
-    assert not any(judged(item, seed) for item in catalog.items("held-out") for seed in (3, 4))
+    assert not any(may_train_judge(item, seed) for item in catalog.items("held-out") for seed in (3, 4))

@@ -101,7 +101,7 @@ def test_an_error_that_does_not_name_its_project_gets_its_name(three, said, whol
     home = Folder(root=three / "s", allow_outside=False)
     error = K2Error(said.format(root=home.root), hint="Mend it.")
 
-    told = several.said_of(home, error, [home])
+    told = several.name_project(home, error, [home])
 
     assert str(told) == (str(error) if whole else f"s: {error}") and told.hint == error.hint
 
@@ -195,7 +195,7 @@ def test_runs_whose_turn_has_not_come_are_planned_and_nobody_elses(three, k2, fa
 
     def look() -> None:
         run = Run.last(three / "three" / "outputs")
-        seen.extend([runs_in(three), run and run.busy, k2("log", "three").stdout])
+        seen.extend([runs_in(three), run and run.is_busy, k2("log", "three").stdout])
         with pytest.raises(K2Error, match="is being rendered by another process"):
             run.lock()
 
@@ -203,7 +203,7 @@ def test_runs_whose_turn_has_not_come_are_planned_and_nobody_elses(three, k2, fa
     k2("render", *NAMES, "-q")
 
     assert seen == [sorted(f"{name}/outputs/0001-fox-and-1-more" for name in NAMES), True, ""]
-    assert not any(run.busy for name in NAMES for run in Run.planned_in(three / name / "outputs"))
+    assert not any(run.is_busy for name in NAMES for run in Run.planned_in(three / name / "outputs"))
 
 
 def test_a_dry_run_and_a_refused_one_claim_nothing(three, k2, monkeypatch):
@@ -221,7 +221,7 @@ def test_a_dry_run_and_a_refused_one_claim_nothing(three, k2, monkeypatch):
 
 def test_very_many_are_locked_only_when_their_turn_comes(three, k2, fake, monkeypatch):
     """Each lock is an open file. One that another process took up meanwhile is left to it, and told."""
-    monkeypatch.setattr(several, "LOCKED", 1)
+    monkeypatch.setattr(several, "MAX_LOCKED", 1)
     taken = Run(three / "two" / "outputs" / "0001-fox-and-1-more")
     stop_at(fake, 0, taken.lock)
 
@@ -365,7 +365,7 @@ def test_where_nobody_reads_on_all_are_gone_on_with(three, k2, monkeypatch):
     def leave(line: str) -> None:
         raise BrokenPipeError(errno.EPIPE, "Broken pipe")
 
-    monkeypatch.setattr("k2cli.carry.result", leave)
+    monkeypatch.setattr("k2cli.execute.print_result", leave)
 
     assert "Resume with: k2 render --resume one two three\n" in k2("render", *NAMES, code=1).stderr
 

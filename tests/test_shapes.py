@@ -9,7 +9,7 @@ from workshop import FACTOR, InThisProcess, make_data
 
 from model.errors import K2Error
 from model.latents import grid_of, patchify, unpatchify
-from model.library import BOX
+from model.library import BUNDLED
 from model.text_encoder import TextEncoder
 from model.train import data as train_data
 from model.train import encode, loop, pretrain, turbo
@@ -91,7 +91,7 @@ def test_latents_of_any_shape_survive_patchify_and_unpatchify():
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
     """A data set with latents of two shapes."""
-    if not (BOX / "mini-text.safetensors").exists():
+    if not (BUNDLED / "mini-text.safetensors").exists():
         pytest.skip("no weights in the box")
     folder = tmp_path_factory.mktemp("data") / "mini"
     catalog = make_data(folder, subjects=20)
@@ -100,7 +100,7 @@ def data(tmp_path_factory):
         cells = (shape.height // FACTOR, shape.width // FACTOR)
         latents = rng.normal(size=(len(of_shape(items, shape)), 16, *cells))
         np.save(latents_file(folder, shape), latents.astype(np.float16))
-    return TrainingSet(catalog, TextEncoder.load(BOX / "mini-text.safetensors"), RECIPE)
+    return TrainingSet(catalog, TextEncoder.load(BUNDLED / "mini-text.safetensors"), RECIPE)
 
 
 RECIPE = Recipe(
@@ -141,7 +141,7 @@ def test_shaped_batches_draw_pictures_of_their_shape(data):
 
 
 def test_shapes_are_learned_and_frozen_parts_stay(data, tmp_path):
-    run = loop.Run(pretrain.Pretraining(RECIPE, len(data.looks), data), tmp_path)
+    run = loop.Run(pretrain.PretrainStage(RECIPE, len(data.looks), data), tmp_path)
     style = {name: value.clone() for name, value in run.model.style.state_dict().items()}
     before = run.model.dit.first.weight.clone()
     losses = [run.advance(run.stage.batch(step)) for step in range(8)]
@@ -154,7 +154,7 @@ def test_shapes_are_learned_and_frozen_parts_stay(data, tmp_path):
 
 def test_a_teacher_sees_other_shapes_too(data):
     aligned = replace(RECIPE, align=0.5)
-    stage = pretrain.Pretraining(aligned, len(data.looks), data)
+    stage = pretrain.PretrainStage(aligned, len(data.looks), data)
     stage.begin({name: value.clone() for name, value in stage.model.state_dict().items()})
     step = next(n for n in range(60) if data.batch(RECIPE, n)["latents"].shape[-1] == 6)
 
@@ -170,7 +170,7 @@ def test_shapes_are_learned_at_the_positions_of_a_render(data):
 
     shaped = data.batch(RECIPE, next(n for n in range(60) if data.batch(RECIPE, n)["latents"].shape[-1] == 6))
     square = data.batch(RECIPE, next(n for n in range(60) if data.batch(RECIPE, n)["latents"].shape[-2:] == (4, 4)))
-    stage = pretrain.Pretraining(RECIPE, len(data.looks), data)
+    stage = pretrain.PretrainStage(RECIPE, len(data.looks), data)
     for param in stage.model.dit.parameters():  # at the start, every gate is shut
         torch.nn.init.normal_(param, std=0.1)
 
@@ -181,10 +181,10 @@ def test_shapes_are_learned_at_the_positions_of_a_render(data):
 
     side = stage.model.dit.side
     assert loss(shaped, side) != loss(shaped, None) and loss(square, side) == loss(square, None)
-    raw = pretrain.Trainee(RECIPE.config, len(data.looks))
+    raw = pretrain.TrainedModel(RECIPE.config, len(data.looks))
     for method in turbo.METHODS:
         half = turbo.Recipe(**{**vars(RECIPE), "style_loss": 0.05, "frozen": (), "repeats": 1}, method=method)
-        made = turbo.Turbo(half, data, raw, torch.zeros(1, 1, *shaped["embeds"].shape[2:]))
+        made = turbo.TurboStage(half, data, raw, torch.zeros(1, 1, *shaped["embeds"].shape[2:]))
         networks = [made.model.dit, made.model.fake, made.teacher.dit]
         assert {network.side for network in networks if network is not None} == {2}
 

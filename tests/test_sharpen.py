@@ -15,7 +15,7 @@ from model.train import autoencoder, loop, sharpen
 from model.train.autoencoder import ENCODER
 from model.train.data import DATA, Catalog
 from model.train.rollout import sample
-from model.train.sharpen import Critic, Pool, Recipe, Sharpening, widened
+from model.train.sharpen import Critic, Pool, Recipe, SharpenStage, widen
 from model.train.states import RUNS
 from model.vae import QwenImageVAE, VAEConfig
 
@@ -37,7 +37,7 @@ def vae() -> QwenImageVAE:
 
 
 def twice(vae: QwenImageVAE) -> QwenImageVAE:
-    return widened(vae, (8, 8, 16, 24))
+    return widen(vae, (8, 8, 16, 24))
 
 
 @torch.no_grad()
@@ -62,7 +62,7 @@ def test_its_encoder_is_as_exact_in_bf16_and_the_decoders_twins_differ(vae):
 
 
 def test_as_wide_as_it_was_it_is_what_it_was(vae):
-    same = widened(vae, (4, 4, 8, 24))
+    same = widen(vae, (4, 4, 8, 24))
 
     assert all(torch.equal(tensor, same.state_dict()[name]) for name, tensor in vae.state_dict().items())
 
@@ -73,7 +73,7 @@ def test_as_wide_as_it_was_it_is_what_it_was(vae):
 )
 def test_widths_by_which_it_would_be_another_are_refused(vae, widths):
     with pytest.raises(K2Error, match=r"Scales of \[4, 4, 8, 24\] channels cannot be widened"):
-        widened(vae, widths)
+        widen(vae, widths)
 
 
 @torch.no_grad()
@@ -115,7 +115,7 @@ def stage(vae, monkeypatch):
     """The stage on sixteen pictures of one disc each, whose free latents are other pictures' than their captions'."""
     monkeypatch.setattr(sharpen, "fingerprint", lambda catalog: "")
 
-    def made(**settings) -> Sharpening:
+    def made(**settings) -> SharpenStage:
         rng = np.random.default_rng(0)
         y, x = np.mgrid[:64, :64] - 32
         pictures = np.full((16, 64, 64, 3), 255, np.uint8)
@@ -126,12 +126,12 @@ def stage(vae, monkeypatch):
         begun = asked + 0.2 * torch.randn(asked.shape, generator=torch.Generator().manual_seed(1))
         latents = (each.half().numpy() for each in (asked, begun, asked.roll(1, 0)))
         recipe = Recipe(**(COMMON | {"widths": (8, 8, 16, 24), "size": 64} | settings))
-        return Sharpening(recipe, Data(), Pool(pictures, np.zeros(16, bool), *latents), vae)
+        return SharpenStage(recipe, Data(), Pool(pictures, np.zeros(16, bool), *latents), vae)
 
     return made
 
 
-def gradients(stage: Sharpening, step: int) -> dict[str, Tensor]:
+def gradients(stage: SharpenStage, step: int) -> dict[str, Tensor]:
     stage.loss(stage.batch(step))[0].backward()
     return {name: p.grad for name, p in stage.model.named_parameters() if p.grad is not None}
 
@@ -150,12 +150,12 @@ def test_a_critic_that_knows_nothing_yet_is_not_heeded(stage):
     assert all(torch.allclose(gradient, first[name], rtol=1e-4, atol=1e-6) for name, gradient in deaf.items())
 
 
-def figures(stage: Sharpening, batch) -> dict[str, float]:
+def figures(stage: SharpenStage, batch) -> dict[str, float]:
     with torch.no_grad():
         return {name: float(value) for name, value in stage.loss(dict(batch, generator=torch.Generator()))[1].items()}
 
 
-def descend(stage: Sharpening, batch, which: str, rate: float, steps: int = 1) -> None:
+def descend(stage: SharpenStage, batch, which: str, rate: float, steps: int = 1) -> None:
     """Parameters of a part follow the loss's gradient."""
     params = [p for name, p in stage.model.named_parameters() if name.startswith(which) and ENCODER[0] not in name]
     for _ in range(steps):

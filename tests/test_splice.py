@@ -23,26 +23,26 @@ from model.dit import Krea2, rotate
 from model.errors import K2Error
 from model.latents import patchify
 from model.pipeline import Pipeline
+from model.reference_weights import WeightedReference
 from model.spec import LEAK_GUARDS, Lora, Picture, Reference, RenderSpec, Style
 from model.splice import (
     KEY_GAIN,
+    MIN_FREE_BYTES,
     PULL,
-    SPARE_BYTES,
     Capture,
     CaptureCache,
     Splice,
-    attends,
     capture,
     damping,
     first_block,
-    guarded,
+    guard_keys,
     mixture,
     moments,
     noised,
-    pulled,
-    shifted,
+    pull_statistics,
+    shift_keys,
+    spliced_attention,
 )
-from model.weighed import Weighed
 
 FOX = RenderSpec("a red fox", seed=7, steps=3, guidance=0.0)
 CPU = torch.device("cpu")
@@ -58,7 +58,7 @@ def cache(tmp_path, monkeypatch) -> Path:
 def folder(tiny_box, tmp_path_factory) -> Path:  # noqa: F811
     """The tiny model in the form of the open weights: a diffusers folder without a style encoder."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("model.library.BOX", tiny_box)
+        patch.setattr("model.library.BUNDLED", tiny_box)
         Pipeline.load("tiny", device="cpu").export(made := tmp_path_factory.mktemp("open") / "model")
     return made
 
@@ -158,12 +158,12 @@ def test_negative_references_mix_at_total_strength_one(monkeypatch):
     """So the push is the sum of the weights, counted once."""
     asked = []
 
-    def attends(self: Splice, references: list[Weighed], step: int) -> list[None]:
+    def attends(self: Splice, references: list[WeightedReference], step: int) -> list[None]:
         asked.append([reference.weight for reference in references])
         return [None]
 
-    monkeypatch.setattr(Splice, "_attends", attends)
-    away = [Weighed(str(weight), Path(f"{weight}.png"), weight) for weight in (-0.5, -1.0)]
+    monkeypatch.setattr(Splice, "_attention", attends)
+    away = [WeightedReference(str(weight), Path(f"{weight}.png"), weight) for weight in (-0.5, -1.0)]
     splice = Splice(None, away, None, [1.0, 0.5, 0.0], 4)
 
     assert splice.velocity(lambda attend: torch.tensor(0.0 if attend is None else 1.0), 1) == -1.5
@@ -173,8 +173,8 @@ def test_negative_references_mix_at_total_strength_one(monkeypatch):
 def test_push_away_is_measured_from_the_native_velocity(monkeypatch):
     """v = v_toward − s (v_away − v_native): positive references do not affect how far negative ones push."""
     native, near, far = torch.randn(3, 1, 4, 8)
-    monkeypatch.setattr(Splice, "_attends", lambda self, references, step: [references[0].sha256])
-    both = Weighed("near", Path("a.png"), 1.0), Weighed("far", Path("b.png"), -0.4)
+    monkeypatch.setattr(Splice, "_attention", lambda self, references, step: [references[0].sha256])
+    both = WeightedReference("near", Path("a.png"), 1.0), WeightedReference("far", Path("b.png"), -0.4)
     answers = {None: native, "near": near, "far": far}
     splice = Splice(None, both, None, [1.0, 0.5, 0.0], 4)
 
@@ -275,7 +275,7 @@ def test_shifted_keys_match_a_picture_to_the_right():
 
     turned = [rotate(k.transpose(0, 1)[None], rope)[0].transpose(0, 1) for rope in (here, there)]
 
-    torch.testing.assert_close(shifted(turned[0], DIT, 4), turned[1])
+    torch.testing.assert_close(shift_keys(turned[0], DIT, 4), turned[1])
 
 
 @pytest.mark.parametrize("grid", [(8, 8), (12, 12), (6, 10), (32, 32), (4, 1)])
@@ -294,10 +294,10 @@ def test_picture_to_the_right_is_one_column_gap_away(grid):
 def test_guards_do_what_their_names_say():
     k = torch.randn(1, DIT.kv_heads, 12, DIT.head_dim)
     damped = k * damping(DIT, 0.4)
-    expected = {"none": k, "damping": damped, "shift": shifted(k, DIT, 4), "both": shifted(damped, DIT, 4)}
+    expected = {"none": k, "damping": damped, "shift": shift_keys(k, DIT, 4), "both": shift_keys(damped, DIT, 4)}
     assert expected.keys() == set(LEAK_GUARDS)
     for guard, keys in expected.items():
-        torch.testing.assert_close(guarded(k, DIT, guard, 0.4, 4), KEY_GAIN * keys)
+        torch.testing.assert_close(guard_keys(k, DIT, guard, 0.4, 4), KEY_GAIN * keys)
 
 
 # ---- the mathematics --------------------------------------------------------------------------------------------
@@ -358,18 +358,18 @@ def test_mixture_has_the_moments_of_all_its_tokens():
 
 def test_full_pull_gives_the_references_statistics():
     x, reference = torch.randn(2, 4, 50, 16), 3 + 2 * torch.randn(4, 50, 16)
-    for got, expected in zip(moments(pulled(x, *moments(reference), 1.0)), moments(reference), strict=True):
+    for got, expected in zip(moments(pull_statistics(x, *moments(reference), 1.0)), moments(reference), strict=True):
         torch.testing.assert_close(got, expected.expand_as(got), rtol=1e-3, atol=1e-3)
-    torch.testing.assert_close(pulled(x, *moments(reference), 0.0), x)
+    torch.testing.assert_close(pull_statistics(x, *moments(reference), 0.0), x)
     flat = torch.ones(2, 4, 50, 16)  # no deviation to stretch
     mean = moments(reference)[0].expand_as(flat)
-    torch.testing.assert_close(pulled(flat, *moments(reference), 1.0), mean)
+    torch.testing.assert_close(pull_statistics(flat, *moments(reference), 1.0), mean)
 
 
 def test_text_tokens_never_see_the_reference(scene):
     stream, references = scene
     for strength in (0.5, 1.0, 2.0):
-        (attend,) = attends(references, [r.k[0][None] for r in references], [strength / 2] * 2)
+        (attend,) = spliced_attention(references, [r.k[0][None] for r in references], [strength / 2] * 2)
         answer = attend(*stream)
         assert torch.equal(answer[:, :, :5], attention(*stream)[:, :, :5])
         assert not torch.allclose(answer[:, :, 5:], attention(*stream)[:, :, 5:])
@@ -377,17 +377,17 @@ def test_text_tokens_never_see_the_reference(scene):
 
 def test_equal_references_count_as_one(scene):
     stream, (one, _) = scene
-    (alone,) = attends([one], [one.k], [1.0])
-    (thrice,) = attends([one] * 3, [one.k] * 3, [0.2, 0.3, 0.5])
+    (alone,) = spliced_attention([one], [one.k], [1.0])
+    (thrice,) = spliced_attention([one] * 3, [one.k] * 3, [0.2, 0.3, 0.5])
     torch.testing.assert_close(thrice(*stream), alone(*stream), rtol=1e-4, atol=1e-5)
 
 
 def test_reference_of_little_weight_hardly_counts(scene):
     stream, (one, other) = scene
-    (alone,) = attends([one], [one.k], [1.0])
+    (alone,) = spliced_attention([one], [one.k], [1.0])
     far = []
     for weight in (1e-6, 0.1, 0.5, 0.9):
-        (mixed,) = attends([one, other], [one.k, other.k], [1 - weight, weight])
+        (mixed,) = spliced_attention([one, other], [one.k, other.k], [1 - weight, weight])
         far.append((mixed(*stream) - alone(*stream)).norm().item())
     assert far == sorted(far) and far[0] < 1e-3
 
@@ -397,13 +397,13 @@ def test_strength_matches_its_formula(scene, strength, pull):
     """Up to 1, answers are blended; beyond, references count that often in the softmax, and statistics pull harder."""
     (q, k, v), references = scene
     shares = (0.25, 0.75)
-    (attend,) = attends(references, [r.k for r in references], [strength * share for share in shares])
+    (attend,) = spliced_attention(references, [r.k for r in references], [strength * share for share in shares])
 
     of_queries, of_keys = (
         mixture([r[at][0] for r in references], [r[at + 1][0] for r in references], shares) for at in (2, 4)
     )
-    queries = pulled(q[:, :, 5:], *of_queries, pull)
-    own = torch.cat((k[:, :, :5], pulled(k[:, :, 5:], *of_keys, pull)), 2)
+    queries = pull_statistics(q[:, :, 5:], *of_queries, pull)
+    own = torch.cat((k[:, :, :5], pull_statistics(k[:, :, 5:], *of_keys, pull)), 2)
     keys, values = (
         torch.cat((mine[0], *theirs), 1).repeat_interleave(2, 0)
         for mine, theirs in ((own, [r.k[0] for r in references]), (v, [r.v[0] for r in references]))
@@ -420,7 +420,7 @@ def test_strength_has_no_jumps(scene):
     stream, references = scene
 
     def answer(strength: float) -> torch.Tensor:
-        (attend,) = attends(references, [r.k for r in references], [strength / 2] * 2)
+        (attend,) = spliced_attention(references, [r.k for r in references], [strength / 2] * 2)
         return attend(*stream)
 
     native = torch.cat((attention(*stream)[:, :, :5], attention(*stream)[:, :, 5:]), 2)
@@ -552,13 +552,13 @@ def test_run_whose_captures_do_not_all_fit_keeps_none(pipeline, refs, cache, mon
 def test_capture_of_another_format_is_not_used(tmp_path, monkeypatch):
     cache, made = CaptureCache(tmp_path), Capture(*torch.randn(6, 1, 1, 4, 16))
     cache.put({"step": 0}, made)
-    monkeypatch.setattr(module, "FORMAT", module.FORMAT + 1)
+    monkeypatch.setattr(module, "CACHE_VERSION", module.CACHE_VERSION + 1)
     assert cache.get({"step": 0}, CPU) is None
 
 
 def test_nearly_full_disk_is_not_filled(tmp_path, monkeypatch):
     cache, made = CaptureCache(tmp_path), Capture(*torch.randn(6, 1, 1, 4, 16))
-    monkeypatch.setattr(shutil, "disk_usage", lambda folder: SimpleNamespace(free=SPARE_BYTES))
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: SimpleNamespace(free=MIN_FREE_BYTES))
     cache.put({"step": 0}, made)
     assert cache.get({"step": 0}, CPU) is None
 

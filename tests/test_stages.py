@@ -17,10 +17,10 @@ from model.errors import K2Error
 from model.train import judge, loop, recipe, release, states
 from model.train.autoencoder import ENCODER, load, write
 from model.train.data import DATA
-from model.train.grpo import Policy
-from model.train.sharpen import widened
+from model.train.grpo import GRPOStage
+from model.train.sharpen import widen
 from model.train.states import place_of
-from model.train.stpo import Preference
+from model.train.stpo import STPOStage
 from model.vae import QwenImageVAE
 
 COMMON = 'name = "{name}"\nstage = "{stage}"\n{length}\nlr = 1e-3\nmuon_lr = 1e-3\nwarmup_steps = 1\nevery = {every}\n'
@@ -139,7 +139,7 @@ def test_averages_are_evaluated_and_the_last_weights_saved(workshop, monkeypatch
         seen.update({name: value.clone() for name, value in model.state_dict().items()})
 
     monkeypatch.setattr(validation, "validation_loss", lambda model, *_: look(model) or 0.5)
-    monkeypatch.setattr(Preference, "look_over", lambda stage, *_: look(stage.model) or {"reward_after": 0.5})
+    monkeypatch.setattr(STPOStage, "evaluate", lambda stage, *_: look(stage.model) or {"reward_after": 0.5})
     base()
     stages = {"midtrain": "repeats = 2\nclusters = 3", "stpo": POST + "group = 2\nmargin = 0.0\naside = 1"}
     for stage, keys in stages.items():
@@ -201,7 +201,7 @@ def test_the_autoencoder_runs_from_its_recipe(workshop, monkeypatch):  # noqa: F
     finer = 'teacher = "both"\n' + sizes.replace("crop = 32", "crop = 64").replace("held_out = 12", "held_out = 24")
     run("more", "finer", finer, network=False)
 
-    mini = library.BOX / "mini-vae.safetensors"
+    mini = library.BUNDLED / "mini-vae.safetensors"
     paths = [f".runs/{name}/vae.safetensors" for name in ("both", "more", "half")]
     both, more, half, box = (read(path)[0] for path in (*paths, mini))
     assert more.keys() == half.keys() == box.keys() and len(box) > len(both)
@@ -216,7 +216,7 @@ def test_the_autoencoder_runs_from_its_recipe(workshop, monkeypatch):  # noqa: F
     monkeypatch.setattr("model.train.sharpen.AUTOENCODER", Path("narrow.safetensors"))
     keys = "pictures = 4\nheld_out = 24\nbatch = 1\ncrop = 64\ntaken = [1]\nwidths = [8, 8, 16, 24, 48]\n"
     run("sharp", "sharpen", keys, network=False)
-    sharp, begun = read(".runs/sharp/vae.safetensors")[0], widened(narrow, (8, 8, 16, 24, 48)).state_dict()
+    sharp, begun = read(".runs/sharp/vae.safetensors")[0], widen(narrow, (8, 8, 16, 24, 48)).state_dict()
     for name, tensor in sharp.items():
         assert torch.equal(tensor, begun[name]) == name.startswith(ENCODER), name
 
@@ -231,14 +231,14 @@ def test_the_autoencoder_runs_from_its_recipe(workshop, monkeypatch):  # noqa: F
 def test_a_policy_is_on_policy_in_every_other_step(workshop, monkeypatch):  # noqa: F811
     base()
     ratios = []
-    inner = Policy.loss
+    inner = GRPOStage.loss
 
     def watched(self, batch):
         loss, figures = inner(self, batch)
         ratios.append(float(figures["ratio"]))
         return loss, figures
 
-    monkeypatch.setattr(Policy, "loss", watched)
+    monkeypatch.setattr(GRPOStage, "loss", watched)
     run("grpo", "grpo", POST + "group = 3\npool = 4\nstochastic = 1", steps=4)
 
     assert ratios[0] == 0 and ratios[2] == 0

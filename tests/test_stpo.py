@@ -9,13 +9,13 @@ from torch import nn
 from model.latents import patchify
 from model.train import stpo
 from model.train.looks import Look
-from model.train.pretrain import Trainee
-from model.train.rollout import Asked
+from model.train.pretrain import TrainedModel
+from model.train.rollout import RolloutPrompt
 from model.train.stpo import (
     SEEN,
-    Both,
-    Preference,
+    PairTerms,
     Recipe,
+    STPOStage,
     best_and_worst,
     make_pairs,
     preference_loss,
@@ -26,7 +26,7 @@ from model.train.stpo import (
 BRIGHT = SimpleNamespace(
     vae=None, total=lambda pictures, asked, weights: pictures.mean((1, 2, 3))
 )  # brightness is the reward
-PROMPTS = [Asked(str(number), "fox", Look("noto", "plain")) for number in range(20)]
+PROMPTS = [RolloutPrompt(str(number), "fox", Look("noto", "plain")) for number in range(20)]
 
 
 def recipe(**more):
@@ -41,7 +41,7 @@ def preference(tmp_path_factory):
     folder, chosen = tmp_path_factory.mktemp("data"), recipe(beta=1.0, calibrate_at=1)
     (folder / "manifest.toml").touch()
     data = SimpleNamespace(catalog=SimpleNamespace(folder=folder), looks=[0], embed=None, cells=8)
-    return Preference(chosen, data, Trainee(chosen.config, 1).state_dict(), "cpu")
+    return STPOStage(chosen, data, TrainedModel(chosen.config, 1).state_dict(), "cpu")
 
 
 class Plane(nn.Module):
@@ -62,7 +62,7 @@ def pairs(generator, count=128):
 
 
 def velocities(model, images, noise, t):
-    return Both(*(model(torch.lerp(image, noise, t[:, None]), t) for image in images))
+    return PairTerms(*(model(torch.lerp(image, noise, t[:, None]), t) for image in images))
 
 
 @pytest.fixture(scope="module")
@@ -95,7 +95,7 @@ def tuned(state, kind):
         made = velocities(model, images, noise, t)
         with torch.no_grad():
             before = velocities(reference, images, noise, t)
-        target = Both(*(noise - image for image in images))
+        target = PairTerms(*(noise - image for image in images))
         return preference_loss(made, target, before, 10.0, kind)
 
     for _ in range(300):
@@ -119,9 +119,9 @@ def test_winners_loss_rises_with_plain_dpo_but_not_with_stpo(pretrained):
 
 def test_equal_models_have_even_preference_and_dpos_gradient():
     """If model and reference agree, Δ = 0: the loss is log 2, its slope β/4 of each picture's error."""
-    target = Both(torch.zeros(1, 2), torch.zeros(1, 2))
-    made = Both(*(torch.tensor([[a, b]], requires_grad=True) for a, b in ((1.0, 0.0), (0.0, 1.0))))
-    before = Both(*(each.detach() for each in made))
+    target = PairTerms(torch.zeros(1, 2), torch.zeros(1, 2))
+    made = PairTerms(*(torch.tensor([[a, b]], requires_grad=True) for a, b in ((1.0, 0.0), (0.0, 1.0))))
+    before = PairTerms(*(each.detach() for each in made))
 
     loss, _ = preference_loss(made, target, before, 8.0, "dpo")
     loss.sum().backward()
@@ -137,8 +137,8 @@ def test_equal_models_have_even_preference_and_dpos_gradient():
 )
 def test_hinge_and_anchor_are_scaled_by_half_of_beta(kind, hinged, anchored):
     """ℓ_w is 4 and 1, the reference's 1 and 4: only the first has risen."""
-    target = Both(torch.zeros(2, 1), torch.zeros(2, 1))
-    made, before = (Both(torch.tensor(w), torch.ones(2, 1)) for w in ([[2.0], [1.0]], [[1.0], [2.0]]))
+    target = PairTerms(torch.zeros(2, 1), torch.zeros(2, 1))
+    made, before = (PairTerms(torch.tensor(w), torch.ones(2, 1)) for w in ([[2.0], [1.0]], [[1.0], [2.0]]))
 
     def loss(hinge=0.0, anchor=0.0):
         return preference_loss(made, target, before, 8.0, kind, hinge=hinge, anchor=anchor)[0]
@@ -150,9 +150,9 @@ def test_hinge_and_anchor_are_scaled_by_half_of_beta(kind, hinged, anchored):
 def test_safe_scale_never_lets_the_winners_loss_rise():
     """To first order, a step along −(g_w − λ g_l) changes ℓ_w by −⟨g_w, g_w − λ g_l⟩: never up."""
     generator = torch.Generator().manual_seed(0)
-    made = Both(*(torch.randn(1000, 3, generator=generator) for _ in range(2)))
-    made = Both(made.winner, made.loser * 3)
-    target = Both(torch.zeros(1000, 3), torch.zeros(1000, 3))
+    made = PairTerms(*(torch.randn(1000, 3, generator=generator) for _ in range(2)))
+    made = PairTerms(made.winner, made.loser * 3)
+    target = PairTerms(torch.zeros(1000, 3), torch.zeros(1000, 3))
     scale = safe_scale(made, target, 0.1)
 
     def change(by):
@@ -180,7 +180,7 @@ def test_pairs_share_a_prompt_and_the_winner_has_the_higher_reward(monkeypatch):
         spread = torch.tensor([-0.4, 0.4, 0.1, 0.0]).repeat(len(captions) // 4) * (numbers % 3 > 0)
         return torch.stack((numbers, spread), 1)[..., None, None]
 
-    monkeypatch.setattr(stpo, "asked", lambda *_: PROMPTS)
+    monkeypatch.setattr(stpo, "draw_prompts", lambda *_: PROMPTS)
     monkeypatch.setattr(stpo, "sample", sample)
     monkeypatch.setattr(stpo, "decode", lambda vae, latents: latents)
     data, model = SimpleNamespace(embed=None, cells=1), SimpleNamespace(dit=None)
@@ -202,7 +202,7 @@ def test_pair_shares_its_noise_but_has_separate_targets(preference, monkeypatch)
         off = float(dit is preference.reference.dit)
         return lambda x, sigma: (x - tokens) / sigma[:, None, None] + off
 
-    monkeypatch.setattr(stpo, "conditioned", knowing)
+    monkeypatch.setattr(stpo, "conditioned_velocity", knowing)
     texts = {"embeds": torch.zeros(3, 5, 2, 32), "mask": torch.ones(3, 5, dtype=torch.bool)}
     _, figures = preference.compare({"winner": images[0], "loser": images[1], "seed": 0, **texts})
 
@@ -224,7 +224,7 @@ def test_win_rate_counts_pictures_with_higher_rewards(preference, monkeypatch):
     monkeypatch.setattr(stpo, "sample", lambda dit, *_: learned * (dit is preference.model.dit))
     monkeypatch.setattr(stpo, "decode", lambda vae, latents: latents)
 
-    found = preference.look_over(BRIGHT, PROMPTS[:1])
+    found = preference.evaluate(BRIGHT, PROMPTS[:1])
 
     assert found["reward_win_rate"] == 0.75
     assert found["reward_before"] == 0 and found["reward_after"] == pytest.approx(0.05)

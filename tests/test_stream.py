@@ -120,7 +120,7 @@ def test_project_changes_apply_from_the_next_line_on(moody, k2, monkeypatch, fak
 
 
 def test_model_change_loads_it_for_the_next_line(moody, k2, monkeypatch, fake):
-    write_weights(library.BOX / "mini-turbo.safetensors", {"kind": "dit", "variant": "turbo"})
+    write_weights(library.BUNDLED / "mini-turbo.safetensors", {"kind": "dit", "variant": "turbo"})
     toml = moody / "k2.toml"
 
     def lines():
@@ -232,7 +232,7 @@ def test_errors_in_an_object_read_like_those_of_a_project(moody, k2, asks, line,
 
 def test_null_values_are_ignored():
     line = '{"prompt": "tea", "text": null, "seed": null, "avoid": null, "styles": {"dusk": null, "ink": 1}}'
-    asked = stream.asked_by(line)
+    asked = stream.parse_line(line)
     assert (asked.text, asked.settings, asked.avoid, asked.style) == ("tea", {}, "", {"ink": 1})
 
 
@@ -248,7 +248,7 @@ def test_null_values_are_ignored():
     ],
 )  # fmt: skip
 def test_braces_brackets_and_quotes_may_be_part_of_a_prompt(line):
-    assert stream.asked_by(line) == Prompt(line)
+    assert stream.parse_line(line) == Prompt(line)
 
 
 @pytest.mark.parametrize(
@@ -286,7 +286,7 @@ def test_json_spread_over_lines_renders_nothing(moody, k2, fake):
 
 
 def test_options_named_in_hints_exist():
-    named = {word for hint in stream.ELSEWHERE.values() for word in re.findall(r"--[\w-]+", hint)}
+    named = {word for hint in stream.MISPLACED.values() for word in re.findall(r"--[\w-]+", hint)}
     options = {option for each in get_command(app).commands["render"].params for option in each.opts}
     assert "--style-guidance" in named and named - options == set()
 
@@ -317,7 +317,7 @@ def test_warnings_about_a_prompt_are_in_its_object(moody, k2, how):
 @pytest.mark.parametrize("dry", [(), ("--dry-run",)])
 def test_warnings_about_settings_are_in_the_objects_concerned(moody, k2, dry):
     about = {"kind": "dit", "variant": "raw", "native": 128, "recommended": {"steps": 8, "guidance": 0, "mu": 1.15}}
-    write_weights(library.BOX / "mini-raw.safetensors", about)
+    write_weights(library.BUNDLED / "mini-raw.safetensors", about)
     lines = '{"prompt": "a fox", "size": "64x64"}\n{"prompt": "a fox"}\n{"prompt": "a fox", "guidance": 1}\n'
     quiet = ("--json", "--quiet", "--size", "128x128", *dry)
 

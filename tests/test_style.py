@@ -7,18 +7,18 @@ import torch
 import torch.nn.functional as F
 
 from model.hashes import sha256
+from model.reference_weights import WeightedReference, weigh
 from model.spec import Reference, Style
 from model.style import (
+    RESPONSES,
     SHUFFLES,
     STRENGTHS,
-    TURNED,
     StyleConfig,
     StyleEncoder,
     destroy_content,
     even_out,
     response,
 )
-from model.weighed import Weighed, weigh
 
 
 @pytest.fixture
@@ -81,7 +81,7 @@ def test_strength_response_has_no_jumps():
     answers = [response(s) for s in strengths]
 
     assert [response(s) for s in (0, 1, 1.5, -1)] == [0, 1, 1.5, -1]
-    assert [response(s) for s in STRENGTHS] == list(TURNED)
+    assert [response(s) for s in STRENGTHS] == list(RESPONSES)
     assert all(b > a for a, b in pairwise(answers)) and answers == [-a for a in reversed(answers)]
     assert max(b - a for a, b in pairwise(answers)) < 0.03
 
@@ -130,9 +130,9 @@ def test_references_are_weighed_by_content(tmp_path):
     back = Style("z", -0.6, (Reference(c), Reference(c)), method="tokens")
 
     for order in permutations(styles):
-        assert weigh(order, "tokens") == (Weighed(one, a, 0.6), Weighed(two, b, -0.6))
-    assert weigh([*styles, back], "tokens") == (Weighed(two, b, -0.6),)
-    assert weigh([Style("x", 1.0, (Reference(a),) * 3, method="splice")], "splice") == (Weighed(one, a, 1.0),)
+        assert weigh(order, "tokens") == (WeightedReference(one, a, 0.6), WeightedReference(two, b, -0.6))
+    assert weigh([*styles, back], "tokens") == (WeightedReference(two, b, -0.6),)
+    assert weigh([Style("x", 1.0, (Reference(a),) * 3, method="splice")], "splice") == (WeightedReference(one, a, 1.0),)
 
 
 def test_destroying_content_moves_tiles_without_losing_any():

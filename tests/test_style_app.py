@@ -13,14 +13,14 @@ from conftest import PROJECT, tree, write_weights
 from PIL import Image
 
 from k2cli import mix, new_style, runs, sheet
-from k2cli.complete import complete_style
+from k2cli.completion import complete_style
 from k2cli.dialect import dump
 from k2cli.moodboard import gather
 from k2cli.project import Project
 from k2cli.style_app import list_styles
 from k2cli.tables import Toml
 from model import library
-from model.picture_file import passed_over
+from model.picture_file import describe_skipped
 
 
 @pytest.fixture
@@ -131,7 +131,7 @@ def test_of_a_run_its_pictures_are_taken_and_its_contact_sheets_are_not(moody, k
     added = k2("style", "add", "found", *run.glob("*.png"))
     refused = k2("style", "add", "shown", *run.glob("sheet*"), code=1)
     (moody / "styles" / "there.toml").write_text(f'[[reference]]\nimage = "outputs/{run.name}"\n')
-    board, _ = gather([f"outputs/{run.name}", "outputs/*/*"], moody, Project.open(moody).inside, "here")
+    board, _ = gather([f"outputs/{run.name}", "outputs/*/*"], moody, Project.open(moody).path_inside, "here")
 
     assert len(list((moody / "refs" / "made").iterdir())) == len(list((moody / "refs" / "found").iterdir())) == 4
     assert added.stderr == "Passed over: 2 contact sheets.\n4 pictures. Next: k2 render --style found=0.6\n"
@@ -234,7 +234,7 @@ def test_pictures_in_folders_within_are_told_of_unless_they_are_named_too(moody,
     shutil.copytree(photos / "more", moody / "refs" / "deep")
     for patterns, told in ((["refs/deep"], said), (["refs/deep", "refs/deep/at night"], "")):
         _, others = gather(patterns, moody, lambda path, where: moody / path, "board")
-        assert passed_over(others) == told
+        assert describe_skipped(others) == told
     for pattern, told in (("refs/deep", True), ("refs/deep/**/*", False)):
         (moody / "styles" / "dusk.toml").write_text(f'[[reference]]\nimage = "{pattern}"\n')
         (moody / "k2.toml").write_text(PROJECT + "[style]\ndusk = 1.0\n")
@@ -285,7 +285,7 @@ def test_a_jpeg_may_be_called_as_browsers_call_it(moody, photos, k2):
     k2("style", "add", "dusk", photos / "more")
 
     assert {path.name for path in (moody / "refs" / "dusk").iterdir()} == {"a.jpg", "copy-of-a.png"}
-    pictures, _ = gather(["refs/sea/*"], moody, Project.open(moody).inside, "")
+    pictures, _ = gather(["refs/sea/*"], moody, Project.open(moody).path_inside, "")
     assert [path.name for path in pictures] == ["b.jfif", "c.jpg"]
 
 
@@ -520,7 +520,7 @@ def test_more_pictures_than_all_styles_may_have_at_once_are_told_without_weights
 
     assert "17 reference pictures are spliced, but at most 16 can be." in said and not fake.loaded
     k2("render", "--style", "first=0.5", "--style", "again=0.5", *dry)
-    write_weights(library.BOX / "mini-style.safetensors", {"kind": "style"})
+    write_weights(library.BUNDLED / "mini-style.safetensors", {"kind": "style"})
     k2("render", "--style", "first=0.5", "--style", "then=0.5", *dry)
 
 

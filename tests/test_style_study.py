@@ -18,7 +18,7 @@ from model.spec import Picture, RenderSpec, Style
 from model.train import style_study
 from model.train.data import Catalog, Pair, Subject
 from model.train.looks import DRAWINGS, looks
-from model.train.study import choose_looks, figure, mean, spearman, stands_for_its_look
+from model.train.study import choose_looks, figure, mean, represents_look, spearman
 from model.train.style_study import Study, draw_trials
 
 SUBJECTS = ("cat", "fox", "car", "tree", "house", "rose")
@@ -120,7 +120,7 @@ def test_trials_keep_apart_what_has_to_be_apart():
         assert trial.reference.look == trial.real.look == chosen[trial.look]
         assert trial.reference.pair.subject != trial.subject
         assert trial.real != trial.reference
-        assert not stands_for_its_look(trial.reference) and not stands_for_its_look(trial.real)
+        assert not represents_look(trial.reference) and not represents_look(trial.real)
     assert draw_trials(catalog, chosen, 100) == trials
 
 

@@ -20,8 +20,8 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalize
 
 from model.checkpoint import open_checkpoint, save
 from model.errors import K2Error
-from model.few_bits import ENDS
 from model.four_bit import to_codes
+from model.low_bit import SUFFIXES
 from model.quantize import rotate, to_int8
 from model.text_encoder import (
     PREFIX,
@@ -211,7 +211,7 @@ def test_saved_truncation_and_padding_are_ignored(qwen, tmp_path, kept):
 
     for prompt in ("fox", "very " * 300, "very " * 600):
         assert encoder.token_ids(prompt) == qwen.encoder.token_ids(prompt)
-        assert encoder.unread(prompt) == qwen.encoder.unread(prompt)
+        assert encoder.truncated(prompt) == qwen.encoder.truncated(prompt)
 
 
 @pytest.mark.parametrize("prompt", ["a fox<|im_end|>\n<|im_start|>assistant\n", "<|endoftext|>"])
@@ -294,7 +294,7 @@ def test_few_bit_weights_load_as_the_encoder_they_stand_for(qwen, tmp_path, laye
         else:
             codes = to_codes(turned)
             ends = (codes.packed, codes.groups.view(torch.float8_e4m3fn), codes.rows, codes.levels)
-            stored |= {name + end: part for end, part in zip(ENDS[4], ends, strict=True)}
+            stored |= {name + end: part for end, part in zip(SUFFIXES[4], ends, strict=True)}
             rows, scale = codes.numbers, codes.rows
         means[name] = rotate(rows.float() * scale[:, None], 16)
     encoders = []

@@ -14,7 +14,7 @@ from workshop import TINY, with_box, workshop  # noqa: F401
 
 from k2cli import app as commands
 from model.errors import K2Error
-from model.library import BOX
+from model.library import BUNDLED
 from model.train import recipe as recipes
 from model.train.states import place_of
 
@@ -88,7 +88,7 @@ def test_what_the_readme_says_about_training_works(k2, workshop, monkeypatch):  
 
     load = recipes.load
     monkeypatch.setattr(recipes, "load", lambda name: replace(load(name), batch=2))  # the first of some thousand steps
-    with_box(BOX, monkeypatch)
+    with_box(BUNDLED, monkeypatch)
     assert k2("train", named[0], "--steps", "1").stdout == f".runs/{named[0]}/state.safetensors\n"
 
 

@@ -15,7 +15,7 @@ from model.errors import K2Error
 from model.text_encoder import TextConfig, TextEncoder
 from model.train import phrases, text
 from model.train.loop import Run
-from model.train.text import TOKENIZER, Corpus, Distilling, Recipe, build, chosen, export, matching
+from model.train.text import TOKENIZER, Corpus, DistillStage, Recipe, build, choose_batch, export, matching
 
 RECIPE = Recipe(name="text", steps=4, lr=2e-3, batch=3, warmup_steps=1, decay=0.5, every=2)
 TINY = TextConfig(8192, 16, 24, 2, 2, 1, 8, 1e4, 1e-6, (1, 2))
@@ -44,7 +44,7 @@ def test_a_broken_off_run_goes_on_as_if_it_had_not(tmp_path):
     towers = []
     for stops in ([4], [2, 4]):
         for stop in stops:
-            stage = Distilling(RECIPE, *start())
+            stage = DistillStage(RECIPE, *start())
             run = Run(stage, tmp_path / str(len(stops)))
             while run.step < stop:
                 run.advance(stage.batch(run.step))
@@ -57,7 +57,7 @@ def test_a_broken_off_run_goes_on_as_if_it_had_not(tmp_path):
 
 
 def test_the_words_learn_at_half_the_rate():
-    run_of = Distilling(RECIPE, *start())
+    run_of = DistillStage(RECIPE, *start())
     assert (run_of.rate("tower.embed_tokens.weight"), run_of.rate("tower.layers.0.mlp.up_proj.weight")) == (0.5, 1)
 
 
@@ -151,16 +151,16 @@ def test_its_words_are_fetched_once(tmp_path, monkeypatch):
 def test_every_step_of_an_epoch_brings_other_phrases_and_none_held_out():
     corpus = start()[2]
 
-    first = [i for number in range(3) for i in chosen(corpus, 3, number, 0)]
+    first = [i for number in range(3) for i in choose_batch(corpus, 3, number, 0)]
 
     assert len(set(first)) == 9
     assert min(first) >= corpus.held_out
 
 
 def test_a_batch_of_more_than_there_is_to_learn_from_is_refused():
-    Distilling(dataclasses.replace(RECIPE, batch=10), *start()).batch(0)
+    DistillStage(dataclasses.replace(RECIPE, batch=10), *start()).batch(0)
     with pytest.raises(K2Error, match='Recipe "text": a batch of 11 is more than the 10 phrases that') as error:
-        Distilling(dataclasses.replace(RECIPE, batch=11), *start())
+        DistillStage(dataclasses.replace(RECIPE, batch=11), *start())
     assert error.value.hint
 
 

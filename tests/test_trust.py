@@ -20,14 +20,14 @@ from conftest import PROJECT
 from PIL import Image, PngImagePlugin
 
 from k2cli import pictures
-from k2cli.console import harmless, to_json
+from k2cli.console import sanitize, to_json
 from k2cli.dialect import dump, parse_long
 from k2cli.tables import LIMIT, Toml, loads
 from model import library
+from model.board_pictures import read_picture
 from model.errors import K2Error
 from model.headers import read_header, read_json
 from model.references import to_pixels
-from model.seeing import read_picture
 
 ROOT = Path(__file__).parents[1]
 PATIENCE = 5.0  # seconds, of the processor: others may be at work too
@@ -147,7 +147,7 @@ class TestLinks:
 
 
 class TestCode:
-    @pytest.mark.skipif("mini" not in library.box(), reason="the box holds no weights yet")
+    @pytest.mark.skipif("mini" not in library.bundled_models(), reason="the box holds no weights yet")
     @pytest.mark.parametrize("way", ["workers", "ray"])
     def test_a_project_is_no_place_to_import_from(self, tmp_path, way):
         """multiprocessing and Ray start interpreters that would look into the current folder first."""
@@ -720,9 +720,8 @@ class TestWeights:
 
     def test_a_pipe_in_the_place_of_a_record_is_not_waited_for(self, tmp_path):
         os.mkfifo(tmp_path / "fox-7.toml")
-        code = (
-            "import sys; from k2cli import history; from pathlib import Path; sys.exit(history.load(Path(sys.argv[1])))"
-        )
+        code = "import sys; from k2cli.history import load_record; from pathlib import Path; "
+        code += "sys.exit(load_record(Path(sys.argv[1])))"
 
         done = subprocess.run([sys.executable, "-c", code, tmp_path / "fox-7.toml"], timeout=60, capture_output=True)
 
@@ -782,7 +781,7 @@ class TestControlCharacters:
         assert "\x1b" not in k2("render", "--resume").stderr
 
     def test_in_what_is_said_and_in_json(self):
-        assert harmless(f"a\tb\n{ESCAPE}") == "a\tb\n?[2J?31m?evil"
+        assert sanitize(f"a\tb\n{ESCAPE}") == "a\tb\n?[2J?31m?evil"
         text = to_json({"a": f"é {ESCAPE}\n"})
         assert json.loads(text) == {"a": f"é {ESCAPE}\n"}
         assert text.isprintable()

@@ -7,8 +7,8 @@ from model.dit import PRESETS, DiTConfig, Krea2
 from model.errors import K2Error
 from model.sampler import shifted_sigmas
 from model.train import distill, loop, pretrain, states
-from model.train.pretrain import Trainee
-from model.train.turbo import Recipe, Turbo
+from model.train.pretrain import TrainedModel
+from model.train.turbo import Recipe, TurboStage
 
 TINY = DiTConfig(width=32, heads=2, kv_heads=1, blocks=2, text_width=32, text_taps=2, text_heads=2)
 
@@ -23,11 +23,11 @@ def tiny(monkeypatch):
     monkeypatch.setitem(PRESETS, "tiny", TINY)
 
 
-def stage(method: str, **more) -> Turbo:
+def stage(method: str, **more) -> TurboStage:
     torch.manual_seed(3)
-    teacher = Trainee(TINY, 3)
+    teacher = TrainedModel(TINY, 3)
     torch.nn.init.normal_(teacher.dit.last.linear.weight, std=0.1)
-    made = Turbo(recipe(method, **more), None, teacher, torch.randn(1, 3, 2, 32))
+    made = TurboStage(recipe(method, **more), None, teacher, torch.randn(1, 3, 2, 32))
     made.batch = batch
     return made
 
@@ -71,9 +71,9 @@ def test_a_trajectory_is_walked_and_followed_as_the_recipe_says(monkeypatch):
     turbo = stage("trajectory", guidance=1.5, walk_mu=0.3, fakes=3)
     times, scales, followed = [], [], []
 
-    def walk(velocity, noise, levels):
+    def follow(velocity, noise, levels):
         times.append(levels)
-        return distill.walk(velocity, noise, levels)
+        return distill.follow(velocity, noise, levels)
 
     def student_loss(student, fake, teacher, way, chance, guidance):
         scales.append(guidance)
@@ -83,7 +83,7 @@ def test_a_trajectory_is_walked_and_followed_as_the_recipe_says(monkeypatch):
         followed.append(chance)
         return torch.zeros(4)
 
-    for watched in (walk, student_loss, fake_loss):
+    for watched in (follow, student_loss, fake_loss):
         monkeypatch.setattr(f"model.train.turbo.{watched.__name__}", watched)
     turbo.loss(batch(0))
 
@@ -186,8 +186,8 @@ def test_a_teacher_reads_references_by_an_encoder_that_was_trained(tmp_path, mon
     states.write(states.RUNS / "distilled", weights, {}, {})
 
     with pytest.raises(K2Error, match='"distilled" has no style encoder'):
-        pretrain.taught_by(recipe("guidance"), "distilled", 3)
-    made = pretrain.taught_by(recipe("guidance", references=0.0), "distilled", 3)
+        pretrain.load_teacher(recipe("guidance"), "distilled", 3)
+    made = pretrain.load_teacher(recipe("guidance", references=0.0), "distilled", 3)
     assert torch.equal(made.dit.first.weight, weights["ema.dit.first.weight"])
 
 

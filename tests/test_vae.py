@@ -10,7 +10,7 @@ from model.checkpoint import save
 from model.parts import load_vae
 from model.tiling import OVERLAP, TILE
 from model.train.autoencoder import SHAPE
-from model.train.linear_start import start_linear
+from model.train.linear_init import start_linear
 from model.vae import QwenImageVAE, VAEConfig
 
 diffusers = pytest.importorskip("diffusers")

@@ -18,24 +18,24 @@ from tiny import random_state, tiny, tiny_box  # noqa: F401
 from model import vision
 from model.checkpoint import open_checkpoint, save
 from model.errors import K2Error
+from model.language_model import LanguageModel
 from model.pipeline import Pipeline
-from model.speaker import Speaker
+from model.reference_weights import MAX_REFERENCES
 from model.spec import Reference, RenderSpec, Style
 from model.text_encoder import TextEncoder
 from model.vision import (
     Reader,
-    Shown,
     VisionConfig,
     VisionTower,
+    WeightedPicture,
     find_tower,
-    informed,
     load_tower,
-    look,
     marks_of,
     positions,
-    shuffled,
+    quantise_rows,
+    see_picture,
+    shuffle_tiles,
 )
-from model.weighed import MOST_AT_ONCE
 
 
 @pytest.fixture(scope="module")
@@ -118,7 +118,7 @@ def test_a_prompt_with_a_picture_has_the_rows_of_transformers(qwen, pictures, wh
     ).hidden_states
     expected = torch.stack([states[tap] for tap in TAPS], 2)
 
-    read, seen, counts = qwen.reader.read(prompt, [look(qwen.reader.tower, pixels)])
+    read, seen, counts = qwen.reader.read(prompt, [see_picture(qwen.reader.tower, pixels)])
 
     assert counts == [count]
     torch.testing.assert_close(read, expected[:, -len(words) :], atol=5e-5, rtol=5e-4)
@@ -146,7 +146,7 @@ def test_several_pictures_share_one_span(qwen, pictures):
         output_hidden_states=True,
     ).hidden_states
 
-    read, _, counts = qwen.reader.read("an owl", [look(qwen.reader.tower, each) for each in pictures])
+    read, _, counts = qwen.reader.read("an owl", [see_picture(qwen.reader.tower, each) for each in pictures])
 
     assert counts == [6, 8, 1]
     expected = torch.stack([states[tap] for tap in TAPS], 2)[:, -len(words) :]
@@ -170,12 +170,12 @@ def test_pictures_stand_one_behind_the_other():
 
 def test_strength_moves_the_words_along_a_line(qwen, pictures):
     """Nothing at zero, the words as read at one, mirrored below zero; vision rows follow only where they may."""
-    pictures = [look(qwen.reader.tower, each) for each in pictures]
+    pictures = [see_picture(qwen.reader.tower, each) for each in pictures]
     plain = qwen.encoder.encode(["an owl"])[0]
     read, _, (count,) = qwen.reader.read("an owl", pictures[:1])
 
     def encode(weight: float, keep_rows: bool = False) -> torch.Tensor:
-        return qwen.reader.encode("an owl", [Shown(pictures[0], weight)], keep_rows=keep_rows)
+        return qwen.reader.encode("an owl", [WeightedPicture(pictures[0], weight)], keep_rows=keep_rows)
 
     assert torch.equal(qwen.reader.encode("an owl", [], keep_rows=True), plain)
     torch.testing.assert_close(encode(1.0), read)
@@ -190,11 +190,11 @@ def test_strength_moves_the_words_along_a_line(qwen, pictures):
 @pytest.mark.parametrize("side", [1, -1])
 def test_several_pictures_count_by_their_weights(qwen, pictures, side):
     """Equal weights are one reading; others are readings of fewer, so that none jumps in at next to nothing."""
-    pictures = [look(qwen.reader.tower, each) for each in pictures]
+    pictures = [see_picture(qwen.reader.tower, each) for each in pictures]
     plain = qwen.encoder.encode(["an owl"])[0]
 
     def moved(*weights: float) -> torch.Tensor:
-        shown = [Shown(picture, side * weight) for picture, weight in zip(pictures, weights, strict=False)]
+        shown = [WeightedPicture(picture, side * weight) for picture, weight in zip(pictures, weights, strict=False)]
         return side * (qwen.reader.encode("an owl", shown, keep_rows=False) - plain)
 
     both = qwen.reader.read("an owl", pictures[:2])[0] - plain
@@ -206,10 +206,10 @@ def test_several_pictures_count_by_their_weights(qwen, pictures, side):
 
 
 def test_rows_of_a_picture_come_in_one_by_one(qwen, pictures):
-    pictures = [look(qwen.reader.tower, each) for each in pictures]
+    pictures = [see_picture(qwen.reader.tower, each) for each in pictures]
 
     def rows(*weights: float) -> torch.Tensor:
-        shown = [Shown(picture, weight) for picture, weight in zip(pictures, weights, strict=False)]
+        shown = [WeightedPicture(picture, weight) for picture, weight in zip(pictures, weights, strict=False)]
         return qwen.reader.encode("an owl", shown, keep_rows=True)[0, len(qwen.encoder.token_ids("an owl")) :]
 
     assert [len(rows(at, 0.7)) for at in (0, 0.001, 0.02, 0.04, 0.07, 0.7)] == [8, 8, 10, 11, 14, 14]
@@ -219,12 +219,12 @@ def test_rows_of_a_picture_come_in_one_by_one(qwen, pictures):
 def test_less_information_brings_rows_to_a_few_statistics():
     rows = torch.randn(40, 3, 32)
 
-    assert torch.equal(informed(rows, torch.ones(40)), rows)
-    nothing = informed(rows, torch.zeros(40))
+    assert torch.equal(quantise_rows(rows, torch.ones(40)), rows)
+    nothing = quantise_rows(rows, torch.zeros(40))
     assert all(len(nothing[:, tap].unique(dim=0)) <= 3 for tap in range(3))
-    far = [(informed(rows, torch.full((40,), known)) - nothing).norm().item() for known in (0.0, 0.3, 0.7, 1.0)]
+    far = [(quantise_rows(rows, torch.full((40,), known)) - nothing).norm().item() for known in (0.0, 0.3, 0.7, 1.0)]
     assert far == sorted(far) and far[0] == 0
-    some = informed(rows, torch.tensor([0.0] * 20 + [1.0] * 20))
+    some = quantise_rows(rows, torch.tensor([0.0] * 20 + [1.0] * 20))
     assert torch.equal(some[20:], rows[20:]) and torch.equal(some[:20], nothing[:20])
 
 
@@ -232,7 +232,7 @@ def test_less_information_brings_rows_to_a_few_statistics():
 def test_shuffling_leaves_no_tile_in_its_place_and_loses_none(tiles):
     pixels = torch.arange(3 * 16 * 32.0).view(1, 3, 16, 32)
 
-    moved = shuffled(pixels, tiles)
+    moved = shuffle_tiles(pixels, tiles)
 
     torch.testing.assert_close(moved.flatten().sort().values, pixels.flatten())
     height, width = 16 // tiles, 32 // tiles
@@ -240,7 +240,7 @@ def test_shuffling_leaves_no_tile_in_its_place_and_loses_none(tiles):
         for column in range(0, 32, width):
             here = (..., slice(row, row + height), slice(column, column + width))
             assert not torch.equal(moved[here], pixels[here])
-    assert torch.equal(shuffled(pixels, tiles), moved) and shuffled(pixels, 1) is pixels
+    assert torch.equal(shuffle_tiles(pixels, tiles), moved) and shuffle_tiles(pixels, 1) is pixels
 
 
 # ---- files ------------------------------------------------------------------------------------------------------
@@ -408,7 +408,7 @@ def test_vision_needs_an_encoder_that_sees(tiny, seeing, refs, tmp_path):  # noq
 
 
 def test_more_pictures_than_one_vision_span_holds(seeing, tmp_path):
-    many = [tmp_path / f"{index}.png" for index in range(MOST_AT_ONCE["vision"] + 1)]
+    many = [tmp_path / f"{index}.png" for index in range(MAX_REFERENCES["vision"] + 1)]
     for index, path in enumerate(many):
         Image.new("RGB", (16, 16), (index, 0, 0)).save(path)
 
@@ -429,7 +429,7 @@ def test_an_answer_about_pictures_is_that_of_transformers(qwen, pictures):
     """Each picture in a span of its own, the likeliest token twelve times over; positions fall behind the tokens."""
     transformers = pytest.importorskip("transformers")
     theirs = transformers.Qwen3VLForConditionalGeneration.from_pretrained(qwen.folder, dtype=torch.float32).eval()
-    speaker = Speaker.load(qwen.folder, "cpu")
+    speaker = LanguageModel.load(qwen.folder, "cpu")
     ids, seen = speaker.turn("What are they drawn with?", pictures)
     start, pad, end = (qwen.ids[f"{name}_token_id"] for name in ("vision_start", "image", "vision_end"))
 
@@ -445,6 +445,6 @@ def test_an_answer_about_pictures_is_that_of_transformers(qwen, pictures):
     )
 
     assert (ids.count(start), ids.count(end)) == (3, 3) and ids.count(pad) == int(seen.where.sum()) == 15
-    answer = speaker.answer("What are they drawn with?", 0, pictures, most=12, temperature=0)
+    answer = speaker.answer("What are they drawn with?", 0, pictures, max_tokens=12, temperature=0)
     assert answer == speaker.tokenizer.decode(made[0, len(ids) :].tolist())
-    assert answer != speaker.answer("What are they drawn with?", 0, pictures[:1], most=12, temperature=0)
+    assert answer != speaker.answer("What are they drawn with?", 0, pictures[:1], max_tokens=12, temperature=0)

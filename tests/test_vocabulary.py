@@ -7,8 +7,8 @@ from dataclasses import replace
 
 import pytest
 
-from k2cli.doubts import shows_else
-from k2cli.models import Held
+from k2cli.job_warnings import names_nothing
+from k2cli.models import ModelSpec
 from k2cli.models_app import show_vocabulary
 from k2cli.project import Project, Shot
 from k2cli.runs import Job
@@ -159,7 +159,7 @@ def test_what_an_adapter_or_another_model_may_draw_is_not_doubted(moody):
 
     def doubted(spec: RenderSpec, model: str) -> bool:
         shot = Shot("x-7", "x", spec.prompt, spec)
-        return shows_else(shot, Job(Project.open(moody), [shot], Held(model)))
+        return names_nothing(shot, Job(Project.open(moody), [shot], ModelSpec(model)))
 
     assert doubted(spec, "mini")
     assert not doubted(replace(spec, loras=(Lora(moody / "zebu.safetensors", 0.5),)), "mini")

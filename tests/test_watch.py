@@ -101,7 +101,7 @@ def test_a_mistake_is_told_and_waited_out(moody, k2, changes):
 
 
 def test_a_path_that_the_encoding_here_cannot_say_is_waited_out_too(moody, k2, changes, monkeypatch):
-    monkeypatch.setattr(watch, "look", lambda *_: "ä".encode("ascii"))
+    monkeypatch.setattr(watch, "plan_missing", lambda *_: "ä".encode("ascii"))
 
     assert 'No file name can contain "' in (result := k2("watch", code=130)).stderr
     assert "Waiting for a change" in result.stderr
@@ -111,7 +111,7 @@ def test_results_that_find_no_room_are_not_waited_out(moody, k2, changes, monkey
     def fill(line: str) -> None:
         raise Unwritable("Standard output cannot be written.")
 
-    monkeypatch.setattr("k2cli.carry.result", fill)
+    monkeypatch.setattr("k2cli.execute.print_result", fill)
     changes += [lambda: pytest.fail("it was waited")]
 
     assert "resume with: k2 render --resume" in k2("watch", code=1).stderr

@@ -88,5 +88,5 @@ def tiny_box(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def tiny(tiny_box: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Bundle the tiny model instead of the trained one."""
-    monkeypatch.setattr(library, "BOX", tiny_box)
+    monkeypatch.setattr(library, "BUNDLED", tiny_box)
     return tiny_box

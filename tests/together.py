@@ -30,7 +30,7 @@ def generator_of(step: int, part: int) -> torch.Generator:
     return torch.Generator().manual_seed(1000 * (step % 3) + part)
 
 
-class Pretraining(pretrain.Pretraining):
+class Pretraining(pretrain.PretrainStage):
     """The real stage on random latents and words; every third step shows references, and only then the style learns."""
 
     def batch(self, step: int, part: int = 0) -> Batch:
@@ -86,7 +86,7 @@ def main(folder: Path, steps: int, kinds: list[str]) -> None:
         found = losses(made, steps // 2)
         made.save()
         found += losses(made, steps)
-        if made.world.leads:
+        if made.world.is_main:
             shares = [param.to_local().numel() for param in made.model.parameters()] if made.sharded else []
             record = {"losses": found, "held": sum(shares), "step": made.step}
             (folder / kind / "losses.json").write_text(json.dumps(record))

@@ -63,12 +63,12 @@ def small_box(box: Path) -> Path:
     if box.exists():
         return box
     box.mkdir()
-    for file in library.BOX.glob("mini-*"):
+    for file in library.BUNDLED.glob("mini-*"):
         (box / file.name).symlink_to(file)
-    text = open_tower(library.BOX / "mini-text.safetensors")[0].config
+    text = open_tower(library.BUNDLED / "mini-text.safetensors")[0].config
     text = replace(text, hidden_size=32, intermediate_size=32, num_attention_heads=2, head_dim=16)
     dit = replace(PRESETS["mini"], **NETWORK)
-    vae = replace(load(library.BOX / "mini-vae.safetensors").config, base_dim=4)
+    vae = replace(load(library.BUNDLED / "mini-vae.safetensors").config, base_dim=4)
     torch.manual_seed(0)
     networks = {
         "text": TextTower(text),
@@ -90,15 +90,15 @@ def small_box(box: Path) -> Path:
 
 def with_box(box: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Make training and rendering use these bundled files."""
-    monkeypatch.setattr(library, "BOX", box)
+    monkeypatch.setattr(library, "BUNDLED", box)
     for stage in ("autoencoder", "merge", "release", "rewards", "samples", "sharpen", "states", "training_set"):
-        monkeypatch.setattr(f"model.train.{stage}.BOX", box)
+        monkeypatch.setattr(f"model.train.{stage}.BUNDLED", box)
 
 
 @pytest.fixture
 def workshop(tmp_path: Path, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The current folder, with the data set where training looks for it and with bundled files of its own."""
-    if "mini" not in library.box():
+    if "mini" not in library.bundled_models():
         pytest.skip("there are no bundled weights yet")
     monkeypatch.chdir(tmp_path)
     with_box(small_box(tmp_path_factory.getbasetemp() / "small-box"), monkeypatch)

@@ -33,12 +33,12 @@ from model.pipeline import Pipeline
 from model.train import release
 from model.train.data import DATA, Catalog
 from model.train.encode import to_tensor
-from model.train.evaluate import Task, carry_out, frechet, kernel_distance
+from model.train.evaluate import Task, frechet, kernel_distance, render_task
 from model.train.judge import SIZE, Critic, Judge
 from model.train.study import PROTOTYPE, Floats, Pixels, difference, embed, figure, lines_of, mean, middle, ratio, sheet
 from model.train.viewing import pictures_of_looks
 
-SHOWN = 12  # pictures of each checkpoint on the sheet
+MAX_SHOWN = 12  # pictures of each checkpoint on the sheet
 
 
 class Checkpoint(NamedTuple):
@@ -73,7 +73,7 @@ class Checkpoint(NamedTuple):
 
 
 @torch.inference_mode()
-def wholeness(critic: Critic, pictures: Sequence[Pixels]) -> Floats:
+def critic_scores(critic: Critic, pictures: Sequence[Pixels]) -> Floats:
     """The critic's rating of each picture, 0 … 1."""
     parts = [pictures[start : start + 64] for start in range(0, len(pictures), 64)]
     return torch.cat([critic(to_tensor(list(part), SIZE)).sigmoid() for part in parts]).numpy()
@@ -148,25 +148,25 @@ def main(judge_path: Path, out: Path, names: Sequence[str], count: int, dtype: s
             tasks[pipeline.native] = task, looks_of(task, judge, catalog)
             real = {
                 name: figure(mean, column, groups=task.drawings)
-                for name, column in (("subject", task.right), ("whole", wholeness(critic, task.pictures)))
+                for name, column in (("subject", task.right), ("whole", critic_scores(critic, task.pictures)))
             }
             found[f"real {pipeline.native}"] = real
             print(*lines_of(f"real {pipeline.native}", real), sep="\n")
         task, looks = tasks[pipeline.native]
-        painted = carry_out(task, judge, pipeline, steps=chosen.steps, guidance=chosen.guidance)
+        painted = render_task(task, judge, pipeline, steps=chosen.steps, guidance=chosen.guidance)
         columns = {
             "subject": painted.right.astype(float),
             "style": (painted.style * looks).sum(1),
-            "whole": wholeness(critic, painted.pictures),
-            "diversity": painted.apart,
+            "whole": critic_scores(critic, painted.pictures),
+            "diversity": painted.distances,
         }
         scores = Scores(columns, task.drawings, painted.features, task.features, painted.power, task.power)
         found[name] = itself(scores) | ({"change": changes(before, scores)} if before else {})
         before = before or scores
         found["dtype"] = pipeline.plan.dtype
-        rows.append(painted.pictures[:SHOWN])
+        rows.append(painted.pictures[:MAX_SHOWN])
         (out / "ablation.toml").write_text(tomli_w.dumps(found))
-        sheet(out / "ablation.png", [""] * SHOWN, rows)
+        sheet(out / "ablation.png", [""] * MAX_SHOWN, rows)
         print(*lines_of(name, found[name]), sep="\n", flush=True)
     return found
 

@@ -25,24 +25,24 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from model import library
+from model.adapter_path import LowRank
 from model.checkpoint import open_checkpoint, save
 from model.dit import Krea2
 from model.errors import K2Error, count_of
-from model.few_bits import FewBitLinear
 from model.hashes import sha256
 from model.latents import grid_of, patchify
 from model.layouts import diffusers_names, load_dit
-from model.parts import DTYPES, load_vae, numbers_of, pick_device, pick_dtype
-from model.plan import PRECISIONS, SMALL, known_precisions, plan_on
-from model.second_path import LowRank
-from model.spec import MOST_PIXELS, raw_mu
+from model.low_bit import FewBitLinear
+from model.parts import DTYPES, count_numbers, load_vae, pick_device, pick_dtype
+from model.plan import PRECISIONS, SMALL_MODEL, known_precisions, plan_on
+from model.spec import MAX_PIXELS, raw_mu
 from model.text_encoder import PROMPT_TOKENS, TextEncoder
 from model.train import loop, states
 from model.train.data import stable_seed
 from model.train.loop import Batch, Report, Stage
-from model.train.pictures import about_captions, encode, manifest, not_learned, read_folder, shortened
+from model.train.pictures import about_captions, encode, manifest, read_folder, shortened, unused_files
 from model.train.pretrain import recompute
-from model.train.recipe import at_least, more_than_none, refuse, share
+from model.train.recipe import at_least, check_share, more_than_none, reject
 from model.train.rollout import noised
 from model.train.training_set import pad
 
@@ -94,18 +94,18 @@ class Recipe(loop.Recipe):
             raise K2Error(f'Recipe "{self.name}": pictures names no folder.', hint="Give a folder of pictures.")
         at_least(self, 1, "rank", "batch", "repeats")
         at_least(self, 0, "size")
-        if self.size**2 > MOST_PIXELS:
-            hint = f"At most {math.isqrt(MOST_PIXELS)}, as for rendering; default: the model's own."
+        if self.size**2 > MAX_PIXELS:
+            hint = f"At most {math.isqrt(MAX_PIXELS)}, as for rendering; default: the model's own."
             raise K2Error(f'Recipe "{self.name}": a size of {self.size} is too large.', hint=hint)
         if self.init in ("box", "turbo"):
             hint = "init names another LoRA's run to start from; the base to train on is model."
             raise K2Error(f'Recipe "{self.name}": init = "{self.init}" is not a LoRA.', hint=hint)
         more_than_none(self, "lr")  # AdamW trains all of it
-        share(self, "drop")
-        refuse(self, "muon_lr", "fresh")
+        check_share(self, "drop")
+        reject(self, "muon_lr", "fresh")
 
 
-class Halves(nn.Module):
+class TrainablePairs(nn.Module):
     """The trainable halves of an adapter: down [r, in] and up [out, r] for each of a frozen network's layers.
 
     `up` starts at zero, so the first step sees the base as is. The network is not part of this module: only the adapter
@@ -138,25 +138,25 @@ class Halves(nn.Module):
 
 
 @dataclass
-class Material:
+class TrainingMaterial:
     """All that a step draws from: latents by shape, text features by picture, and the files that they came from."""
 
     latents: dict[tuple[int, int], tuple[Tensor, list[int]]]  # as `pictures.encode` returns them
     embeds: list[Tensor]  # per picture, [T, N, E]
-    nothing: Tensor  # of the empty prompt, [T, N, E]
+    empty: Tensor  # of the empty prompt, [T, N, E]
     files: list[dict[str, str]]
 
 
-class Adapting(Stage):
+class AdapterStage(Stage):
     """The stage: rectified flow on few pictures, the base frozen."""
 
-    def __init__(self, recipe: Recipe, network: Krea2, material: Material):
+    def __init__(self, recipe: Recipe, network: Krea2, material: TrainingMaterial):
         torch.manual_seed(recipe.seed)
         self.recipe: Recipe = recipe
         self.network, self.material = freeze(network), material
-        if recipe.recompute if recipe.recompute is not None else weight_bytes(network) > SMALL:
+        if recipe.recompute if recipe.recompute is not None else weight_bytes(network) > SMALL_MODEL:
             recompute(network)
-        self.model: Halves = Halves(network, recipe.layers, recipe.rank)
+        self.model: TrainablePairs = TrainablePairs(network, recipe.layers, recipe.rank)
         self.data = data_of(material.files)
 
     def batch(self, step: int, part: int = 0) -> Batch:
@@ -167,7 +167,7 @@ class Adapting(Stage):
         latents, pictures = self.material.latents[shapes[int(rng.choice(len(shapes), p=counts / counts.sum()))]]
         chosen = rng.choice(len(pictures), self.recipe.batch, replace=self.recipe.batch > len(pictures))
         rows = [
-            self.material.nothing if rng.random() < self.recipe.drop else self.material.embeds[pictures[index]]
+            self.material.empty if rng.random() < self.recipe.drop else self.material.embeds[pictures[index]]
             for index in chosen
         ]
         generator = torch.Generator().manual_seed(int(rng.integers(2**62)))
@@ -211,24 +211,24 @@ def weight_bytes(network: nn.Module) -> int:
 # ---- from a recipe to a file ------------------------------------------------------------------------------------
 
 
-def prepare(recipe: Recipe, device: torch.device, report: Report) -> tuple[Adapting, dict[str, Any]]:
+def prepare(recipe: Recipe, device: torch.device, report: Report) -> tuple[AdapterStage, dict[str, Any]]:
     """A stage ready to run, and what its base is, for the adapter's metadata. Raises K2Error."""
     pictures = read_folder(Path(recipe.pictures), recipe.trigger)
     model = library.find(recipe.model, recipe.variant)
     if model is None:
         raise K2Error(
             f'There is no {recipe.variant} checkpoint of "{recipe.model}" here.',
-            hint=f"Bundled: {', '.join(library.box()) or 'none'}. The open weights: k2 models pull krea-2-raw",
+            hint=f"Bundled: {', '.join(library.bundled_models()) or 'none'}. Open weights: k2 models pull krea-2-raw",
         )
     parts = library.find_parts(model)
-    numbers = numbers_of(parts, device)
+    numbers = count_numbers(parts, device)
     if recipe.rank > numbers.width:
         hint = f"At most {numbers.width}, the network's width; 16 is usual."
         raise K2Error(f'Recipe "{recipe.name}": a rank of {recipe.rank} is too large to be read back.', hint=hint)
     dtype = DTYPES[pick_dtype(None, device, numbers.width)]
     files = manifest(pictures)
-    before = begun(states.RUNS / recipe.name)
-    refuse_another(recipe, before, {"data": data_of(files)})
+    before = started_with(states.RUNS / recipe.name)
+    check_same_run(recipe, before, {"data": data_of(files)})
     vae = load_vae(parts.vae, device, dtype)
     cell = vae.factor
     latents = encode(
@@ -241,11 +241,11 @@ def prepare(recipe: Recipe, device: torch.device, report: Report) -> tuple[Adapt
     )
     del vae
     text = TextEncoder.load(parts.text, device, dtype)
-    captions = [shortened(picture.caption, recipe.trigger, text.unread) for picture in pictures]
-    if cut := sum(text.unread(picture.caption) > 0 for picture in pictures):
+    captions = [shortened(picture.caption, recipe.trigger, text.truncated) for picture in pictures]
+    if cut := sum(text.truncated(picture.caption) > 0 for picture in pictures):
         report(f"{recipe.name}: {count_of(cut, 'caption')} too long, cut to {PROMPT_TOKENS} tokens")
     embeds = [text.encode([caption])[0][0].cpu() for caption in captions]
-    material = Material(latents, embeds, text.encode([""])[0][0].cpu(), files)
+    material = TrainingMaterial(latents, embeds, text.encode([""])[0][0].cpu(), files)
     del text
     precision, number = recipe.precision, str(dtype).removeprefix("torch.")
     if not precision and before.get("precision") in known_precisions(device):  # resume with the same base
@@ -255,7 +255,7 @@ def prepare(recipe: Recipe, device: torch.device, report: Report) -> tuple[Adapt
     told = f"{count_of(len(pictures), 'picture')} in {count_of(len(latents), 'shape')}"
     report(f"{recipe.name}: {told}; {model.name}, weights {precision}")
     report(f"{recipe.name}: {about_captions(Path(recipe.pictures), pictures)}")
-    if over := not_learned(Path(recipe.pictures)):
+    if over := unused_files(Path(recipe.pictures)):
         report(over)
     base = {
         "name": model.name,
@@ -263,16 +263,16 @@ def prepare(recipe: Recipe, device: torch.device, report: Report) -> tuple[Adapt
         "sha256": {file.name: sha256(file) for file in checkpoint.files},
         "precision": precision,
     }
-    refuse_another(recipe, before, {"base": hashes_of(base)})
-    return Adapting(replace(recipe, precision=precision), network, material), base
+    check_same_run(recipe, before, {"base": hashes_of(base)})
+    return AdapterStage(replace(recipe, precision=precision), network, material), base
 
 
 class Run(loop.Run):
     """An adapter under way."""
 
-    stage: Adapting
+    stage: AdapterStage
 
-    def __init__(self, stage: Adapting, folder: Path, base: Mapping[str, Any], device: str = "cpu"):
+    def __init__(self, stage: AdapterStage, folder: Path, base: Mapping[str, Any], device: str = "cpu"):
         super().__init__(stage, folder, device)
         self.base = base
         self.learned_from |= {"base": hashes_of(base), "precision": base["precision"]}
@@ -283,7 +283,7 @@ class Run(loop.Run):
 
     def finish(self) -> None:
         """Write the averaged adapter, unless that of these steps already exists."""
-        if not self.world.leads or (self.idle and steps_of(self.result) == self.step):
+        if not self.world.is_main or (self.idle and steps_of(self.result) == self.step):
             return
         record = self.record()
         told = {key: value for key, value in record["recipe"].items() if key not in ("pictures", "model", "init")}
@@ -324,7 +324,7 @@ def data_of(files: list[dict[str, str]]) -> str:
     return hashlib.sha256(json.dumps(files).encode()).hexdigest()
 
 
-def begun(folder: Path) -> dict[str, Any]:
+def started_with(folder: Path) -> dict[str, Any]:
     """What a run started with: `recipe`, hashes of `data` and `base`, the base's `precision`; {} before its start."""
     saved = folder / "state.safetensors"
     if not saved.exists():
@@ -334,7 +334,7 @@ def begun(folder: Path) -> dict[str, Any]:
     return {"recipe": place["recipe"], "data": record.get("data")} | place.get("learned_from", {})
 
 
-def refuse_another(recipe: Recipe, before: Mapping[str, Any], now: Mapping[str, str]) -> None:
+def check_same_run(recipe: Recipe, before: Mapping[str, Any], now: Mapping[str, str]) -> None:
     """A run resumes only with what it started with. Raises K2Error if the recipe differs, or one of the hashes known
     now: `data`, of pictures, captions and trigger, or `base`."""
     if not before:

@@ -38,8 +38,8 @@ from model.train.study import (
     mean,
     paint,
     prototype,
+    represents_look,
     sheet,
-    stands_for_its_look,
 )
 
 TRIGGER = "dusk style"  # words that mean no look of the data set
@@ -53,7 +53,7 @@ def teach(catalog: Catalog, look: Look, folder: Path) -> list[str]:
     known = set(candidates(catalog, len(catalog.subjects)))
     items: dict[str, Item] = {}
     for item in catalog.items("styles"):
-        if item.look == look and not stands_for_its_look(item) and item.pair.subject in known:
+        if item.look == look and not represents_look(item) and item.pair.subject in known:
             items.setdefault(item.pair.subject, item)
     chosen = list(items.items())[:PICTURES]
     for subject, item in chosen:
@@ -87,7 +87,7 @@ def study(
         ways |= quick
         turbo = Pipeline.load(recipe.model, "turbo", "cpu")
         pictures |= {name: paint(turbo, each) for name, each in quick.items()}
-    real = [item for item in catalog.items("styles") if item.look == look and not stands_for_its_look(item)]
+    real = [item for item in catalog.items("styles") if item.look == look and not represents_look(item)]
     pictures["real"] = [catalog.picture(item) for item in real if item.pair.subject not in taught][:count]
 
     centres = np.stack([prototype(judge, catalog, each) for each in looks])

@@ -38,13 +38,13 @@ class Teacher:
         self.dit.to_empty(device=pupil.first.weight.device).requires_grad_(False)
 
     @torch.no_grad()
-    def follow(self, averages: Mapping[str, Tensor]) -> None:
+    def update(self, averages: Mapping[str, Tensor]) -> None:
         """Take over a trainee's averaged weights; every process must call this if they are sharded."""
         for name, param in self.dit.named_parameters():
             param.copy_(whole(averages[f"dit.{name}"]))
 
     @torch.no_grad()
-    def see(self, tokens: Tensor, sigma: Tensor, embeds: Tensor, mask: Tensor, grid: tuple[int, int]) -> Tensor:
+    def capture(self, tokens: Tensor, sigma: Tensor, embeds: Tensor, mask: Tensor, grid: tuple[int, int]) -> Tensor:
         """What the later block makes of noised pictures, several per prompt -> [B·R, L, D].
 
         tokens [B·R, L, C·p·p], sigma [B·R], embeds [B, T, N, E], mask [B, T], rows and columns of a picture in tokens

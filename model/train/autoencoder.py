@@ -23,18 +23,18 @@ from PIL import Image
 from torch import Tensor
 
 import model.vae
+from model.atomic import atomic_write
 from model.checkpoint import read, save
-from model.library import BOX
+from model.library import BUNDLED
 from model.references import from_bytes
 from model.train import data, loop
 from model.train import recipe as recipes
 from model.train.data import DATA, Catalog, Item, fingerprint, stable_seed
-from model.train.linear_start import start_linear
+from model.train.linear_init import start_linear
 from model.train.loop import Batch, Report
-from model.train.recipe import at_least, refuse, share
+from model.train.recipe import at_least, check_share, reject
 from model.train.states import RUNS
 from model.vae import QwenImageVAE, VAEConfig
-from model.whole import whole
 
 ENCODER = ("encoder.", "quant_conv.")
 WIDE, NARROW = 32, 4  # px, of windows
@@ -66,12 +66,12 @@ class Recipe(recipes.Recipe):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        refuse(self, "init", "fresh")
+        reject(self, "init", "fresh")
         if self.decoder:
-            refuse(self, "kl", to="a decoder alone")
+            reject(self, "kl", to="a decoder alone")
         at_least(self, 1, "batch", "crop", "pictures", "held_out")
         at_least(self, 0, "edges", "squares", "texture", "kl", "noise")
-        share(self, "grainy", "plain")
+        check_share(self, "grainy", "plain")
 
 
 class Pool(NamedTuple):
@@ -100,12 +100,12 @@ def pool(catalog: Catalog, split: str, count: int, plain: float, seed: int, fold
     path = folder / f"{split}-{count}-{plain:g}-{seed}-{catalog.size}-{fingerprint(catalog)[:12]}.npy"
     chosen = choose(catalog, split, count, plain, seed)
     if not path.exists():
-        with whole(path) as draft, draft.open("wb") as file:
+        with atomic_write(path) as draft, draft.open("wb") as file:
             np.save(file, np.stack([catalog.picture(item) for item in chosen]))
     return Pool(np.load(path, mmap_mode="r"), np.array([item.look.medium == GRAINY for item in chosen]))
 
 
-def picked(grainy: NDArray[np.bool_], recipe: Recipe, rng: np.random.Generator) -> list[int]:
+def pick(grainy: NDArray[np.bool_], recipe: Recipe, rng: np.random.Generator) -> list[int]:
     """Indices of a batch from a pool with grainy pictures [N]; the recipe's share of them is always grainy."""
     those = np.flatnonzero(grainy)
     among = (those if len(those) and rng.random() < recipe.grainy else len(grainy) for _ in range(recipe.batch))
@@ -114,7 +114,7 @@ def picked(grainy: NDArray[np.bool_], recipe: Recipe, rng: np.random.Generator) 
 
 def crops(pool: Pool, recipe: Recipe, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
     """Random crops with random mirroring and colour order, float [B, 3, crop, crop] in -1 ... 1; which are grainy."""
-    out, which = np.empty((recipe.batch, recipe.crop, recipe.crop, 3), np.float32), picked(pool.grainy, recipe, rng)
+    out, which = np.empty((recipe.batch, recipe.crop, recipe.crop, 3), np.float32), pick(pool.grainy, recipe, rng)
     for row, index in zip(out, which, strict=True):
         picture = pool.pictures[index]
         top, left = rng.integers(0, picture.shape[0] - recipe.crop + 1, 2)
@@ -174,7 +174,9 @@ def patches(decoded: Tensor, images: Tensor, generator: torch.Generator) -> Tens
     return torch.stack(apart).mean()
 
 
-def infidelity(decoded: Tensor, images: Tensor, grainy: Tensor, recipe: Recipe, generator: torch.Generator) -> Tensor:
+def reconstruction_loss(
+    decoded: Tensor, images: Tensor, grainy: Tensor, recipe: Recipe, generator: torch.Generator
+) -> Tensor:
     """Pictures [B, 3, H, W], which of them are grainy [B] -> how far they are from their targets.
 
     With `texture`, grainy pictures are compared only at scales of five pixels and up: otherwise no grain would cost
@@ -203,7 +205,7 @@ def loss(vae: QwenImageVAE, images: Tensor, grainy: Tensor, recipe: Recipe, gene
         mean, logvar = vae.moments(images)
     spread = vae.std if frozen else mean.detach().std(dim=(0, 2, 3), keepdim=True)
     z = mean + recipe.noise * spread * torch.randn(mean.shape, generator=generator).to(mean.device)
-    total = infidelity(vae.reconstruct(z), images, grainy, recipe, generator)
+    total = reconstruction_loss(vae.reconstruct(z), images, grainy, recipe, generator)
     if not frozen:
         kl = 0.5 * (mean.square() + logvar.exp() - 1 - logvar).mean()
         total = total + recipe.kl * kl
@@ -269,7 +271,7 @@ class Stage(loop.Stage):
         model.vae.norm_silu = torch.compile(model.vae.norm_silu, dynamic=True)
 
 
-class Autoencoding(Stage):
+class AutoencoderStage(Stage):
     """The stage: both halves, or the decoder alone."""
 
     def __init__(self, recipe: Recipe, catalog: Catalog, pool: Pool):
@@ -277,7 +279,7 @@ class Autoencoding(Stage):
         self.recipe = recipe
         self.pool, self.data = pool, fingerprint(catalog)
         if recipe.decoder:
-            self.model: QwenImageVAE = load(BOX / "mini-vae.safetensors")
+            self.model: QwenImageVAE = load(BUNDLED / "mini-vae.safetensors")
         else:
             self.model = QwenImageVAE(SHAPE)
             start_linear(self.model, from_bytes(np.array(pool.pictures[:40])))
@@ -296,7 +298,7 @@ class Autoencoding(Stage):
         return 0.0 if self.recipe.decoder and name.startswith(ENCODER) else 1.0
 
 
-def conclude(vae: QwenImageVAE, catalog: Catalog, recipe: Recipe, steps: int, report: Report) -> None:
+def write_result(vae: QwenImageVAE, catalog: Catalog, recipe: Recipe, steps: int, report: Report) -> None:
     """Measure a finished autoencoder, and leave `vae.safetensors` and a sheet of held-out pictures in its folder."""
     folder = RUNS / recipe.name
     plain, media = (
@@ -313,14 +315,14 @@ def main(recipe: Recipe, device: str = "cpu", report: Report = print) -> loop.Ru
     catalog, folder = Catalog(DATA, recipe.size), RUNS / recipe.name
     folder.mkdir(parents=True, exist_ok=True)
     trained_on = pool(catalog, "train", recipe.pictures, recipe.plain, recipe.seed, folder)
-    stage = Autoencoding(recipe, catalog, trained_on)
+    stage = AutoencoderStage(recipe, catalog, trained_on)
     run = loop.train(loop.Run(stage, folder, device), report)
     vae = averaged(run, stage.model.config)
     if not recipe.decoder:
         trained = vae.state_dict()
         vae = QwenImageVAE(measure(vae, trained_on.pictures[:3000])).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         vae.load_state_dict(trained)
-    conclude(vae, catalog, recipe, run.step, report)
+    write_result(vae, catalog, recipe, run.step, report)
     return run
 
 

@@ -18,12 +18,12 @@ from model.errors import reported
 from model.spec import RenderSpec
 from model.train.data import phrase
 from model.train.evaluate import retrieval, specs_of
-from model.train.study import Floats, OfSubjects, Pixels, figure, mean, paint, parser_of, ratio
+from model.train.study import Floats, Pixels, SubjectStudy, figure, mean, paint, parser_of, ratio
 
 SHARES = (0.25, 0.375, 0.5, 0.625, 0.75, 0.875, 1.0)
 
 
-class Study(OfSubjects):
+class Study(SubjectStudy):
     """Each subject is repainted as the next."""
 
     def first(self) -> tuple[list[Path], list[Pixels]]:
@@ -47,7 +47,7 @@ def became(study: Study) -> dict[str, Any]:
     mean distance to it."""
     files, before = study.first()
     wanted = [*study.chosen[1:], study.chosen[0]]
-    made = {share: begun(study, files, wanted, share) for share in SHARES}
+    made = {share: repainted(study, files, wanted, share) for share in SHARES}
     gone = {share: np.array(list(map(distance, those, before))) for share, those in made.items()}
     found = {"before": {"was": figure(mean, study.read_as(before, study.chosen))}}
     for share, those in made.items():
@@ -59,7 +59,7 @@ def became(study: Study) -> dict[str, Any]:
     return found
 
 
-def begun(study: Study, files: list[Path], subjects: list[str], share: float) -> list[Pixels]:
+def repainted(study: Study, files: list[Path], subjects: list[str], share: float) -> list[Pixels]:
     specs = study.specs(subjects, 500)
     return paint(study.pipeline, [with_first(spec, file, share) for spec, file in zip(specs, files, strict=True)])
 

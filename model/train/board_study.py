@@ -25,31 +25,31 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from model.avoid import phrases
+from model.avoid import phrases_in
+from model.board_pictures import StyleReader
 from model.colours import named_colours, oklab
 from model.errors import reported
 from model.expand import LEVELS, expand
 from model.moodboard import Board, analyse
 from model.pipeline import Pipeline
-from model.seeing import Eye
-from model.spec import Reference, RenderSpec, Style, tied
+from model.spec import Reference, RenderSpec, Style, tie_to_lead
 from model.train.data import DATA, Catalog, Item, phrase, stable_seed
 from model.train.judge import Judge
 from model.train.looks import MEDIA, PALETTES, Look
 from model.train.study import (
     choose_looks,
-    conduct,
     figure,
     mean,
     parser_of,
     ratio,
+    run_study,
     sheet,
     spearman,
 )
 from model.train.viewing import Seen, Study, centre_of, distances, likeness, pictures_of_looks, shuffled
 
 BATCH = 8
-DIAL = (0.0, 0.25, 0.5, 0.75, 1.0)
+COHESION_LEVELS = (0.0, 0.25, 0.5, 0.75, 1.0)
 BOARD = 30  # pictures of a board
 BOARD_STRENGTH = 0.35  # the default of [moodboard]
 PER_BOARD = 10  # pictures rendered with each
@@ -61,8 +61,8 @@ PER_BOARD = 10  # pictures rendered with each
 def cohesion(study: Study, scope: str = "prompt") -> dict[str, Any]:
     """The dial over batches of one prompt or over runs of eight; real pictures of one look are the ceiling."""
     real = [[study.catalog.picture(item) for item in items] for items in looks_of_eight(study.catalog)]
-    levels, drawn = np.array(DIAL), draw_batches(study, scope)
-    table = np.array([[measure(study, batch, c) for c in DIAL] for batch in drawn])  # [batches, levels, 4]
+    levels, drawn = np.array(COHESION_LEVELS), draw_batches(study, scope)
+    table = np.array([[measure(study, batch, c) for c in COHESION_LEVELS] for batch in drawn])  # [batches, levels, 4]
     alike, right, pixels, features = np.moveaxis(table, 2, 0)
     found: dict[str, Any] = {
         "rho": figure(lambda x: spearman(levels, x.mean(0)), alike),
@@ -74,7 +74,7 @@ def cohesion(study: Study, scope: str = "prompt") -> dict[str, Any]:
         "likeness_ceiling": figure(mean, np.array([likeness(study.look_at(each)) for each in real])),
     }
     for name, values in (("likeness", alike), ("subject", right), ("pixels", pixels), ("features", features)):
-        found[name] = {f"at_{c:g}": figure(mean, values[:, i]) for i, c in enumerate(DIAL)}
+        found[name] = {f"at_{c:g}": figure(mean, values[:, i]) for i, c in enumerate(COHESION_LEVELS)}
     return found
 
 
@@ -90,7 +90,7 @@ def draw_batches(study: Study, scope: str) -> list[list[str]]:
 
 def specs_of(study: Study, batch: Sequence[str], level: float) -> list[RenderSpec]:
     first = 1000 + stable_seed(*batch) % 100_000
-    return tied([study.spec(phrase(name), first + i) for i, name in enumerate(batch)], level)
+    return tie_to_lead([study.spec(phrase(name), first + i) for i, name in enumerate(batch)], level)
 
 
 def measure(study: Study, batch: Sequence[str], level: float) -> tuple[float, float, float, float]:
@@ -118,7 +118,7 @@ def looks_of_eight(catalog: Catalog) -> list[list[Item]]:
 
 def moodboard(study: Study) -> dict[str, Any]:
     """Boards in held-out looks: their analysis, and pictures rendered with them."""
-    eye = Eye.load("mini")
+    eye = StyleReader.load("mini")
     looks = choose_looks(study.catalog)
     two, right = [], []
     for pair in pairs_of(looks):
@@ -141,7 +141,7 @@ def moodboard(study: Study) -> dict[str, Any]:
         real = study.look_at([study.catalog.picture(item) for item in shuffled(others)[BOARD : BOARD + PER_BOARD]])
         nearer["real"].append(float(np.mean([seen.style @ centre for seen in real])))
         for way, style in (("with", style_of(board)), ("without", None)):
-            subjects, specs = make_with(study, style, index)
+            subjects, specs = styled_spec(study, style, index)
             seen = study.see(specs)
             nearer[way].append(float(np.mean([each.style @ centre for each in seen])))
             nearer["right" if way == "with" else "right_without"].append(float(study.right(seen, subjects).mean()))
@@ -159,7 +159,7 @@ def pairs_of(looks: Sequence[Look]) -> list[tuple[Look, Look]]:
     return sorted(apart, key=lambda pair: stable_seed("pair", *pair))[:20]
 
 
-def lay_out(study: Study, looks: Sequence[Look], eye: Eye) -> tuple[dict[Path, Look], Board]:
+def lay_out(study: Study, looks: Sequence[Look], eye: StyleReader) -> tuple[dict[Path, Look], Board]:
     """A board of `BOARD` real pictures in equal parts, as files, and its analysis."""
     if tuple(looks) in study.boards:
         return study.boards[tuple(looks)]
@@ -183,7 +183,7 @@ def members(truth: dict[Path, Look], board: Board) -> float:
     return agree / len(truth)
 
 
-def seconds_of(study: Study, eye: Eye) -> float:
+def seconds_of(study: Study, eye: StyleReader) -> float:
     """Seconds for a board of 300 pictures."""
     folder = study.folder / "boards" / "large"
     folder.mkdir(parents=True, exist_ok=True)
@@ -203,7 +203,7 @@ def style_of(board: Board) -> Style:
     return Style("moodboard", BOARD_STRENGTH, references, board.keywords, board.avoids)
 
 
-def make_with(study: Study, style: Style | None, index: int) -> tuple[list[str], list[RenderSpec]]:
+def styled_spec(study: Study, style: Style | None, index: int) -> tuple[list[str], list[RenderSpec]]:
     """Subjects and specs of the pictures for one board; the same ones without it."""
     rng = np.random.default_rng(stable_seed("board", index))
     subjects = [str(name) for name in rng.choice(study.subjects, PER_BOARD, replace=False)]
@@ -225,7 +225,9 @@ def creativity(study: Study, seeds: int = 4) -> dict[str, Any]:
     """Prompts of a bare subject at every level, each with several seeds."""
     rng = np.random.default_rng(stable_seed("creativity"))
     names = [str(name) for name in rng.choice(study.subjects, max(2, study.count // seeds))]
-    table = np.array([[wander(study, name, level, seeds, 100 * i) for level in LEVELS] for i, name in enumerate(names)])
+    table = np.array(
+        [[level_change(study, name, level, seeds, 100 * i) for level in LEVELS] for i, name in enumerate(names)]
+    )
     right, pixels, features, spread = np.moveaxis(table, 2, 0)  # [prompts, levels] each
     order = np.arange(float(len(LEVELS)))
     found: dict[str, Any] = {
@@ -242,7 +244,7 @@ def creativity(study: Study, seeds: int = 4) -> dict[str, Any]:
     return found
 
 
-def wander(study: Study, name: str, level: str, seeds: int, first: int) -> tuple[float, float, float, float]:
+def level_change(study: Study, name: str, level: str, seeds: int, first: int) -> tuple[float, float, float, float]:
     """Correct subjects, distance of pixels, of features, and spread of looks of a prompt's pictures."""
     text = phrase(name)
     seen = study.see([study.spec(expand(text, level, seed), seed) for seed in range(first, first + seeds)])
@@ -263,7 +265,7 @@ def avoids(study: Study) -> dict[str, Any]:
     for kind, asked, read in (("media", media, study.media), ("colours", colours, grounds)):
         each = max(2, study.count // len(asked))
         rows = [
-            column for i, words in enumerate(asked) for column in avoid_one(study, words, *asked[words], each, i, read)
+            column for i, words in enumerate(asked) for column in avoid_word(study, words, *asked[words], each, i, read)
         ]
         names, before, after, right, right_before, floor = (np.array(column) for column in zip(*rows, strict=True))
         found[kind] = {
@@ -280,14 +282,14 @@ def avoids(study: Study) -> dict[str, Any]:
     return found
 
 
-def avoid_one(
+def avoid_word(
     study: Study, words: str, name: str, away: str, count: int, index: int, read: Callable[[Sequence[Seen]], list[str]]
 ) -> list[tuple[str, bool, bool, float, float, bool]]:
     """One avoided phrase on several subjects."""
     rng = np.random.default_rng(stable_seed("avoid", words))
     subjects = [str(subject) for subject in rng.choice(study.subjects, count, replace=False)]
     joint = " " if words.startswith("on ") else ", "
-    assert phrases(away) == [away]
+    assert phrases_in(away) == [away]
 
     def made(with_words: bool, negative: str) -> list[Seen]:
         texts = [f"{phrase(subject)}{joint}{words}" if with_words else phrase(subject) for subject in subjects]
@@ -324,10 +326,10 @@ def sheets(study: Study) -> dict[str, Any]:
     ladder = {"prompt": ["owl"] * BATCH, "run": ["fox", "owl", "car", "house", "rose", "rocket", "guitar", "frog"]}
     files = []
     for scope, batch in ladder.items():
-        rows = [[each.picture for each in study.see(specs_of(study, batch, level))] for level in DIAL]
+        rows = [[each.picture for each in study.see(specs_of(study, batch, level))] for level in COHESION_LEVELS]
         heads = ["lead picture" if i == 0 else f"seed +{i}" if scope == "prompt" else batch[i] for i in range(BATCH)]
-        files.append(sheet(study.folder / f"cohesion-{scope}.png", heads, rows, [f"{c:g}" for c in DIAL]))
-    eye, subjects = Eye.load("mini"), ("fox", "house", "guitar")
+        files.append(sheet(study.folder / f"cohesion-{scope}.png", heads, rows, [f"{c:g}" for c in COHESION_LEVELS]))
+    eye, subjects = StyleReader.load("mini"), ("fox", "house", "guitar")
     rows = []
     for look in choose_looks(study.catalog)[:4]:
         truth, board = lay_out(study, [look], eye)
@@ -358,7 +360,7 @@ def main() -> None:
     def begin(pipeline: Pipeline, judge: Judge) -> Study:
         return Study(pipeline, judge, Catalog(DATA, pipeline.native), options.out, options.steps, options.count)
 
-    conduct(options, FIGURES, begin)
+    run_study(options, FIGURES, begin)
 
 
 if __name__ == "__main__":

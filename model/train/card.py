@@ -24,7 +24,7 @@ from tempfile import TemporaryDirectory
 from PIL import Image, ImageDraw
 
 from model.errors import reported
-from model.library import BOX
+from model.library import BUNDLED
 from model.pipeline import Pipeline
 from model.region import Region
 from model.spec import RenderSpec
@@ -110,7 +110,7 @@ def sheet(pipeline: Pipeline, prompts: Sequence[str], columns: int, side: int) -
     return page
 
 
-def ladder(pipeline: Pipeline) -> Image.Image:
+def strength_ladder(pipeline: Pipeline) -> Image.Image:
     """Init images, each followed by its results by how much is repainted; seeds 0 to 3, results 100 to 103."""
     begun = list(pipeline.stream([RenderSpec(phrase(name), seed=seed) for seed, name in enumerate(BEGUN)]))
     page = Image.new("RGB", ((1 + len(EIGHTHS)) * SIDE, len(BEGUN) * SIDE))
@@ -124,7 +124,7 @@ def ladder(pipeline: Pipeline) -> Image.Image:
     return page
 
 
-def mended(pipeline: Pipeline) -> Image.Image:
+def masked(pipeline: Pipeline) -> Image.Image:
     """Pictures with a part framed, each followed by that part repainted; seeds 0 to 2, then 0 to 4."""
     begun = list(pipeline.stream([RenderSpec(prompt, seed=seed) for seed, prompt in enumerate(MASKED)]))
     page = Image.new("RGB", ((1 + SEEDS) * SIDE, len(MASKED) * SIDE))
@@ -141,7 +141,7 @@ def mended(pipeline: Pipeline) -> Image.Image:
     return page
 
 
-def main(folder: Path = BOX) -> None:
+def main(folder: Path = BUNDLED) -> None:
     everything = [subject.name for subject in read_subjects()]
     prompts = Path(__file__).with_name("prompts.txt").read_text("utf-8").splitlines()
     raw: dict[str, tuple[Sequence[str], int, int]] = {
@@ -160,7 +160,7 @@ def main(folder: Path = BOX) -> None:
         for name, (texts, columns, side) in sheets.items():
             sheet(pipeline, texts, columns, side).save(folder / f"{name}.webp", quality=85)
             print(folder / f"{name}.webp")
-    for name, page in (("begun", ladder(pipeline)), ("masked", mended(pipeline))):
+    for name, page in (("begun", strength_ladder(pipeline)), ("masked", masked(pipeline))):
         page.save(folder / f"{name}.webp", quality=85)
         print(folder / f"{name}.webp")
 

@@ -28,11 +28,11 @@ import tomli_w
 from numpy.typing import NDArray
 from PIL import Image
 
+from model.atomic import atomic_write
 from model.errors import K2Error, reported
 from model.hashes import sha256
-from model.library import BOX
+from model.library import BUNDLED
 from model.train.looks import DRAWINGS, MEDIA, Look, compose, looks, resize
-from model.whole import whole
 
 PACKAGES = {  # npm package -> version; licences of the art: NOTICE
     "noto": "1.2.9",
@@ -47,7 +47,7 @@ PACKAGES = {  # npm package -> version; licences of the art: NOTICE
 }
 HERE = Path(__file__).parent
 DATA = Path(".data/mini")
-AUTOENCODER = BOX / "mini-vae.safetensors"
+AUTOENCODER = BUNDLED / "mini-vae.safetensors"
 SIZE = 128  # px of the renders that define which drawings exist
 NATIVE = 256  # px of the model's pictures
 
@@ -190,14 +190,14 @@ def read_renders(folder: Path, size: int, count: int) -> NDArray[np.uint8]:
     return renders
 
 
-BARE = """
+BARE_NAMES = """
 glasses scissors books cherries grapes fries bread corn cheese fire dice prints coral wood firewood wheat bacon
 chocolate curry custard pudding milk honey pancakes peanuts popcorn spaghetti pasta noodles sushi ramen whisky sake
 beans blueberries broccoli butter garlic lettuce peas salt ginger fireworks fuji saturn earth lightning pins skis
 headphones keys maracas bags money chains bricks swords chopsticks soap dna lips shoes jeans gloves socks shorts
 eyeglasses sunglasses goggles dolls yarn paper masks footprints claus
 """  # last words of names without an article
-BARE_WORDS = frozenset(BARE.split())
+BARE_WORDS = frozenset(BARE_NAMES.split())
 THE = ("sun", "moon", "statue of liberty", "tokyo tower", "planet earth")
 
 
@@ -279,7 +279,7 @@ def build(folder: Path = DATA) -> None:
     seen: dict[str, tuple[str, str]] = {}
     repeats: list[str] = []
     asked = [(package, subject) for package in PACKAGES for subject in read_subjects()]
-    for (package, subject), picture in zip(asked, draw_all(folder, asked, SIZE), strict=True):
+    for (package, subject), picture in zip(asked, render_all(folder, asked, SIZE), strict=True):
         if picture is None or picture[..., 3].mean() < 5:
             continue
         digest = hashlib.md5(picture.tobytes()).hexdigest()
@@ -305,18 +305,18 @@ def enlarge(size: int, folder: Path = DATA) -> None:
     """Render the drawings of the data set at another size."""
     catalog = Catalog(folder)
     asked = [(pair.drawing, catalog.subjects[pair.subject]) for pair in catalog.pairs]
-    drawn = [picture for picture in draw_all(folder, asked, size) if picture is not None]
+    drawn = [picture for picture in render_all(folder, asked, size) if picture is not None]
     assert len(drawn) == len(asked)  # else the pair would not exist
     write_renders(folder, np.stack(drawn))
 
 
-def draw_all(folder: Path, asked: Sequence[tuple[str, Subject]], size: int) -> Iterator[NDArray[np.uint8] | None]:
+def render_all(folder: Path, asked: Sequence[tuple[str, Subject]], size: int) -> Iterator[NDArray[np.uint8] | None]:
     """Subjects, each in a drawing set, in order; drawn on all cores."""
     for package, version in PACKAGES.items():
         pack(f"@iconify-json/{package}", version, folder)
     packages, subjects = zip(*asked, strict=True)
     with ProcessPoolExecutor() as pool:
-        yield from pool.map(draw, repeat(folder), packages, subjects, repeat(size), chunksize=32)
+        yield from pool.map(render_subject, repeat(folder), packages, subjects, repeat(size), chunksize=32)
 
 
 @cache
@@ -324,7 +324,7 @@ def icons_of_process(folder: Path, package: str) -> dict[str, Any]:
     return fetch(package, PACKAGES[package], folder)
 
 
-def draw(folder: Path, package: str, subject: Subject, size: int) -> NDArray[np.uint8] | None:
+def render_subject(folder: Path, package: str, subject: Subject, size: int) -> NDArray[np.uint8] | None:
     """A subject in a drawing set, RGBA [size, size, 4]; None if the set has none of its icons."""
     icons = icons_of_process(folder, package)
     found = (render_icon(icons, name, size) for name in subject.icons)
@@ -332,7 +332,7 @@ def draw(folder: Path, package: str, subject: Subject, size: int) -> NDArray[np.
 
 
 def write_renders(folder: Path, renders: NDArray[np.uint8]) -> None:
-    with whole(renders_path(folder, renders.shape[1])) as draft, draft.open("wb") as file:
+    with atomic_write(renders_path(folder, renders.shape[1])) as draft, draft.open("wb") as file:
         np.save(file, renders)
 
 

@@ -22,23 +22,23 @@ from torch import Tensor
 from model.train.rollout import Velocity
 
 
-def level(t: Tensor, like: Tensor) -> Tensor:
+def to_level(t: Tensor, like: Tensor) -> Tensor:
     """t [B] as [B, 1, ...], to multiply `like` by."""
     return t.view(-1, *[1] * (like.dim() - 1))
 
 
-def picture(x: Tensor, v: Tensor, t: Tensor) -> Tensor:
+def predicted_image(x: Tensor, v: Tensor, t: Tensor) -> Tensor:
     """x₀ of a point x [B, ...] of the flow at t [B], from its velocity there."""
-    return x - level(t, x) * v
+    return x - to_level(t, x) * v
 
 
-def noise_in(x: Tensor, v: Tensor, t: Tensor) -> Tensor:
+def predicted_noise(x: Tensor, v: Tensor, t: Tensor) -> Tensor:
     """ε of the same point."""
-    return x + (1 - level(t, x)) * v
+    return x + (1 - to_level(t, x)) * v
 
 
 @dataclass(frozen=True)
-class Walk:
+class Trajectory:
     """The student's own path from noise to pictures, without gradient."""
 
     times: tuple[float, ...]  # K + 1 noise levels, 1 … 0
@@ -54,7 +54,7 @@ class Walk:
 
 
 @torch.no_grad()
-def walk(velocity: Velocity, noise: Tensor, times: Sequence[float]) -> Walk:
+def follow(velocity: Velocity, noise: Tensor, times: Sequence[float]) -> Trajectory:
     """Follow `velocity` from noise [B, ...] by Euler steps, and record the path."""
     x, points, velocities = noise, [], []
     for t, end in pairwise(times):
@@ -62,22 +62,22 @@ def walk(velocity: Velocity, noise: Tensor, times: Sequence[float]) -> Walk:
         points.append(x)
         velocities.append(v)
         x = x + (end - t) * v
-    return Walk(tuple(times), torch.stack(points), torch.stack(velocities))
+    return Trajectory(tuple(times), torch.stack(points), torch.stack(velocities))
 
 
-def noised_on(x0: Tensor, eps: Tensor, s: Tensor, t: Tensor, fresh: Tensor) -> tuple[Tensor, Tensor]:
+def renoise(x0: Tensor, eps: Tensor, s: Tensor, t: Tensor, fresh: Tensor) -> tuple[Tensor, Tensor]:
     """Noise a segment's end x_s = (1 − s) x₀ + s ε further to t > s with fresh noise -> x_t and its velocity.
 
     x_t = a x_s + b ε' with a = (1 − t)/(1 − s), b² = t² − a² s²: it contains as much of x₀ as the flow does at t, and
     the two noises together have the flow's variance.
     """
-    s, t = level(s, x0), level(t, x0)
+    s, t = to_level(s, x0), to_level(t, x0)
     a = (1 - t) / (1 - s)
     noise = (a * s * eps + (t**2 - (a * s) ** 2).clamp_min(0).sqrt() * fresh) / t
     return (1 - t) * x0 + t * noise, noise - x0
 
 
-def between(s: Tensor, t: Tensor, uniform: Tensor, margin: float = 0.02) -> Tensor:
+def sample_between(s: Tensor, t: Tensor, uniform: Tensor, margin: float = 0.02) -> Tensor:
     """Noise levels inside (s, t), at least a share of the segment away from either end."""
     return s + (t - s) * (margin + (1 - 2 * margin) * uniform)
 
@@ -98,7 +98,7 @@ def matching_loss(
 
 
 @dataclass(frozen=True)
-class Chance:
+class Draws:
     """Random draws of a loss other than the student's noise, so that a step is a function of its seed."""
 
     segment: Tensor  # [B] which of the K
@@ -106,7 +106,7 @@ class Chance:
     fresh: Tensor  # [B, ...] the added noise
 
     @classmethod
-    def draw(cls, segments: int, like: Tensor, generator: torch.Generator | None = None) -> Chance:
+    def draw(cls, segments: int, like: Tensor, generator: torch.Generator | None = None) -> Draws:
         """For pictures of the shape of `like` [B, ...]."""
         count = len(like)
         dice: dict[str, Any] = {"generator": generator, "device": generator.device if generator else like.device}
@@ -116,11 +116,11 @@ class Chance:
         return cls(segment, uniform.to(like.device), fresh.to(like.device))
 
 
-def fake_loss(fake: Velocity, way: Walk, chance: Chance) -> Tensor:
+def fake_loss(fake: Velocity, way: Trajectory, chance: Draws) -> Tensor:
     """The fake score learns the student's pictures: flow matching on the noised ends of segments [B]."""
     x, v, t, s = way.at(chance.segment)
-    tau = between(s, t, chance.uniform)
-    x_tau, target = noised_on(picture(x, v, t), noise_in(x, v, t), s, tau, chance.fresh)
+    tau = sample_between(s, t, chance.uniform)
+    x_tau, target = renoise(predicted_image(x, v, t), predicted_noise(x, v, t), s, tau, chance.fresh)
     return (fake(x_tau, tau) - target).square().flatten(1).mean(1)
 
 
@@ -128,8 +128,8 @@ def student_loss(
     student: Velocity,
     fake: Velocity,
     teacher: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]],
-    way: Walk,
-    chance: Chance,
+    way: Trajectory,
+    chance: Draws,
     guidance: float,
 ) -> Tensor:
     """One segment of the student's walk, moved towards the teacher's guided pictures -> [B].
@@ -138,9 +138,11 @@ def student_loss(
     """
     x, _, t, s = way.at(chance.segment)
     v = student(x, t)
-    x0 = picture(x, v, t)
+    x0 = predicted_image(x, v, t)
     with torch.no_grad():
-        tau = between(s, t, chance.uniform)
-        x_tau, _ = noised_on(x0, noise_in(x, v, t), s, tau, chance.fresh)
-        of_fake, with_prompt, without = (picture(x_tau, v, tau) for v in (fake(x_tau, tau), *teacher(x_tau, tau)))
+        tau = sample_between(s, t, chance.uniform)
+        x_tau, _ = renoise(x0, predicted_noise(x, v, t), s, tau, chance.fresh)
+        of_fake, with_prompt, without = (
+            predicted_image(x_tau, v, tau) for v in (fake(x_tau, tau), *teacher(x_tau, tau))
+        )
     return matching_loss(x0, of_fake, with_prompt, without, guidance)

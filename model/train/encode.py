@@ -18,13 +18,13 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from model.atomic import atomic_write
 from model.errors import reported
 from model.references import from_bytes
 from model.train.autoencoder import load as load_autoencoder
 from model.train.data import AUTOENCODER, DATA, Catalog, Item, latents_file
 from model.train.looks import resize
 from model.train.shapes import Shape, of_shape
-from model.whole import whole
 
 
 def to_tensor(pictures: list[NDArray[np.uint8]], size: int) -> Tensor:
@@ -52,7 +52,7 @@ def main(size: int | Shape, device: str = "cpu", *, batch: int = 64) -> None:
         items = [items[index] for index in of_shape(items, size)]
     vae = load_autoencoder(AUTOENCODER).to(device)
     cells = [side // vae.factor for side in ((size, size) if isinstance(size, int) else size)]
-    with whole(latents_file(DATA, size)) as draft, ProcessPoolExecutor() as pool:
+    with atomic_write(latents_file(DATA, size)) as draft, ProcessPoolExecutor() as pool:
         out = np.lib.format.open_memmap(draft, "w+", np.float16, (len(items), vae.config.z_dim, *cells))
         starts = range(0, len(items), batch)
         work = pool.map(compose_all, repeat(DATA), repeat(size), (items[start : start + batch] for start in starts))

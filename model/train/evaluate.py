@@ -155,25 +155,25 @@ class Task(NamedTuple):
         )
 
 
-class Painted(NamedTuple):
+class Measured(NamedTuple):
     """A checkpoint's pictures of a task, and what the judge sees in them."""
 
     pictures: list[Pixels]
     right: NDArray[np.bool_]
     style: Floats  # [N, 48], unit
     features: Floats
-    apart: Floats  # [PROMPTS] mean distance between pictures of one prompt
+    distances: Floats  # [PROMPTS] mean distance between pictures of one prompt
     power: Floats
 
 
-def carry_out(task: Task, judge: Judge, pipeline: Pipeline, **settings: Any) -> Painted:
+def render_task(task: Task, judge: Judge, pipeline: Pipeline, **settings: Any) -> Measured:
     """Render all captions once, some of them several times, and those of film grain; always from the same seeds."""
     pictures = paint(pipeline, specs_of(task.captions, seed=1000, **settings))
     first = list(dict.fromkeys(task.captions))[:PROMPTS]
     alike = paint(pipeline, specs_of([each for each in first for _ in range(SEEDS)], seed=5000, **settings))
     grain = paint(pipeline, specs_of(task.grainy, seed=9000, **settings))
     seen = embed(judge, pictures)
-    return Painted(
+    return Measured(
         pictures,
         nearest(judge, seen[0], task.subjects, task.among),
         seen[1],
@@ -188,7 +188,7 @@ def measure(
 ) -> dict[str, Any]:
     """The figures of one checkpoint, each beside that of real pictures if known."""
     task = Task.of(judge, catalog, count)
-    painted = carry_out(task, judge, pipeline, **settings)
+    painted = render_task(task, judge, pipeline, **settings)
     small = [resize(picture, 64) for picture in painted.pictures[:200]]
     rows = [np.concatenate(small[i : i + 20], 1) for i in range(0, len(small) - 19, 20)]
     Image.fromarray(np.concatenate(rows)).save(sheet)
@@ -201,7 +201,7 @@ def measure(
         },
         "distance": {"rendered": frechet(painted.features, real)},
         "kernel": {"rendered": kernel_distance(painted.features, real)},
-        "diversity": {"rendered": figure(mean, painted.apart)},
+        "diversity": {"rendered": figure(mean, painted.distances)},
         "grain": {"share of real": figure(ratio, painted.power, task.power)},
     }
 

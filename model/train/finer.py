@@ -20,16 +20,16 @@ from numpy.random import Generator
 from numpy.typing import NDArray
 from torch import Tensor
 
+from model.atomic import atomic_write
 from model.errors import K2Error
 from model.references import from_bytes
 from model.train import autoencoder, data, looks, loop
-from model.train.autoencoder import GRAINY, infidelity
+from model.train.autoencoder import GRAINY, reconstruction_loss
 from model.train.data import DATA, Catalog, Item, fingerprint, stable_seed
 from model.train.loop import Batch, Report
-from model.train.recipe import refuse
+from model.train.recipe import reject
 from model.train.states import RUNS
 from model.vae import QwenImageVAE
-from model.whole import whole
 
 TOP = 1  # the new scale's width, in `base_dim`s: only as wide as the next, as it works on four times as many pixels
 Pixels = NDArray[np.uint8]
@@ -50,13 +50,13 @@ class Recipe(autoencoder.Recipe):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        refuse(self, "decoder", "kl")
+        reject(self, "decoder", "kl")
 
 
 # ---- twins ----------------------------------------------------------------------------------------------------------
 
 
-class Tape:
+class RecordedRNG:
     """A generator that records what it draws, so that a twin of half the side can be made with the same draws."""
 
     def __init__(self, rng: Generator):
@@ -86,10 +86,10 @@ class Tape:
             wide = middle + 2 * cells  # a mean of four has half the deviation
             return wide.clip(0, 1) if name == "random" else wide
 
-        return cast(Generator, Replay(draw))
+        return cast(Generator, ReplayedRNG(draw))
 
 
-class Replay:
+class ReplayedRNG:
     def __init__(self, draw: Any):
         self.draw = draw
 
@@ -97,7 +97,7 @@ class Replay:
         return lambda *wanted: self.draw(name, *wanted)
 
 
-def halve(picture: NDArray[Any]) -> NDArray[Any]:
+def halve_resolution(picture: NDArray[Any]) -> NDArray[Any]:
     """[H, W, C] -> the means of 2 x 2 cells."""
     height, width, channels = picture.shape
     return picture.reshape(height // 2, 2, width // 2, 2, channels).mean((1, 3))
@@ -107,9 +107,9 @@ def twins(catalog: Catalog, item: Item) -> tuple[Pixels, Pixels]:
     """An item's picture, and the same at half the side, with grain of the same strength in its own pixels."""
     rng = np.random.default_rng(stable_seed("picture", item.pair, item.look))
     placed = looks.place(np.asarray(catalog.renders[item.row]), item.look, rng)
-    tape = Tape(rng)
+    tape = RecordedRNG(rng)
     fine = looks.finish(placed, item.look, cast(Generator, tape))
-    return fine, looks.finish(halve(placed).astype(np.float32), item.look, tape.coarse())
+    return fine, looks.finish(halve_resolution(placed).astype(np.float32), item.look, tape.coarse())
 
 
 class Pool(NamedTuple):
@@ -129,7 +129,7 @@ def pool(catalog: Catalog, recipe: Recipe, folder: Path) -> Pool:
     if not all(file.exists() for file in files):
         made = [twins(catalog, item) for item in chosen]
         for file, pictures in zip(files, zip(*made, strict=True), strict=True):
-            with whole(file) as draft, draft.open("wb") as target:
+            with atomic_write(file) as draft, draft.open("wb") as target:
                 np.save(target, np.stack(pictures))
     fine, coarse = (np.load(file, mmap_mode="r") for file in files)
     return Pool(fine, coarse, np.array([item.look.medium == GRAINY for item in chosen]))
@@ -138,7 +138,7 @@ def pool(catalog: Catalog, recipe: Recipe, folder: Path) -> Pool:
 # ---- the network ----------------------------------------------------------------------------------------------------
 
 
-def grown(teacher: QwenImageVAE) -> QwenImageVAE:
+def grow(teacher: QwenImageVAE) -> QwenImageVAE:
     """The teacher with one more scale outside all others; new parts are initialised at random."""
     old = teacher.config
     vae = QwenImageVAE(
@@ -161,7 +161,7 @@ def grown(teacher: QwenImageVAE) -> QwenImageVAE:
     return vae.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
 
-class Growing(autoencoder.Stage):
+class GrowStage(autoencoder.Stage):
     """The stage: both halves at once, each by the teacher's latents of the coarse twin."""
 
     recipe: Recipe
@@ -171,7 +171,7 @@ class Growing(autoencoder.Stage):
         self.recipe = recipe
         self.pool, self.data, self.teacher = pool, fingerprint(catalog), teacher.requires_grad_(False)
         self.frozen = teacher
-        self.model: QwenImageVAE = grown(teacher)
+        self.model: QwenImageVAE = grow(teacher)
         layers = teacher.config.num_res_blocks + 1
         self.new = (FIRST, *(f"encoder.down_blocks.{i}." for i in range(layers)), *LAST)
         last = len(teacher.config.dim_mult)
@@ -210,7 +210,7 @@ class Growing(autoencoder.Stage):
         said = vae.moments(fine)[0]
         off = ((said - asked) / vae.std).square().mean()
         noisy = asked + recipe.noise * vae.std * torch.randn(asked.shape, generator=generator).to(asked.device)
-        drawn = infidelity(vae.reconstruct(noisy), fine, grainy, recipe, generator)
+        drawn = reconstruction_loss(vae.reconstruct(noisy), fine, grainy, recipe, generator)
         return drawn + recipe.match * off, {"drawn": drawn.detach(), "off": off.detach()}
 
     def rate(self, name: str) -> float:
@@ -224,7 +224,7 @@ def main(recipe: Recipe, device: str = "cpu", report: Report = print) -> loop.Ru
         raise K2Error(f'The run "{recipe.teacher}" has no autoencoder.', hint="Train one first: k2 train autoencoder")
     catalog, folder = Catalog(DATA, recipe.size), RUNS / recipe.name
     folder.mkdir(parents=True, exist_ok=True)
-    stage = Growing(recipe, catalog, pool(catalog, recipe, folder), autoencoder.load(source))
+    stage = GrowStage(recipe, catalog, pool(catalog, recipe, folder), autoencoder.load(source))
     run = loop.train(loop.Run(stage, folder, device), report)
-    autoencoder.conclude(autoencoder.averaged(run, stage.model.config), catalog, recipe, run.step, report)
+    autoencoder.write_result(autoencoder.averaged(run, stage.model.config), catalog, recipe, run.step, report)
     return run

@@ -22,20 +22,20 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from model.atomic import atomic_write
 from model.errors import K2Error
 from model.latents import patchify, unpatchify
 from model.train import loop, pretrain, states
 from model.train.data import fingerprint, stable_seed
 from model.train.loop import Batch, Report
 from model.train.recipe import at_least, more_than_none
-from model.train.rewards import JUDGED_BY, Judged, Rewards, chosen_by, gated
-from model.train.rollout import Asked, Velocity, asked, conditioned, decode, sample, sigmas_for
+from model.train.rewards import JUDGED_BY, Judged, Rewards, apply_gates, chosen_by
+from model.train.rollout import RolloutPrompt, Velocity, conditioned_velocity, decode, draw_prompts, sample, sigmas_for
 from model.train.states import RUNS
 from model.train.training_set import TrainingSet, training_set
-from model.train.validation import rest_for_validation, validation_loss
-from model.whole import whole
+from model.train.validation import hold_out, validation_loss
 
-CHOSEN_BY = (*JUDGED_BY, "gates", "pool")  # keys that the choice of prompts depends on
+REWARD_KEYS = (*JUDGED_BY, "gates", "pool")  # keys that the choice of prompts depends on
 FLAT = 1e-3  # a reward whose standard deviation in a group is below this counts as constant
 
 
@@ -128,7 +128,7 @@ def advantages(
 
     A gated reward is multiplied by the one that gates it. Groups that do not count have advantages of 0.
     """
-    rewards = gated(rewards, gates or {})
+    rewards = apply_gates(rewards, gates or {})
     total = torch.zeros_like(next(iter(rewards.values())), dtype=torch.float32)
     counts = torch.zeros(len(total), dtype=torch.bool, device=total.device)
     for name, weight in weights.items():
@@ -160,26 +160,26 @@ def policy_loss(
     return torch.stack(losses).mean(), figures
 
 
-class Round(NamedTuple):
+class RolloutGroup(NamedTuple):
     """A judged rollout, which some optimiser steps learn from."""
 
     number: int
-    made: list[Transition]
+    transitions: list[Transition]
     advantage: Tensor  # [B]
     figures: dict[str, float]
 
 
-class Policy(pretrain.Drawing):
+class GRPOStage(pretrain.RenderingStage):
     """The stage: roll out, judge, and learn from the same rollout for `updates` steps."""
 
-    pool: Sequence[Asked] = ()  # prompts to learn from
+    pool: Sequence[RolloutPrompt] = ()  # prompts to learn from
 
     def __init__(self, recipe: Recipe, data: TrainingSet, rewards: Rewards, device: str = "cpu"):
         self.recipe: Recipe = recipe
         self.set, self.rewards = data, rewards
         self.data = fingerprint(data.catalog)
-        self.model: pretrain.Trainee = pretrain.trainee(recipe, len(data.looks), device)
-        self.rounds: dict[int, Round] = {}  # the last of each part
+        self.model: pretrain.TrainedModel = pretrain.build_model(recipe, len(data.looks), device)
+        self.rounds: dict[int, RolloutGroup] = {}  # the last of each part
 
     def rate(self, name: str) -> float:
         return float(name.startswith("dit."))
@@ -214,7 +214,7 @@ class Policy(pretrain.Drawing):
             shape = (len(batch["asked"]), dit.config.channels, cells, cells)
             start = patchify(torch.randn(shape, generator=generator), patch).to(device)
             with torch.no_grad():
-                velocity = conditioned(dit, embeds, mask, grid)
+                velocity = conditioned_velocity(dit, embeds, mask, grid)
             tokens, made = rollout(velocity, start, sigmas, batch["stochastic"], recipe.noise, generator)
             pictures = decode(self.rewards.vae, unpatchify(tokens, patch, cells, cells))
             needed = {**recipe.weights, **dict.fromkeys(recipe.gates.values(), 0.0)}
@@ -223,26 +223,26 @@ class Policy(pretrain.Drawing):
             advantage, counts = advantages(by_group, recipe.weights, recipe.gates)
             figures = {name: float(value.mean()) for name, value in found.items()}
             figures["groups"] = float(counts.float().mean())
-            self.rounds[part] = Round(round_, made, advantage.flatten(), figures)
+            self.rounds[part] = RolloutGroup(round_, made, advantage.flatten(), figures)
             torch.clear_autocast_cache()  # else weights first cast without gradient stay without
         known = self.rounds[part]
-        velocity = conditioned(dit, embeds, mask, grid)
-        loss, more = policy_loss(velocity, known.made, known.advantage, recipe.noise, sigmas[1], recipe.trust)
+        velocity = conditioned_velocity(dit, embeds, mask, grid)
+        loss, more = policy_loss(velocity, known.transitions, known.advantage, recipe.noise, sigmas[1], recipe.trust)
         return loss, known.figures | more
 
     def pictures(self) -> int:
         return self.recipe.batch * self.recipe.group
 
-    def measured(self) -> Mapping[str, float]:
+    def figures(self) -> Mapping[str, float]:
         """Held-out flow loss: what the rewards do not measure must not be forgotten."""
         return {"held": validation_loss(self.model, self.set, self.recipe, 32)}
 
 
-def telling_prompts(
+def informative_prompts(
     dit: Any, data: TrainingSet, rewards: Rewards, recipe: Recipe, report: Callable[[str], None]
-) -> list[Asked]:
+) -> list[RolloutPrompt]:
     """Of many prompts, those whose pictures' rewards differ most and are neither won nor hopeless."""
-    prompts = asked(data, recipe.prompts, recipe.seed, recipe.name)
+    prompts = draw_prompts(data, recipe.prompts, recipe.seed, recipe.name)
     scores: list[tuple[float, float]] = []
     group, at_once = 4, 8
     for start in range(0, len(prompts), at_once):
@@ -262,14 +262,14 @@ def telling_prompts(
 
 def choose(path: Path, data: TrainingSet, rewards: Rewards, recipe: Recipe, device: str, report: Report) -> None:
     """Write the prompts that distinguish the parent's rewards best, unless they exist."""
-    parent = pretrain.Trainee(recipe.config, len(data.looks))
+    parent = pretrain.TrainedModel(recipe.config, len(data.looks))
     states.start(parent, states.parent(recipe.init))
     dit = parent.to(device).dit
-    now = chosen_by(recipe, CHOSEN_BY, dit, rewards, data)
+    now = chosen_by(recipe, REWARD_KEYS, dit, rewards, data)
     if path.exists() and json.loads(path.read_text()).get("chosen_by") == now:
         return
-    chosen = telling_prompts(dit, data, rewards, recipe, report)
-    with whole(path) as draft:
+    chosen = informative_prompts(dit, data, rewards, recipe, report)
+    with atomic_write(path) as draft:
         prompts = [(each.caption, each.subject, str(each.look)) for each in chosen]
         draft.write_text(json.dumps({"chosen_by": now, "prompts": prompts}))
 
@@ -277,15 +277,15 @@ def choose(path: Path, data: TrainingSet, rewards: Rewards, recipe: Recipe, devi
 def main(recipe: Recipe, device: str = "cpu", report: Report = print) -> loop.Run:
     """Choose the prompts, unless those of the recipe exist, then run to the end from where it stands."""
     data = training_set(recipe, device)
-    rest_for_validation(data)
+    hold_out(data)
     rewards = Rewards.load(recipe.judge, data, device)
-    stage = Policy(recipe, data, rewards, device)
+    stage = GRPOStage(recipe, data, rewards, device)
     run = loop.Run(stage, RUNS / recipe.name, device)
     path = run.folder / "pool.json"
     over = run.done and path.exists()  # then it learned from the existing ones
-    if run.world.leads and not over:
+    if run.world.is_main and not over:
         choose(path, data, rewards, recipe, device, report)
     run.world.wait()
     looks, kept = {str(look): look for look in data.looks}, json.loads(path.read_text())["prompts"]
-    stage.pool = [Asked(caption, subject, looks[look]) for caption, subject, look in kept if look in looks]
+    stage.pool = [RolloutPrompt(caption, subject, looks[look]) for caption, subject, look in kept if look in looks]
     return loop.train(run, report)

@@ -24,11 +24,11 @@ from model.text_encoder import SUFFIX_TOKENS
 from model.train import loop, pretrain
 from model.train.data import Item, fingerprint, stable_seed
 from model.train.loop import Batch, Report
-from model.train.pretrain import Trainee
-from model.train.recipe import at_least, refuse, share
-from model.train.rollout import conditioned, noised, with_rows
+from model.train.pretrain import TrainedModel
+from model.train.recipe import at_least, check_share, reject
+from model.train.rollout import conditioned_velocity, noised, with_rows
 from model.train.states import RUNS
-from model.train.thesaurus import one
+from model.train.thesaurus import pick_one
 from model.train.training_set import TrainingSet, training_set
 
 TRAINED = ("dit.txtfusion.", "dit.txtmlp.")
@@ -52,23 +52,23 @@ class Recipe(pretrain.Recipe):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        refuse(self, "style_loss", "frozen", "align", "recompute", "products", "repeats")
+        reject(self, "style_loss", "frozen", "align", "recompute", "products", "repeats")
         at_least(self, 1, "whole", "swapped", "pool")
         at_least(self, 0, "swap")
-        share(self, "plain", "inserted")
+        check_share(self, "plain", "inserted")
 
 
-class Hearing(pretrain.Drawing):
+class HearingStage(pretrain.RenderingStage):
     """The text input layers learn from the whole network as it was."""
 
     recipe: Recipe
-    model: Trainee
+    model: TrainedModel
 
-    def __init__(self, recipe: Recipe, data: TrainingSet | None, teacher: Trainee, looks: int):
+    def __init__(self, recipe: Recipe, data: TrainingSet | None, teacher: TrainedModel, looks: int):
         torch.manual_seed(recipe.seed)
         self.recipe, self.set, self.teacher = recipe, data, teacher.eval()
         self.frozen = teacher.dit
-        self.model = Trainee(recipe.config, looks)
+        self.model = TrainedModel(recipe.config, looks)
         self.model.load_state_dict(teacher.state_dict())
         self.kept: dict[int, Batch] = {}
         if data is not None:
@@ -83,9 +83,9 @@ class Hearing(pretrain.Drawing):
         if number not in self.kept:
             self.kept[number] = self.swaps(number)
         swaps = self.kept[number]
-        return swaps if step % self.recipe.whole else swaps | self.heard(step, part)
+        return swaps if step % self.recipe.whole else swaps | self.reworded_batch(step, part)
 
-    def heard(self, step: int, part: int) -> Batch:
+    def reworded_batch(self, step: int, part: int) -> Batch:
         """Pictures, their captions, and the same in other words and among strange ones."""
         assert self.set is not None
         recipe, wording = self.recipe, self.set.wording
@@ -111,7 +111,7 @@ class Hearing(pretrain.Drawing):
         thesaurus = wording.thesaurus
         rng = np.random.default_rng(stable_seed(self.recipe.seed, "swaps", number))
         named = [subject for subject in self.of for _ in thesaurus.taught(subject)]
-        items = [one(self.of[one(named, rng)], rng) for _ in range(self.recipe.swapped)]
+        items = [pick_one(self.of[pick_one(named, rng)], rng) for _ in range(self.recipe.swapped)]
         form = "short" if number % 4 else "medium"  # of a batch: rows are padded to the longest
         plain = [catalog.caption(item, rng, form) for item in items]
         said = []
@@ -164,8 +164,8 @@ class Hearing(pretrain.Drawing):
             )
         x, _, sigma = noised(image, self.recipe.mu, generator)
         with torch.no_grad():
-            target = conditioned(self.teacher.dit, plain, plain_mask, grid)(x, sigma)
-        off = (conditioned(self.model.dit, wild, wild_mask, grid)(x, sigma) - target).square().mean((1, 2))
+            target = conditioned_velocity(self.teacher.dit, plain, plain_mask, grid)(x, sigma)
+        off = (conditioned_velocity(self.model.dit, wild, wild_mask, grid)(x, sigma) - target).square().mean((1, 2))
         share = off.detach().mean() / target.square().mean()
         return off.mean(), {"share": share, "high": off.detach()[sigma > 0.7].mean()}
 
@@ -196,7 +196,7 @@ def align(said: Sequence[int], meant: Sequence[int]) -> Tensor:
 def main(recipe: Recipe, device: str = "cpu", report: Report = print) -> loop.Run:
     """Run it to its end from where it stands."""
     data = training_set(recipe, device)
-    teacher = pretrain.taught_by(recipe, recipe.teacher, len(data.looks), device)
-    run = loop.Run(Hearing(recipe, data, teacher, len(data.looks)), RUNS / recipe.name, device)
+    teacher = pretrain.load_teacher(recipe, recipe.teacher, len(data.looks), device)
+    run = loop.Run(HearingStage(recipe, data, teacher, len(data.looks)), RUNS / recipe.name, device)
     report(f"{recipe.name}: from step {run.step}")
     return loop.train(run, report)

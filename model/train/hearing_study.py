@@ -26,8 +26,8 @@ from model.train.evaluate import candidates, held_out_prompts, retrieval, specs_
 from model.train.judge import Judge
 from model.train.looks import DRAWINGS, MEDIA
 from model.train.strangers import Wording
-from model.train.study import Floats, Pixels, conduct, embed, figure, mean, paint, parser_of
-from model.train.thesaurus import called, one
+from model.train.study import Floats, Pixels, embed, figure, mean, paint, parser_of, run_study
+from model.train.thesaurus import called, pick_one
 from model.vocabulary import held_out
 
 SAID = {"plain": (0.0, 0.0), "other words": (1.0, 0.0), "wrapped": (0.0, 1.0), "both": (1.0, 1.0)}
@@ -79,8 +79,8 @@ def looks(study: Study) -> dict[str, Any]:
     captions: dict[str, list[str]] = {"unsaid": [], "own words": [], "other words": []}
     for item in chosen:
         subject = item.pair.subject
-        spoken = one(MEDIA[item.look.medium] or DRAWINGS[item.pair.drawing], rng)
-        other = one(study.wording.thesaurus.looks[spoken], rng)
+        spoken = pick_one(MEDIA[item.look.medium] or DRAWINGS[item.pair.drawing], rng)
+        other = pick_one(study.wording.thesaurus.looks[spoken], rng)
         for said, look in zip(captions, ("", f", {spoken}", f", {other}"), strict=True):
             captions[said].append(phrase(subject) + look)
     real = embed(study.judge, [study.catalog.picture(item) for item in chosen])[1]
@@ -102,7 +102,7 @@ def strangers(study: Study) -> dict[str, Any]:
         captions = [
             study.wording.say(caption, item.pair.subject, *shares, rng)
             if shares is not None
-            else study.wording.wilderness.crowd(caption, study.catalog.subjects[item.pair.subject].words, rng)
+            else study.wording.wilderness.surround(caption, study.catalog.subjects[item.pair.subject].words, rng)
             for item, caption in prompts
         ]
         right = study.right(captions, subjects, among)
@@ -120,7 +120,7 @@ def main() -> None:
         catalog = Catalog(DATA, pipeline.native)
         return Study(pipeline, judge, catalog, Wording(catalog.subjects), options.steps, options.count)
 
-    conduct(options, FIGURES, begin)
+    run_study(options, FIGURES, begin)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ from types import FrameType
 
 
 @contextmanager
-def heeded() -> Iterator[Callable[[], bool]]:
+def stop_requests() -> Iterator[Callable[[], bool]]:
     """Within the context Ctrl-C is noted, and from the second time on raises KeyboardInterrupt -> whether it was noted.
 
     If Ctrl-C already does something else, or this is not the main thread, nothing changes.

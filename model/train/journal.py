@@ -10,13 +10,13 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw
 
-from model.whole import whole
+from model.atomic import atomic_write
 
 COLOURS = (
     *("#1f6feb", "#d1242f", "#1a7f37", "#9a6700", "#8250df", "#57606a"),
     *("#54aeff", "#ff8182", "#4ac26b", "#d4a72c", "#d8b9ff", "#afb8c1"),
 )
-ABREAST = 6  # figures in a row of the legend
+COLUMNS = 6  # figures in a row of the legend
 LEFT_OUT = ("step", "seconds", "lr", "norm")  # figures without a curve
 
 
@@ -29,7 +29,7 @@ class Journal:
         lines = path.read_text().splitlines() if path.exists() else []
         kept = [line for line in lines if not (cell := line.split(",")[0]).isdigit() or int(cell) <= step]
         if kept != lines:
-            with whole(path) as draft:
+            with atomic_write(path) as draft:
                 draft.write_text("".join(line + "\n" for line in kept))
 
     def add(self, row: Mapping[str, float]) -> None:
@@ -41,7 +41,7 @@ class Journal:
                 csv.DictWriter(file, names).writerow(row)
             return
         _, rows = self._table()
-        with whole(self.path) as draft, draft.open("w", newline="") as file:
+        with atomic_write(self.path) as draft, draft.open("w", newline="") as file:
             writer = csv.DictWriter(file, names + joined)
             writer.writeheader()
             writer.writerows([*rows, row])
@@ -79,7 +79,7 @@ class Journal:
         steps = columns["step"]
         drawn = [(name, values) for name, values in columns.items() if name not in LEFT_OUT]
         drawn = [(name, values) for name, values in drawn if any(map(math.isfinite, values))]
-        rows = -(-len(drawn) // ABREAST)
+        rows = -(-len(drawn) // COLUMNS)
         top = 32 + 16 * rows
         for index, (name, values) in enumerate(drawn):
             colour = COLOURS[index % len(COLOURS)]
@@ -91,7 +91,7 @@ class Journal:
                 for x, y in known
             ]
             pen.line(points, colour, 2)
-            row, place = divmod(index, ABREAST)
+            row, place = divmod(index, COLUMNS)
             pen.text((12 + 145 * place, 8 + 16 * row), f"{name} {low:.3g} … {high:.3g}", colour)
         pen.text((12, 8 + 16 * rows), f"steps {steps[0]:g} … {steps[-1]:g}", "#57606a")
         picture.save(self.path.with_name("curves.png"))

@@ -47,7 +47,7 @@ class Recipe(recipes.Recipe):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        recipes.refuse(self, "average")
+        recipes.reject(self, "average")
         recipes.at_least(self, 1, "batch", "size")
 
 
@@ -112,7 +112,7 @@ def words_of(phrase: str) -> list[str]:
     return re.findall(r"[a-z0-9]+", phrase.lower())
 
 
-def judged(item: Item, seed: int) -> bool:
+def may_train_judge(item: Item, seed: int) -> bool:
     """Whether a judge with this seed may train on the item: nine in ten pictures, none held out from the generator."""
     return not item.held_out and stable_seed("judge", seed, item.pair, item.look) % 10 != 0
 
@@ -167,7 +167,7 @@ def broken(pictures: Tensor, rng: np.random.Generator) -> Tensor:
     return out.clamp(-1, 1)
 
 
-class Judging(loop.Stage):
+class JudgeStage(loop.Stage):
     """The stage: contrast pictures with all subjects' names, looks with all others, and intact with broken pictures."""
 
     def __init__(self, recipe: Recipe, catalog: Catalog):
@@ -175,7 +175,7 @@ class Judging(loop.Stage):
         self.recipe: Recipe = recipe
         self.catalog = catalog
         self.data = fingerprint(catalog)
-        self.items = [item for item in catalog.items("train") if judged(item, recipe.seed)]
+        self.items = [item for item in catalog.items("train") if may_train_judge(item, recipe.seed)]
         self.subjects = list(catalog.subjects.values())
         looks = sorted({item.look for item in self.items}, key=repr)
         self.which_subject = {subject.name: i for i, subject in enumerate(self.subjects)}
@@ -250,7 +250,7 @@ def main(recipe: Recipe, device: str = "cpu", report: Report = print) -> loop.Ru
     """Train a judge and its critic, and store them in `.runs/judge` under the seed's number."""
     if device != "cpu":
         report("judges are small and are trained on the CPU")
-    stage = Judging(recipe, Catalog(DATA, recipe.size))
+    stage = JudgeStage(recipe, Catalog(DATA, recipe.size))
     if recipe.minutes > 2:
         stage.compose()
     run = loop.Run(stage, RUNS / recipe.name, "cpu")

@@ -23,18 +23,19 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from model.atomic import atomic_write
 from model.dit import SingleStreamBlock, TextBlock
 from model.errors import K2Error, count_of, listed
 from model.fast import can_compile
 from model.plan import native_bf16
 from model.train import parallel
-from model.train.ahead import Ahead
-from model.train.alone import alone
-from model.train.interrupt import heeded
+from model.train.interrupt import stop_requests
 from model.train.journal import Journal, mean_of
-from model.train.optim import for_muon, optimisers_of, params_of, warmup_stable_decay
+from model.train.optim import optimisers_of, params_of, uses_muon, warmup_stable_decay
 from model.train.parallel import as_sharded, local
+from model.train.prefetch import Prefetcher
 from model.train.recipe import Recipe
+from model.train.run_lock import run_lock
 from model.train.states import (
     check_modules,
     commit,
@@ -42,13 +43,12 @@ from model.train.states import (
     newest_state,
     parent,
     place_of,
-    read_whole,
+    read_gathered,
     snapshots,
     start,
     step_of,
     write,
 )
-from model.whole import whole
 
 SAVE_EVERY = 180.0  # seconds
 
@@ -77,7 +77,7 @@ class Stage(ABC):
 
     def muon(self, name: str, param: Tensor) -> bool:
         """Whether Muon trains a parameter; AdamW trains the rest."""
-        return for_muon(name, param)
+        return uses_muon(name, param)
 
     def rate(self, name: str) -> float:
         """Factor of a parameter's learning rate; 0 freezes it."""
@@ -89,7 +89,7 @@ class Stage(ABC):
     def after(self, step: int) -> None:  # noqa: B027 - most have nothing left to do
         """Called after the step with this number; whatever it depends on must be part of `model`."""
 
-    def measured(self) -> Mapping[str, float]:
+    def figures(self) -> Mapping[str, float]:
         """Figures for a line of the log that are too expensive to compute at every step."""
         return {}
 
@@ -177,7 +177,7 @@ class Run:
             parallel.average_gradients(trained)
         norm = parallel.whole(nn.utils.clip_grad_norm_(trained, recipe.clip))
         if not math.isfinite(norm):
-            raise self.broken(f"the gradient of step {self.step + 1} is not finite")
+            raise self.diverged(f"the gradient of step {self.step + 1} is not finite")
         for optimiser in self.optimisers.values():
             for group in optimiser.param_groups:
                 group["lr"] = group["peak"] * factor
@@ -206,7 +206,7 @@ class Run:
                 tensors |= {f"{name}.{index}.{key}": value for key, value in state.items()}
         return tensors
 
-    def broken(self, what: str) -> K2Error:
+    def diverged(self, what: str) -> K2Error:
         hint = f"Lower the learning rate. The run resumes from where it was last saved in {self.folder}."
         return K2Error(f"{self.recipe.name}: {what}.", hint=hint)
 
@@ -215,7 +215,7 @@ class Run:
         own part. Raises K2Error if the last step broke the weights, which no gradient has shown yet."""
         trained = [(name, param) for name, param in self.model.named_parameters() if param.requires_grad]
         if not parallel.finite(tensor for name, param in trained for tensor in (param, self.ema[name])):
-            raise self.broken(f"the weights of step {self.step} are not finite")
+            raise self.diverged(f"the weights of step {self.step} are not finite")
         place = {
             "step": self.step,
             "seconds": self.seconds,
@@ -228,7 +228,7 @@ class Run:
             parallel.save(self.folder, self.state(), place, self.record())
             return
         tensors = parallel.collect(self.state())
-        if self.world.leads:
+        if self.world.is_main:
             write(self.folder, tensors, place, self.record())
             for old in parallel.saved(self.folder):
                 shutil.rmtree(old)
@@ -258,7 +258,7 @@ class Run:
                 f"{', '.join(self.changed) or 'they are of another kind'}.",
                 hint=f"Restore the recipe, remove {self.folder} to start over, or give the run another name.",
             )
-        tensors = parallel.load(path, self._room) if path.is_dir() else read_whole(path, self.device)
+        tensors = parallel.load(path, self._buffer) if path.is_dir() else read_gathered(path, self.device)
         weights = self.model.state_dict()
         self.model.load_state_dict({name: as_sharded(tensors[f"model.{name}"], like) for name, like in weights.items()})
         self.ema = {name: as_sharded(tensors[f"ema.{name}"], like) for name, like in weights.items()}
@@ -273,7 +273,7 @@ class Run:
                     states[int(index)][slot] = value
             optimiser.load_state_dict({"state": dict(states), "param_groups": optimiser.state_dict()["param_groups"]})
 
-    def _room(self, name: str, shape: torch.Size, dtype: torch.dtype) -> Tensor:
+    def _buffer(self, name: str, shape: torch.Size, dtype: torch.dtype) -> Tensor:
         """Memory to read a tensor of a saved state into."""
         kind, _, rest = name.partition(".")
         if kind in ("model", "ema"):
@@ -299,9 +299,9 @@ class Run:
             return
         path = self.folder / f"snapshot-{self.step:07d}.safetensors"
         weights = parallel.collect(self.model.state_dict())
-        if not self.world.leads:
+        if not self.world.is_main:
             return
-        with whole(path) as draft:
+        with atomic_write(path) as draft:
             save_file({k: v.contiguous() for k, v in weights.items()}, draft)
         for old in snapshots(self.folder)[: -recipe.keep]:
             old.unlink()
@@ -326,9 +326,9 @@ class Run:
 def train(run: Run, report: Report = print) -> Run:
     """Take a run to its end from where it stands; `report` gets a line now and then. Raises K2Error, and
     KeyboardInterrupt: at once if several processes train, else when the run is saved."""
-    heeds = heeded() if run.world.size == 1 else nullcontext(lambda: False)
-    with alone(run.folder) if run.world.leads else nullcontext(), heeds as pressed:
-        if run.world.leads:
+    heeds = stop_requests() if run.world.size == 1 else nullcontext(lambda: False)
+    with run_lock(run.folder) if run.world.is_main else nullcontext(), heeds as pressed:
+        if run.world.is_main:
             clear(run)
         return _train(run, report, pressed)
 
@@ -354,8 +354,8 @@ def clear(run: Run) -> None:
 
 def _train(run: Run, report: Report, pressed: Callable[[], bool]) -> Run:
     recipe, stage, here = run.recipe, run.stage, run.world
-    journal = Journal(run.folder / "log.csv", run.step) if here.leads else None
-    report = report if here.leads else lambda line: None
+    journal = Journal(run.folder / "log.csv", run.step) if here.is_main else None
+    report = report if here.is_main else lambda line: None
     if run.done and newest_state(run.folder) == run.saved:
         run.idle = True
         report(f"{recipe.name}: already done at step {run.step}; with more steps or minutes it continues")
@@ -376,21 +376,21 @@ def _train(run: Run, report: Report, pressed: Callable[[], bool]) -> Run:
     before, first, last_sheet = run.seconds, run.step, run.seconds
     window: list[dict[str, float]] = []
     stops = False
-    batches = Ahead(lambda step: [stage.batch(step, part) for part in run.parts], run.device)
+    batches = Prefetcher(lambda step: [stage.batch(step, part) for part in run.parts], run.device)
     while not run.done:
         window.append(run.advance(*batches(run.step)))
         run.seconds = here.agree(before + time.monotonic() - started)
         run.snapshot()
         known, stops = stops, pressed()
-        if stops and not known and (how := ending(run)):
+        if stops and not known and (how := stop_note(run)):
             report(f"{recipe.name}: {how}; press Ctrl-C again to stop at once")
         if run.step % recipe.every == 0 or run.done:
-            figures = mean_of(window) | {"lr": window[-1]["lr"]} | dict(stage.measured())
+            figures = mean_of(window) | {"lr": window[-1]["lr"]} | dict(stage.figures())
             run.figures = {key: float(f"{value:.4g}") for key, value in figures.items()}
             window = []
             if journal:
                 journal.add({"step": run.step, "seconds": round(run.seconds, 1)} | run.figures)
-            report(line(run, first, before))
+            report(progress_line(run, first, before))
             if not run.done and (stops or here.agree(time.monotonic() - last_save) > SAVE_EVERY):
                 run.save()
                 if journal:
@@ -408,7 +408,7 @@ def _train(run: Run, report: Report, pressed: Callable[[], bool]) -> Run:
     return run
 
 
-def ending(run: Run) -> str:
+def stop_note(run: Run) -> str:
     """How a run that is asked to stop does so: at its next log line, or at its end if that is earlier; "" if now."""
     left = -run.step % run.recipe.every
     if not left or run.done:
@@ -423,12 +423,12 @@ def draw_samples(run: Run, last: float, report: Report) -> float:
     every = 60 * run.stage.sheets()
     if not every or run.seconds - last < every:
         return last
-    if run.world.leads and (run.folder / "state.safetensors").exists() and (sheet := run.stage.sheet()):
+    if run.world.is_main and (run.folder / "state.safetensors").exists() and (sheet := run.stage.sheet()):
         report(f"{run.recipe.name}: {sheet}")
     return run.seconds
 
 
-def line(run: Run, first: int, before: float) -> str:
+def progress_line(run: Run, first: int, before: float) -> str:
     """One line on how a run is doing; speed is measured since step `first`, at `before` seconds."""
     recipe, spent = run.recipe, max(run.seconds - before, 1e-9)
     speed = (run.step - first) * recipe.accumulate * run.stage.pictures() / spent

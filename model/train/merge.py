@@ -21,10 +21,10 @@ from torch import Tensor
 
 from model.checkpoint import read
 from model.errors import K2Error, listed
-from model.library import BOX
+from model.library import BUNDLED
 from model.train import states
 from model.train.loop import Report
-from model.train.recipe import Table, at_least, refuse, saved
+from model.train.recipe import Table, at_least, reject, saved
 from model.train.states import RUNS
 
 State = Mapping[str, Tensor]
@@ -53,9 +53,9 @@ class Recipe(Table):
                 hint="Give the merge another name.",
             )
         if self.weights or self.snapshots:  # nothing is searched for
-            refuse(self, "divisions", to="weights that are known")
+            reject(self, "divisions", to="weights that are known")
         if self.weights:
-            refuse(self, "pictures", to="weights that are stated")
+            reject(self, "pictures", to="weights that are stated")
         at_least(self, 1, "divisions", "pictures")
 
 
@@ -96,7 +96,7 @@ def choose(
     return best, scores[best], scores
 
 
-def weighed(recipe: Recipe, parent: Any, paths: Sequence[Path], device: str) -> tuple[State, dict[str, Any]]:
+def weighted_mean(recipe: Recipe, parent: Any, paths: Sequence[Path], device: str) -> tuple[State, dict[str, Any]]:
     """The mean of a run's snapshots, or of runs by weights that are stated or validate best, and figures."""
     if recipe.weights:
         parents = [states.parent(name, RUNS) for name in recipe.runs]
@@ -106,12 +106,12 @@ def weighed(recipe: Recipe, parent: Any, paths: Sequence[Path], device: str) -> 
         alike = [{name: tensor for name, tensor in state.items() if name in own} for state in parents]
         return combine(alike, recipe.weights), {"weights": dict(zip(recipe.runs, recipe.weights, strict=True))}
 
-    from model.train.pretrain import Trainee
+    from model.train.pretrain import TrainedModel
     from model.train.training_set import training_set
     from model.train.validation import validation_loss
 
     data = training_set(parent, device)
-    model = Trainee(parent.config, len(data.looks)).to(device)
+    model = TrainedModel(parent.config, len(data.looks)).to(device)
     names = set(model.state_dict())
 
     def score(state: State) -> float:
@@ -143,9 +143,9 @@ def weighed(recipe: Recipe, parent: Any, paths: Sequence[Path], device: str) -> 
     }
 
 
-def packaged_place(name: str) -> dict[str, Any]:
+def packaged_path(name: str) -> dict[str, Any]:
     """The progress of the run that the bundled weights come from."""
-    training = read(BOX / f"mini-{states.PACKAGED[name]}.safetensors")[1]["training"]
+    training = read(BUNDLED / f"mini-{states.PACKAGED[name]}.safetensors")[1]["training"]
     return {"step": training["steps"], "seconds": 60 * training["minutes"], "recipe": training["recipe"]}
 
 
@@ -159,7 +159,7 @@ def main(recipe: Recipe, device: str = "cpu", report: Report = print) -> Any:
         if not (path.exists() or (name in states.PACKAGED and recipe.weights)):
             raise K2Error(f'There is no run "{name}" to merge.', hint=f"{path} does not exist: train that run first.")
     places = [
-        packaged_place(name) if name in states.PACKAGED else states.place_of(path)
+        packaged_path(name) if name in states.PACKAGED else states.place_of(path)
         for name, path in zip(parents, paths, strict=True)
     ]
     for name, each in zip(parents, places, strict=True):
@@ -168,7 +168,7 @@ def main(recipe: Recipe, device: str = "cpu", report: Report = print) -> Any:
             raise K2Error(f'The run "{name}" has no transformer: its stage is "{each["recipe"]["stage"]}".', hint=hint)
     shapes = max((tuple(each["recipe"].get("shapes", ())) for each in places), key=len)  # one has, all have
     parent = replace(saved(places[0]["recipe"]), shapes=shapes)
-    merged, figures = weighed(recipe, parent, paths, device)
+    merged, figures = weighted_mean(recipe, parent, paths, device)
     report(f"{recipe.name}: {figures}")
     folder = RUNS / recipe.name
     place = {

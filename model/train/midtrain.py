@@ -16,10 +16,10 @@ from numpy.typing import NDArray
 from model.errors import K2Error
 from model.train import loop, pretrain, states
 from model.train.loop import Report
-from model.train.pretrain import Pretraining
-from model.train.recipe import at_least, share
+from model.train.pretrain import PretrainStage
+from model.train.recipe import at_least, check_share
 from model.train.training_set import TrainingSet, training_set
-from model.train.validation import finish, rest_for_validation
+from model.train.validation import finish, hold_out
 
 ROUNDS = 25  # of k-means, at most
 
@@ -35,7 +35,7 @@ class Recipe(pretrain.Recipe):
     def __post_init__(self) -> None:
         super().__post_init__()
         at_least(self, 1, "clusters")
-        share(self, "balance")
+        check_share(self, "balance")
         if not self.init:
             raise K2Error(f'Recipe "{self.name}": midtraining continues a run, but init names none.')
 
@@ -73,7 +73,7 @@ def balanced(weights: NDArray[np.floating], clusters: NDArray[np.int64], balance
 
 
 @torch.no_grad()
-def features(data: TrainingSet, model: pretrain.Trainee) -> NDArray[np.float32]:
+def features(data: TrainingSet, model: pretrain.TrainedModel) -> NDArray[np.float32]:
     """Unit subject features and unit style vectors of all pictures, concatenated [N, N_taps·E + V]."""
     device = model.look_head.weight.device
     names = sorted({item.pair.subject for item in data.items})
@@ -87,9 +87,9 @@ def features(data: TrainingSet, model: pretrain.Trainee) -> NDArray[np.float32]:
 def main(recipe: Recipe, device: str = "cpu", report: Report = print) -> loop.Run:
     """Cluster by the parent's style encoder, balance, train."""
     data = training_set(recipe, device)
-    rest_for_validation(data)
-    stage = Pretraining(recipe, len(data.looks), data, device)
-    before = pretrain.trainee(recipe, len(data.looks), device)
+    hold_out(data)
+    stage = PretrainStage(recipe, len(data.looks), data, device)
+    before = pretrain.build_model(recipe, len(data.looks), device)
     states.start(before, states.parent(recipe.init), ("look_head",))
     clusters = kmeans(features(data, before.to(device)), recipe.clusters, recipe.seed)
     data.weights = balanced(data.weights, clusters, recipe.balance)

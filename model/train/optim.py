@@ -12,7 +12,7 @@ from torch.distributed.tensor import DTensor
 
 from model.errors import K2Error
 from model.plan import native_bf16
-from model.train.parallel import local, spread
+from model.train.parallel import local, scatter
 from model.train.recipe import Recipe
 
 # The quintic of Jordan et al. (Muon, 2024): steep at zero, singular values end near one.
@@ -63,14 +63,14 @@ class Muon(torch.optim.Optimizer):
 
             for shape, pairs in by_shape.items():
                 aheads, sharded = [ahead for _, ahead in pairs], isinstance(pairs[0][0], DTensor)
-                updates = spread(aheads, shape[0], work) if sharded else work(torch.stack(aheads))
+                updates = scatter(aheads, shape[0], work) if sharded else work(torch.stack(aheads))
                 scale = 0.2 * max(shape[0], shape[1:].numel()) ** 0.5
                 for (param, _), update in zip(pairs, updates, strict=True):
                     local(param).mul_(1 - group["lr"] * group["weight_decay"])
                     local(param).add_(update.view_as(local(param)), alpha=-group["lr"] * scale)
 
 
-def for_muon(name: str, param: Tensor) -> bool:
+def uses_muon(name: str, param: Tensor) -> bool:
     """Whether Muon trains a parameter: the transformer's matrices in the blocks and in the text input layers.
 
     The text input layers need Muon: AdamW, at a rate that suits the rest, grows one common direction in all their rows

@@ -23,10 +23,10 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from model.atomic import atomic_write as whole_file
 from model.errors import K2Error
-from model.whole import whole as whole_file
 
-PLACE = "place.json"  # written last: a saved state without it is incomplete
+STATE_INFO = "place.json"  # written last: a saved state without it is incomplete
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class World:
     size: int = 1
 
     @property
-    def leads(self) -> bool:
+    def is_main(self) -> bool:
         """Whether this process writes and reports."""
         return self.rank == 0
 
@@ -140,7 +140,7 @@ def finite(tensors: Iterable[Tensor]) -> bool:
 
 def collect(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The complete tensors, gathered one by one into the leader's main memory; the others keep none."""
-    leads, found = world().leads, {}
+    leads, found = world().is_main, {}
     for name, tensor in tensors.items():
         full = whole(tensor)
         if leads:
@@ -167,7 +167,7 @@ def average_gradients(params: Sequence[Tensor]) -> None:
         param.grad = part.view_as(param).clone()
 
 
-def spread(shards: Sequence[Tensor], rows: int, work: Callable[[Tensor], Tensor]) -> list[Tensor]:
+def scatter(shards: Sequence[Tensor], rows: int, work: Callable[[Tensor], Tensor]) -> list[Tensor]:
     """Work that needs complete matrices of one shape, each done by one process.
 
     shards   this process's rows of each matrix, [r, n]; rows are split as by `torch.chunk`
@@ -201,12 +201,12 @@ def save(folder: Path, tensors: dict[str, Tensor], place: dict[str, Any], record
     import torch.distributed.checkpoint as dcp
 
     here, target = world(), folder / f"state-{place['step']:08d}"
-    if here.leads and target.exists():
+    if here.is_main and target.exists():
         shutil.rmtree(target)
     here.wait()
     dcp.save(dict(tensors), checkpoint_id=target)
-    if here.leads:
-        with whole_file(target / PLACE) as draft:
+    if here.is_main:
+        with whole_file(target / STATE_INFO) as draft:
             draft.write_text(json.dumps({"place": place, "record": record}))
         for old in saved(folder):
             if old != target:
@@ -216,11 +216,11 @@ def save(folder: Path, tensors: dict[str, Tensor], place: dict[str, Any], record
 
 def saved(folder: Path) -> list[Path]:
     """The sharded states of a run's folder, oldest first, without incomplete ones."""
-    return sorted(path for path in folder.glob("state-*") if (path / PLACE).is_file())
+    return sorted(path for path in folder.glob("state-*") if (path / STATE_INFO).is_file())
 
 
 def place_of(state: Path) -> dict[str, Any]:
-    return json.loads((state / PLACE).read_text())["place"]
+    return json.loads((state / STATE_INFO).read_text())["place"]
 
 
 def load(state: Path, room: Callable[[str, torch.Size, torch.dtype], Tensor]) -> dict[str, Tensor]:

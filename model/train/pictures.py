@@ -19,14 +19,14 @@ from torch import Tensor
 from model.errors import K2Error, count_of, listed
 from model.hashes import sha256
 from model.parts import Autoencoder
-from model.picture_file import MADE, SUFFIXES, is_named_so, is_sheet, passed_over
-from model.references import fitting, to_pixels
-from model.spec import says
+from model.picture_file import OUTPUT_FOLDERS, SUFFIXES, describe_skipped, has_picture_suffix, is_sheet
+from model.references import fit_size, to_pixels
+from model.spec import mentions
 
 SAY_EVERY = 20.0  # seconds
-MOST_TEXT = 1 << 16  # bytes of a caption file
+MAX_CAPTION = 1 << 16  # bytes of a caption file
 CAPTIONS = (".txt", ".caption", ".captions", ".json", ".jsonl", ".csv", ".tsv")  # files that tools write captions to
-SAYS_NOTHING = re.compile(  # names that cameras, browsers and editors give
+MEANINGLESS_STEM = re.compile(  # names that cameras, browsers and editors give
     r"(img|image|dsc[fn]?|dscn|pxl|mvimg|photo|picture|pic|screenshot|screen shot|untitled|download|unnamed|copy)"
     r"( ?(of|at|from|copy|\d+))*|[0-9a-f]{8}( ?[0-9a-f]{4}){3} ?[0-9a-f]{12}|",
     re.IGNORECASE,
@@ -51,18 +51,18 @@ def read_folder(folder: Path, trigger: str = "") -> list[Captioned]:
     """
     if not folder.is_dir():
         raise K2Error(f"There is no folder {folder}.", hint="Give a folder of pictures.")
-    paths = [path for path in files_below(folder) if is_named_so(path) and path.is_file() and not is_sheet(path)]
+    paths = [path for path in files_below(folder) if has_picture_suffix(path) and path.is_file() and not is_sheet(path)]
     if not paths:
-        raise K2Error(f"{folder} holds no pictures.", hint=not_learned(folder) or f"k2 reads {', '.join(SUFFIXES)}.")
+        raise K2Error(f"{folder} holds no pictures.", hint=unused_files(folder) or f"k2 reads {', '.join(SUFFIXES)}.")
     return [Captioned(path, join(caption_of(path), trigger)) for path in paths]
 
 
-def not_learned(folder: Path) -> str:
+def unused_files(folder: Path) -> str:
     """Sentences on what is skipped of a folder's content; "" if nothing is."""
     paths = files_below(folder)
     linked = [path.name for path in paths if path.is_dir()]
     links = f"Passed over: links to folders, which are not followed ({listed(linked, 3)})." if linked else ""
-    return " ".join(filter(None, (passed_over(path for path in paths if not path.is_dir()), links)))
+    return " ".join(filter(None, (describe_skipped(path for path in paths if not path.is_dir()), links)))
 
 
 def files_below(folder: Path) -> list[Path]:
@@ -70,7 +70,7 @@ def files_below(folder: Path) -> list[Path]:
     followed; they are listed themselves."""
     files = (path for path in folder.rglob("*") if not path.is_dir() or path.is_symlink())
     seen = (path for path in files if not any(part.startswith(".") for part in path.relative_to(folder).parts))
-    made = [folder / part for part in MADE if (folder / "k2.toml").is_file()]
+    made = [folder / part for part in OUTPUT_FOLDERS if (folder / "k2.toml").is_file()]
     return sorted(path for path in seen if not any(map(path.is_relative_to, made)))
 
 
@@ -97,7 +97,7 @@ def caption_of(path: Path) -> str:
     if beside is None:
         return words_of(path.stem)
     try:
-        if beside.stat().st_size > MOST_TEXT:
+        if beside.stat().st_size > MAX_CAPTION:
             raise K2Error(f"{beside} is too long for a caption: {beside.stat().st_size:,} bytes.", hint="Shorten it.")
         return " ".join(beside.read_text("utf-8-sig").split())
     except (OSError, UnicodeDecodeError) as error:
@@ -108,12 +108,12 @@ def words_of(stem: str) -> str:
     """A file's name as words: "red-fox_03 (2)" is "red fox"; bare numbers and camera names give nothing."""
     words = " ".join(re.sub(r"[-_.,+()\[\]\s]+", " ", stem).split())
     words = re.sub(r"( \d+)+$", "", words)
-    return "" if SAYS_NOTHING.fullmatch(words) or not re.search(r"[^\W\d_]", words) else words
+    return "" if MEANINGLESS_STEM.fullmatch(words) or not re.search(r"[^\W\d_]", words) else words
 
 
 def join(caption: str, trigger: str) -> str:
     """Append a trigger as to a prompt; one that the caption already contains, as words, is not repeated."""
-    if not trigger or says(caption, trigger):
+    if not trigger or mentions(caption, trigger):
         return caption
     return ", ".join(part for part in (caption.rstrip(", "), trigger) if part)
 
@@ -156,7 +156,7 @@ def encode(
         if time.monotonic() - said > SAY_EVERY:
             report(f"{index} of {len(pictures)} pictures encoded")
             said = time.monotonic()
-        pixels = to_pixels(picture.path, *fitting(picture.path, size**2, unit)).to(device, dtype)
+        pixels = to_pixels(picture.path, *fit_size(picture.path, size**2, unit)).to(device, dtype)
         for each in (pixels, pixels.flip(-1)) if mirrored else (pixels,):
             latents = vae.encode(each).float().cpu()
             found[latents.shape[-2], latents.shape[-1]].append((latents, index))

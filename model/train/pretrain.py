@@ -39,7 +39,7 @@ class Losses(NamedTuple):
     align: Tensor  # distance of an early block's view from the teacher's
 
 
-class Trainee(nn.Module):
+class TrainedModel(nn.Module):
     """What is trained together: transformer, style encoder, and a head that tells looks apart by the style vector.
 
     align: with a head that predicts a teacher's view
@@ -79,7 +79,7 @@ class Trainee(nn.Module):
             lag = torch.rand(sigma.shape, generator=generator, device=generator.device).to(device)
             cleaner = (sigma - CLEANER * lag).clamp_min(0)
             tokens = torch.lerp(image, noise, cleaner[:, None, None])
-            align = self.pupil.distance(teacher.see(tokens, cleaner, embeds.detach(), mask, grid))
+            align = self.pupil.distance(teacher.capture(tokens, cleaner, embeds.detach(), mask, grid))
         flow = (velocity.float() - (noise - image)).square().mean((1, 2))
         return Losses(flow, sigma, style_loss, apart, align)
 
@@ -104,19 +104,19 @@ def recompute(dit: Krea2) -> None:
         block.forward = partial(checkpoint, block.forward, use_reentrant=False)
 
 
-def trainee(recipe: Recipe, looks: int, device: str = "cpu") -> Trainee:
+def build_model(recipe: Recipe, looks: int, device: str = "cpu") -> TrainedModel:
     """What a recipe trains, initialised by its seed."""
     torch.manual_seed(recipe.seed)
-    made = Trainee(recipe.config, looks, align=recipe.align > 0)
+    made = TrainedModel(recipe.config, looks, align=recipe.align > 0)
     convert(made.dit.blocks, parse(recipe.products, device))
     if recipe.recompute:
         recompute(made.dit)
     return made
 
 
-def taught_by(recipe: Recipe, name: str, looks: int, device: str = "cpu") -> Trainee:
+def load_teacher(recipe: Recipe, name: str, looks: int, device: str = "cpu") -> TrainedModel:
     """A teacher: a run or the bundled weights. Raises K2Error if it cannot read the references that it is shown."""
-    made, weights = Trainee(recipe.config, looks).to(device), states.parent(name, RUNS)
+    made, weights = TrainedModel(recipe.config, looks).to(device), states.parent(name, RUNS)
     if recipe.references and "style.null" not in weights:
         hint = "Name a run that has one, such as pretraining, or show no references: references = 0.0."
         raise K2Error(f'The teacher "{name}" has no style encoder to read references with.', hint=hint)
@@ -124,7 +124,7 @@ def taught_by(recipe: Recipe, name: str, looks: int, device: str = "cpu") -> Tra
     return made
 
 
-class Drawing(loop.Stage):
+class RenderingStage(loop.Stage):
     """A stage whose transformer, the model's `dit`, draws: sheets of samples show its progress."""
 
     recipe: Recipe
@@ -139,14 +139,14 @@ class Drawing(loop.Stage):
         return samples.main(self.recipe.name, str(self.model.get_parameter("dit.first.weight").device))
 
 
-class Pretraining(Drawing):
+class PretrainStage(RenderingStage):
     """The stage: the whole trainee learns from the train split."""
 
     entry = ("losses",)
 
     def __init__(self, recipe: Recipe, looks: int, data: TrainingSet | None = None, device: str = "cpu"):
         self.recipe: Recipe = recipe
-        self.model: Trainee = trainee(recipe, looks, device)
+        self.model: TrainedModel = build_model(recipe, looks, device)
         states.check_modules(self.model, recipe.name, "frozen", recipe.frozen)
         self.teacher: Teacher | None = None
         self.averages: Mapping[str, Tensor] = {}
@@ -169,12 +169,12 @@ class Pretraining(Drawing):
             self.teacher = None
         elif self.teacher is None:
             self.teacher = Teacher(self.model.dit)
-            self.teacher.follow(self.averages)
+            self.teacher.update(self.averages)
         return self.teacher
 
     def after(self, step: int) -> None:
         if self.teacher is not None:
-            self.teacher.follow(self.averages)
+            self.teacher.update(self.averages)
 
     def loss(self, batch: Batch) -> tuple[Tensor, dict[str, Any]]:
         teacher = self.taught(batch)
@@ -197,7 +197,7 @@ class Pretraining(Drawing):
 def main(recipe: Recipe, device: str = "cpu", report: Report = print) -> loop.Run:
     """Run a stage to its end from where it stands."""
     data = training_set(recipe, device)
-    run = loop.Run(Pretraining(recipe, len(data.looks), data, device), RUNS / recipe.name, device)
+    run = loop.Run(PretrainStage(recipe, len(data.looks), data, device), RUNS / recipe.name, device)
     report(f"{recipe.name}: from step {run.step}, {len(data.items)} pictures, {len(data.looks)} looks")
     loop.train(run, report)
     return run

@@ -20,8 +20,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from model.errors import K2Error
-from model.few_bits import FEW
-from model.quantize import LARGEST
+from model.low_bit import MIN_TOKENS
+from model.quantize import LARGEST_NUMBER
 
 MULTIPLE = 16  # both sides of a matrix must be multiples of this: 8-bit kernels require it
 
@@ -61,7 +61,7 @@ class Products:
         number = number or self.number
         size = matrix.abs()
         largest = size.amax(0 if turned else 1, keepdim=True) if self.rowwise else size.amax().view(1, 1)
-        scale = largest.float() / (57344.0 if number == E5M2 else LARGEST[number])
+        scale = largest.float() / (57344.0 if number == E5M2 else LARGEST_NUMBER[number])
         scaled = matrix * (1 / scale.clamp(min=torch.finfo(torch.float32).tiny))
         numbers = (scaled.round_() if number == torch.int8 else scaled).to(number)
         return Rounded(numbers.t().contiguous(), scale.t()) if turned else Rounded(numbers.contiguous(), scale)
@@ -73,17 +73,17 @@ class Products:
         return Rounded(rounded.numbers.t().contiguous(), rounded.scale)
 
 
-def whole(a: Rounded, b: Rounded) -> Tensor:
+def exact_product(a: Rounded, b: Rounded) -> Tensor:
     """int8 × int8 -> int32, exact; then the scales."""
     return torch._int_mm(a.numbers, b.numbers.t()).float() * a.scale * b.scale.t()
 
 
-def emulated(a: Rounded, b: Rounded) -> Tensor:
+def emulated_product(a: Rounded, b: Rounded) -> Tensor:
     """8-bit numbers multiplied in fp32: what hardware would compute, without the speed."""
     return (a.numbers.float() @ b.numbers.float().t()) * a.scale * b.scale.t()
 
 
-def scaled(a: Rounded, b: Rounded) -> Tensor:
+def scaled_product(a: Rounded, b: Rounded) -> Tensor:
     """fp8 × fp8 by the hardware, sums in fp32."""
     rowwise = a.scale.numel() > 1 or b.scale.numel() > 1
     scales = (
@@ -95,9 +95,9 @@ def scaled(a: Rounded, b: Rounded) -> Tensor:
 
 
 BACK_ENDS = {
-    "int8": (torch.int8, whole),
-    "fp8": (torch.float8_e4m3fn, scaled),
-    "fp8-emulated": (torch.float8_e4m3fn, emulated),
+    "int8": (torch.int8, exact_product),
+    "fp8": (torch.float8_e4m3fn, scaled_product),
+    "fp8-emulated": (torch.float8_e4m3fn, emulated_product),
 }
 NAMES = (WIDE, *(f"{end}-{scales}" for end in BACK_ENDS for scales in ("tensorwise", "rowwise")))
 
@@ -161,7 +161,7 @@ class TrainedLinear(nn.Linear):
         if torch.is_autocast_enabled(x.device.type):
             x = x.to(torch.get_autocast_dtype(x.device.type))
         tokens = x.flatten(0, -2)
-        if len(tokens) <= FEW:  # kernels refuse so few, and there is nothing to gain
+        if len(tokens) <= MIN_TOKENS:  # kernels refuse so few, and there is nothing to gain
             return F.linear(x, self.weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
         rows = F.pad(tokens, (0, 0, 0, -len(tokens) % MULTIPLE))  # the weight's gradient sums over rows
         answer = EightBitProduct.apply(rows, self.weight, self.how)[: len(tokens)]

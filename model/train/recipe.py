@@ -36,8 +36,8 @@ STAGES = {  # value of `stage` -> its module
     "grpo": "model.train.grpo",
 }
 EITHER = "Name a folder of pictures or a recipe: a .toml file, or a bundled one like pretrain-256."
-LONGEST = 200  # bytes of a name: file systems allow 255, and names of drafts are longer
-MOST = 10**9  # of any count
+MAX_NAME = 200  # bytes of a name: file systems allow 255, and names of drafts are longer
+MAX_STEPS = 10**9  # of any count
 LORA_STEPS = 300  # for a LoRA from a folder of pictures, without a recipe
 
 
@@ -51,12 +51,12 @@ class Table:
     def __post_init__(self) -> None:
         if not re.fullmatch(r"\w[\w.-]*", self.name):
             raise K2Error(f'"{self.name}" cannot name a run.', hint="Use letters, digits, dots and dashes.")
-        if len(self.name.encode()) > LONGEST:
-            raise K2Error(f'"{self.name[:40]}…" is too long to name a run.', hint=f"At most {LONGEST} bytes.")
+        if len(self.name.encode()) > MAX_NAME:
+            raise K2Error(f'"{self.name[:40]}…" is too long to name a run.', hint=f"At most {MAX_NAME} bytes.")
         for field in fields(self):
             value = getattr(self, field.name)
-            if isinstance(value, int) and value > MOST and field.name != "seed":
-                raise K2Error(f'Recipe "{self.name}": {field.name} must be at most {MOST:,}.')
+            if isinstance(value, int) and value > MAX_STEPS and field.name != "seed":
+                raise K2Error(f'Recipe "{self.name}": {field.name} must be at most {MAX_STEPS:,}.')
 
     @classmethod
     def read(cls, path: Path) -> Self:
@@ -105,7 +105,7 @@ class Recipe(Table):
         at_least(self, 0, "minutes", "steps", "lr", "muon_lr", "weight_decay", "keep", "keep_every")
         at_least(self, 1, "accumulate", "every", "warmup_steps")
         more_than_none(self, "clip")
-        share(self, "decay", "average")
+        check_share(self, "decay", "average")
         if not 0 <= self.seed < 2**63:
             raise K2Error(f'Recipe "{self.name}": {self.seed} is not a seed.', hint="Seeds go from 0 to 2^63 − 1.")
         if bool(self.minutes) == bool(self.steps):
@@ -151,7 +151,7 @@ def find(name: str) -> Path:
 def load(name: str) -> Any:
     """The recipe of a path or name, as its stage reads it; for a folder of pictures, a LoRA's."""
     if name and Path(name).is_dir():  # an empty name is a path too: the current folder
-        own = re.sub(r"[^\w.-]+|^\W+", "-", Path(name).resolve().name).encode()[:LONGEST].decode(errors="ignore")
+        own = re.sub(r"[^\w.-]+|^\W+", "-", Path(name).resolve().name).encode()[:MAX_NAME].decode(errors="ignore")
         own = own.strip("-.") or "pictures"
         return module("lora", name).Recipe.of({"name": own, "pictures": name, "steps": LORA_STEPS}, name)
     path = find(name)
@@ -172,7 +172,7 @@ def module(stage: Any, where: str) -> Any:
     return import_module(STAGES[stage])
 
 
-def refuse(recipe: Table, *keys: str, to: str = "") -> None:
+def reject(recipe: Table, *keys: str, to: str = "") -> None:
     """Raises K2Error if a recipe sets keys that its stage, or `to` what it asks for, does not use."""
     stage = f'the stage "{recipe.stage}"'
     for field in fields(recipe):
@@ -194,14 +194,14 @@ def more_than_none(recipe: Table, *keys: str) -> None:
             raise K2Error(f'Recipe "{recipe.name}": {key} must be more than 0.')
 
 
-def share(recipe: Table, *keys: str) -> None:
+def check_share(recipe: Table, *keys: str) -> None:
     """Raises K2Error if one of these is not between 0 and 1."""
     for key in keys:
         if not 0 <= getattr(recipe, key) <= 1:
             raise K2Error(f'Recipe "{recipe.name}": {key} must be from 0 to 1.')
 
 
-def known(recipe: Table, names: Collection[str], those: Collection[str], what: str) -> None:
+def check_known(recipe: Table, names: Collection[str], those: Collection[str], what: str) -> None:
     """Raises K2Error if one of these names is not among the known ones."""
     for name in names:
         if name not in those:

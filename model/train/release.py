@@ -17,7 +17,7 @@ import torch
 
 from model.checkpoint import read, save
 from model.errors import reported
-from model.library import BOX
+from model.library import BUNDLED
 from model.quantize import quantise
 from model.style import StyleConfig
 from model.train import autoencoder, hearing, judge, turbo
@@ -28,7 +28,7 @@ from model.train.states import RUNS, averages, place_of
 RECOMMENDED = {"steps": 28, "guidance": 2.5, "mu": "auto"}
 
 
-def main(run: str, folder: Path = BOX) -> None:
+def main(run: str, folder: Path = BUNDLED) -> None:
     """Store a run's weights in a folder as bundled files."""
     path = RUNS / run / "state.safetensors"
     place = place_of(path)
@@ -65,7 +65,7 @@ def main(run: str, folder: Path = BOX) -> None:
         if distilled:
             own = {"steps": stage.walk_steps, "guidance": 0.0, "mu": stage.walk_mu}
         else:
-            own = read(BOX / "mini-turbo.safetensors")[1]["recommended"]
+            own = read(BUNDLED / "mini-turbo.safetensors")[1]["recommended"]
         put("turbo", "dit.", dit | {"variant": "turbo", "recommended": own})
         return
     put("raw", "dit.", dit)

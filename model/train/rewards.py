@@ -20,13 +20,13 @@ from torch import Tensor, nn
 
 from model.checkpoint import open_checkpoint
 from model.errors import K2Error
-from model.library import BOX
+from model.library import BUNDLED
 from model.train.autoencoder import load as load_autoencoder
 from model.train.data import fingerprint
 from model.train.judge import SIZE, Critic, Judge
 from model.train.looks import Look
-from model.train.recipe import refuse
-from model.train.rollout import Asked, decode
+from model.train.recipe import reject
+from model.train.rollout import RolloutPrompt, decode
 from model.train.states import RUNS, digest
 from model.train.training_set import Recipe, TrainingSet
 from model.vae import QwenImageVAE
@@ -65,8 +65,8 @@ class Judged(Recipe):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        refuse(self, "references", "null", "style_loss", "repeats", "shapes", "shaped", "frozen")
-        refuse(self, "fresh", "align", "said", "unasked", "forms", "reworded", "strangers")
+        reject(self, "references", "null", "style_loss", "repeats", "shapes", "shaped", "frozen")
+        reject(self, "fresh", "align", "said", "unasked", "forms", "reworded", "strangers")
         if sum(self.weights.values()) <= 0:
             raise K2Error(f'Recipe "{self.name}": weights must name rewards and sum to more than 0.')
 
@@ -82,7 +82,7 @@ def chosen_by(
     return {key: getattr(recipe, key) for key in keys} | found
 
 
-def gated(found: Mapping[str, Tensor], gates: Mapping[str, str]) -> dict[str, Tensor]:
+def apply_gates(found: Mapping[str, Tensor], gates: Mapping[str, str]) -> dict[str, Tensor]:
     """Rewards by name, each multiplied by the one that gates it, if any."""
     return {name: reward * found[gates[name]] if name in gates else reward for name, reward in found.items()}
 
@@ -111,7 +111,7 @@ class Rewards:
         for start in range(0, len(indices), 32):
             part = indices[start : start + 32]
             pictures = decode(self.vae, data.latents[part].to(device))
-            for index, style, octave in zip(part, self.see(pictures)[1], top_octave(pictures), strict=True):
+            for index, style, octave in zip(part, self.views(pictures)[1], top_octave(pictures), strict=True):
                 styles[data.items[index].look].append(style)
                 octaves[data.items[index].look].append(octave.log())
         for look in chosen:
@@ -134,21 +134,21 @@ class Rewards:
         return cls(
             Judge.load(path),
             Critic.load(critic) if critic.exists() else None,
-            load_autoencoder(BOX / "mini-vae.safetensors"),
+            load_autoencoder(BUNDLED / "mini-vae.safetensors"),
             data,
             device,
         )
 
-    def see(self, pictures: Tensor) -> tuple[Tensor, Tensor]:
+    def views(self, pictures: Tensor) -> tuple[Tensor, Tensor]:
         """The judge's subject and style embeddings of pictures of any size."""
         with torch.no_grad(), torch.autocast(pictures.device.type, enabled=False):
             return self.judge(F.adaptive_avg_pool2d(pictures.float(), SIZE))
 
-    def chosen(self, pictures: Tensor, asked: Sequence[Asked], names: Collection[str]) -> dict[str, Tensor]:
+    def chosen(self, pictures: Tensor, asked: Sequence[RolloutPrompt], names: Collection[str]) -> dict[str, Tensor]:
         """These rewards by name, [B] each, in fp32, of pictures [B, 3, H, W] in −1 … 1. Raises K2Error for unknown
         ones; without a critic there is no `artefact`."""
         with torch.no_grad(), torch.autocast(pictures.device.type, enabled=False):
-            subject, style = self.see(pictures)
+            subject, style = self.views(pictures)
             wanted = torch.tensor([self.place[a.subject] for a in asked], device=subject.device)
             real = torch.stack([self.styles[a.look] for a in asked])
             octave = torch.stack([self.octaves[a.look] for a in asked])
@@ -168,11 +168,11 @@ class Rewards:
     def total(
         self,
         pictures: Tensor,
-        asked: Sequence[Asked],
+        asked: Sequence[RolloutPrompt],
         weights: Mapping[str, float],
         gates: Mapping[str, str] | None = None,
     ) -> Tensor:
         """The weighted mean of gated rewards [B], 0 … 1."""
         gates = gates or {}
-        found = gated(self.chosen(pictures, asked, dict.fromkeys((*weights, *gates.values()))), gates)
+        found = apply_gates(self.chosen(pictures, asked, dict.fromkeys((*weights, *gates.values()))), gates)
         return sum((weight * found[name] for name, weight in weights.items()), torch.zeros(())) / sum(weights.values())

@@ -29,7 +29,7 @@ Embed = Callable[[list[str]], tuple[Tensor, Tensor]]  # prompts -> right-padded 
 
 
 @dataclass(frozen=True)
-class Asked:
+class RolloutPrompt:
     """A prompt, and what its picture must show."""
 
     caption: str
@@ -37,15 +37,15 @@ class Asked:
     look: Look
 
 
-def asked(data: TrainingSet, count: int, *seed: object) -> list[Asked]:
+def draw_prompts(data: TrainingSet, count: int, *seed: object) -> list[RolloutPrompt]:
     """Prompts with style words, for pictures drawn as in training."""
     rng = np.random.default_rng(stable_seed("asked", *seed))
     chosen = rng.choice(len(data.items), count, p=data.weights)
     items = [data.items[index] for index in chosen]
-    return [Asked(data.catalog.caption(item, rng, "medium"), item.pair.subject, item.look) for item in items]
+    return [RolloutPrompt(data.catalog.caption(item, rng, "medium"), item.pair.subject, item.look) for item in items]
 
 
-def conditioned(dit: Krea2, embeds: Tensor, mask: Tensor | None, grid: tuple[int, int]) -> Velocity:
+def conditioned_velocity(dit: Krea2, embeds: Tensor, mask: Tensor | None, grid: tuple[int, int]) -> Velocity:
     """The velocity of tokens [B, L, C·p·p] under prompts.
 
     embeds [B or 1, T, N, E] and mask [B, T], needed if lengths differ, are on the network's device
@@ -112,7 +112,7 @@ def sample(
 
     def under(texts: list[str]) -> Velocity:
         embeds, mask = embed(texts)
-        return conditioned(dit, embeds.to(device), mask.to(device), grid)
+        return conditioned_velocity(dit, embeds.to(device), mask.to(device), grid)
 
     velocity = under(list(prompts))
     without = under([""] * len(prompts)) if guidance else velocity

@@ -11,7 +11,7 @@ from PIL import Image
 
 from model.dit import Krea2
 from model.errors import reported
-from model.library import BOX
+from model.library import BUNDLED
 from model.text_encoder import TextEncoder
 from model.train.autoencoder import load as load_autoencoder
 from model.train.recipe import saved
@@ -35,8 +35,8 @@ def main(run: str, device: str = "cpu") -> Path:
     recipe = saved(place["recipe"])
     dit = Krea2(recipe.config).eval().to(device)
     dit.load_state_dict({k[4:]: v for k, v in averages(path).items() if k.startswith("dit.")})
-    text = TextEncoder.load(BOX / "mini-text.safetensors", device)
-    vae = load_autoencoder(BOX / "mini-vae.safetensors").to(device)
+    text = TextEncoder.load(BUNDLED / "mini-text.safetensors", device)
+    vae = load_autoencoder(BUNDLED / "mini-vae.safetensors").to(device)
     how = recipe.sampling
     latents = sample(dit, text.encode, PROMPTS, recipe.size // vae.factor, how.steps, how.guidance, seed=0, mu=how.mu)
     pixels = ((decode(vae, latents) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).cpu().numpy()

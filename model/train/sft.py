@@ -16,10 +16,10 @@ from model.train import loop, pretrain
 from model.train.data import Item, stable_seed
 from model.train.looks import DRAWINGS, GROUNDS, MEDIA
 from model.train.loop import Report
-from model.train.pretrain import Pretraining
-from model.train.recipe import at_least, known
+from model.train.pretrain import PretrainStage
+from model.train.recipe import at_least, check_known
 from model.train.training_set import TrainingSet, training_set
-from model.train.validation import finish, only, rests
+from model.train.validation import finish, is_validation, only
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,12 +36,12 @@ class Recipe(pretrain.Recipe):
     def __post_init__(self) -> None:
         super().__post_init__()
         at_least(self, 1, "per_subject")
-        known(self, self.media, MEDIA, "medium")
-        known(self, self.drawings, DRAWINGS, "drawing set")
-        known(self, self.on, GROUNDS, "ground")
+        check_known(self, self.media, MEDIA, "medium")
+        check_known(self, self.drawings, DRAWINGS, "drawing set")
+        check_known(self, self.on, GROUNDS, "ground")
 
 
-def domain(items: list[Item], recipe: Recipe) -> NDArray[np.bool_]:
+def domain_items(items: list[Item], recipe: Recipe) -> NDArray[np.bool_]:
     """Which pictures are of the recipe's media, drawing sets and grounds."""
     wanted = ((recipe.media, "medium"), (recipe.on, "ground"))
     return np.array(
@@ -67,16 +67,20 @@ def best_of_each(items: list[Item], keep: NDArray[np.bool_], score: NDArray[np.f
 def curate(data: TrainingSet, recipe: Recipe, device: str) -> None:
     """Keep the pictures of the domain that the judge reads best, a limited number per subject, all equally often."""
     from model.train.rewards import Rewards
-    from model.train.rollout import Asked, decode
+    from model.train.rollout import RolloutPrompt, decode
 
-    keep = domain(data.items, recipe) & (data.weights > 0) & np.array([not rests(item) for item in data.items])
+    keep = (
+        domain_items(data.items, recipe)
+        & (data.weights > 0)
+        & np.array([not is_validation(item) for item in data.items])
+    )
     score = np.array([stable_seed("sft", recipe.seed, item.pair, item.look) / 2**64 for item in data.items])
     if recipe.judge:
         rewards = Rewards.load(recipe.judge, data, device)
         members = np.flatnonzero(keep).tolist()
         for start in range(0, len(members), 64):
             part = members[start : start + 64]
-            asked = [Asked("", data.items[i].pair.subject, data.items[i].look) for i in part]
+            asked = [RolloutPrompt("", data.items[i].pair.subject, data.items[i].look) for i in part]
             pictures = decode(rewards.vae, data.latents[part].to(device))
             score[part] = rewards.chosen(pictures, asked, ["subject"])["subject"].cpu().numpy()
     only(data, best_of_each(data.items, keep, score, recipe.per_subject))
@@ -92,4 +96,4 @@ def main(recipe: Recipe, device: str = "cpu", report: Report = print) -> loop.Ru
     data = training_set(recipe, device)
     curate(data, recipe, device)
     report(f"{recipe.name}: {(data.weights > 0).sum()} curated pictures")
-    return finish(Pretraining(recipe, len(data.looks), data, device), data, device, report)
+    return finish(PretrainStage(recipe, len(data.looks), data, device), data, device, report)

@@ -19,7 +19,7 @@ from model.errors import reported
 from model.train.data import DATA, Catalog, phrase
 from model.train.evaluate import held_out_prompts, kernel_distance, specs_of
 from model.train.shapes import Shape
-from model.train.study import OfSubjects, Pixels, embed, figure, mean, names_of, paint, parser_of, sheet
+from model.train.study import Pixels, SubjectStudy, embed, figure, mean, names_of, paint, parser_of, sheet
 
 SIZES = (
     *("256x256", "288x224", "320x224", "224x320", "320x192", "192x320", "352x192", "192x192"),
@@ -28,7 +28,7 @@ SIZES = (
 SHOWN = 8  # pictures of each size on the sheet
 
 
-class Study(OfSubjects):
+class Study(SubjectStudy):
     """Each picture has its own seed."""
 
     def paint(self, size: str, count: int) -> list[Pixels]:

@@ -28,24 +28,24 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from model.atomic import atomic_write
 from model.errors import K2Error
 from model.hashes import sha256
-from model.library import BOX
+from model.library import BUNDLED
 from model.pipeline import Pipeline
 from model.references import from_bytes
 from model.train import autoencoder, data, loop
-from model.train.autoencoder import ENCODER, infidelity
+from model.train.autoencoder import ENCODER, reconstruction_loss
 from model.train.data import AUTOENCODER, DATA, Catalog, Item, fingerprint, stable_seed
 from model.train.loop import Batch, Report
-from model.train.recipe import at_least, refuse
+from model.train.recipe import at_least, reject
 from model.train.rollout import sample
 from model.train.states import RUNS
 from model.vae import QwenImageVAE
-from model.whole import whole
 
 LARGE = 8  # px from which forms count as large: the critic sees what is finer
 KINDS = ("asked", "begun", "free")
-DRAWERS = ("turbo", "text", "vae")  # bundled files that latents depend on
+RENDERERS = ("turbo", "text", "vae")  # bundled files that latents depend on
 AT_ONCE, PART = 16, 160  # pictures encoded and drawn together; pictures kept in one file
 
 
@@ -70,7 +70,7 @@ class Recipe(autoencoder.Recipe):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        refuse(self, "decoder", "kl")
+        reject(self, "decoder", "kl")
         at_least(self, 1, "trusted")
         at_least(self, autoencoder.WIDE, "crop")
         for key in ("widths", "taken"):
@@ -99,7 +99,9 @@ def pool(catalog: Catalog, recipe: Recipe, folder: Path, drawer: Pipeline, repor
     parts, so that an interrupted run resumes."""
     about = (catalog, "train", recipe.pictures, recipe.plain, recipe.seed)
     items, pictures = autoencoder.choose(*about), autoencoder.pool(*about, folder)
-    made_by = hashlib.sha256("".join(sha256(BOX / f"mini-{part}.safetensors") for part in DRAWERS).encode()).hexdigest()
+    made_by = hashlib.sha256(
+        "".join(sha256(BUNDLED / f"mini-{part}.safetensors") for part in RENDERERS).encode()
+    ).hexdigest()
     key = [
         recipe.pictures,
         f"{recipe.plain:g}",
@@ -117,7 +119,7 @@ def pool(catalog: Catalog, recipe: Recipe, folder: Path, drawer: Pipeline, repor
             report(f"{recipe.name}: {start} of {len(items)} pictures drawn")
             some = slice(start, start + PART)
             latents = draw(drawer, catalog, items[some], pictures.pictures[some], recipe, start)
-            with whole(path) as draft, draft.open("wb") as file:
+            with atomic_write(path) as draft, draft.open("wb") as file:
                 np.savez(file, **latents)  # type: ignore[arg-type]
     kept = [np.load(path) for path in paths.values()]
     return Pool(*pictures, *(np.concatenate([part[kind] for part in kept]) for kind in KINDS))
@@ -153,7 +155,7 @@ def draw(
 # ---- the networks -------------------------------------------------------------------------------------------------
 
 
-def widened(vae: QwenImageVAE, widths: Sequence[int]) -> QwenImageVAE:
+def widen(vae: QwenImageVAE, widths: Sequence[int]) -> QwenImageVAE:
     """The same function with these numbers of channels per scale (Net2WiderNet, arXiv 1511.05641). Raises K2Error.
 
     Every channel is copied 2, 4, … times, and whatever reads it takes a share of each copy: in the encoder, which
@@ -220,7 +222,7 @@ class Pair(nn.Module):
 # ---- the stage ----------------------------------------------------------------------------------------------------
 
 
-class Sharpening(autoencoder.Stage):
+class SharpenStage(autoencoder.Stage):
     """The stage: the decoder learns from all three kinds, the critic from begun and free pictures and the real ones."""
 
     recipe: Recipe
@@ -230,7 +232,7 @@ class Sharpening(autoencoder.Stage):
         torch.manual_seed(recipe.seed)
         self.recipe, self.pool, self.data = recipe, pool, fingerprint(catalog)
         self.before = self.frozen = before.requires_grad_(False)
-        self.model = Pair(widened(before, recipe.widths))
+        self.model = Pair(widen(before, recipe.widths))
 
     def batch(self, step: int, part: int = 0) -> Batch:
         """Crops of latents and of the pictures that they belong to, the same number of each kind."""
@@ -239,7 +241,7 @@ class Sharpening(autoencoder.Stage):
         cells, side = self.pool.asked.shape[-1], recipe.crop // factor
         latents, images, grainy = [], [], []
         for kind in KINDS:
-            for index in autoencoder.picked(self.pool.grainy, recipe, rng):
+            for index in autoencoder.pick(self.pool.grainy, recipe, rng):
                 versions = getattr(self.pool, kind)[index]
                 top, left = rng.integers(0, cells - side + 1, 2)
                 latents.append(versions[rng.integers(len(versions)), :, top : top + side, left : left + side])
@@ -265,7 +267,7 @@ class Sharpening(autoencoder.Stage):
         with torch.no_grad():
             before = self.before.to(latents.device).reconstruct(latents[2 * count :])
         off, begun = (
-            infidelity(drawn[some], images[some], grainy[some], recipe, generator)
+            reconstruction_loss(drawn[some], images[some], grainy[some], recipe, generator)
             for some in (slice(count), slice(count, 2 * count))
         )
         moved = F.avg_pool2d(drawn[2 * count :] - before, LARGE).abs().mean()
@@ -296,14 +298,14 @@ def main(recipe: Recipe, device: str = "cpu", report: Report = print) -> loop.Ru
     """Train, and leave `vae.safetensors` and a sheet of held-out pictures in the run's folder."""
     catalog, folder = Catalog(DATA, recipe.size), RUNS / recipe.name
     before = autoencoder.load(AUTOENCODER)
-    wide = widened(before, recipe.widths).config  # before anything is drawn
+    wide = widen(before, recipe.widths).config  # before anything is drawn
     if recipe.crop % before.factor or recipe.size % before.factor:
         raise K2Error(f'Recipe "{recipe.name}": crop and size must be multiples of {before.factor}.')
     drawer = Pipeline.load("mini", variant="turbo", device=device, dtype="float32", filters=())
     if max(recipe.taken) > (steps := int(drawer.recommended["steps"])):
         raise K2Error(f'Recipe "{recipe.name}": taken must be at most {steps}, the steps of Turbo.')
     folder.mkdir(parents=True, exist_ok=True)
-    stage = Sharpening(recipe, catalog, pool(catalog, recipe, folder, drawer, report), before)
+    stage = SharpenStage(recipe, catalog, pool(catalog, recipe, folder, drawer, report), before)
     run = loop.train(loop.Run(stage, folder, device), report)
-    autoencoder.conclude(autoencoder.averaged(run, wide, "vae."), catalog, recipe, run.step, report)
+    autoencoder.write_result(autoencoder.averaged(run, wide, "vae."), catalog, recipe, run.step, report)
     return run

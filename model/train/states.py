@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from model import checkpoint
 from model.errors import K2Error
-from model.library import BOX
+from model.library import BUNDLED
 from model.train import parallel
 
 RUNS = Path(".runs")
@@ -81,7 +81,7 @@ def commit() -> str:
 def parent(name: str, runs: Path = RUNS) -> dict[str, Tensor]:
     """The weights that a recipe's `init` names: the bundled Raw or Turbo, or a run's averages."""
     if name in PACKAGED:
-        return box(PACKAGED[name])
+        return bundled_state(PACKAGED[name])
     path = runs / name / "state.safetensors"
     if not path.exists():
         raise K2Error(f'There is no run "{name}" to start from.', hint=f"{path} does not exist: train that run first.")
@@ -93,10 +93,10 @@ def averages(path: Path) -> dict[str, Tensor]:
     return {name[4:]: tensor for name, tensor in load_file(path).items() if name.startswith("ema.")}
 
 
-def box(variant: str = "raw") -> dict[str, Tensor]:
+def bundled_state(variant: str = "raw") -> dict[str, Tensor]:
     """The bundled weights under a trainee's names, without the head that tells looks apart."""
     parts = {"dit.": f"mini-{variant}", "style.": "mini-style"}
-    states = ((prefix, checkpoint.read(BOX / f"{name}.safetensors")[0]) for prefix, name in parts.items())
+    states = ((prefix, checkpoint.read(BUNDLED / f"{name}.safetensors")[0]) for prefix, name in parts.items())
     return {prefix + name: tensor for prefix, state in states for name, tensor in state.items()}
 
 
@@ -123,7 +123,7 @@ def start(model: nn.Module, weights: Mapping[str, Tensor], fresh: tuple[str, ...
         begin[name].copy_(weights[name])
 
 
-def read_whole(path: Path, device: torch.device | str) -> dict[str, Tensor]:
+def read_gathered(path: Path, device: torch.device | str) -> dict[str, Tensor]:
     """A file's tensors, in memory of their own: Windows cannot replace a file that is still mapped."""
     return {name: tensor.clone() for name, tensor in load_file(path, str(device)).items()}
 

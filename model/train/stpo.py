@@ -33,15 +33,15 @@ from model.latents import patchify
 from model.train import loop, pretrain, states
 from model.train.data import fingerprint, stable_seed
 from model.train.loop import Batch, Report
-from model.train.recipe import at_least, more_than_none, refuse, share
+from model.train.recipe import at_least, check_share, more_than_none, reject
 from model.train.rewards import JUDGED_BY, Judged, Rewards, chosen_by, top_octave
-from model.train.rollout import Asked, asked, conditioned, decode, noised, sample
+from model.train.rollout import RolloutPrompt, conditioned_velocity, decode, draw_prompts, noised, sample
 from model.train.states import RUNS
 from model.train.training_set import TrainingSet, training_set
-from model.train.validation import rest_for_validation, validation_loss
+from model.train.validation import hold_out, validation_loss
 
 KINDS = ("dpo", "dpo+sft", "stpo")
-CHOSEN_BY = (*JUDGED_BY, "group", "margin", "guidance")  # keys that the choice of pairs depends on
+REWARD_KEYS = (*JUDGED_BY, "group", "margin", "guidance")  # keys that the choice of pairs depends on
 SEEN = 4  # pictures of each prompt in the final comparison
 
 
@@ -70,14 +70,14 @@ class Recipe(Judged):
         at_least(self, 1, "prompts", "sample_steps")
         at_least(self, 2, "group")
         more_than_none(self, "beta")
-        share(self, "safety")
+        check_share(self, "safety")
         if self.kind not in KINDS:
             raise K2Error(f'Recipe "{self.name}": kind must be one of {", ".join(KINDS)}.')
         unused = {"dpo": ("safety", "hinge", "anchor"), "dpo+sft": ("safety", "hinge"), "stpo": ()}[self.kind]
-        refuse(self, *unused, to=f'the kind "{self.kind}"')
+        reject(self, *unused, to=f'the kind "{self.kind}"')
 
 
-class Both(NamedTuple):
+class PairTerms(NamedTuple):
     """One quantity for a winner and for its loser, [B, ...] each."""
 
     winner: Tensor
@@ -89,7 +89,7 @@ def squared_error(velocity: Tensor, target: Tensor) -> Tensor:
     return (velocity - target).square().flatten(1).mean(1)
 
 
-def safe_scale(made: Both, target: Both, safety: float) -> Tensor:
+def safe_scale(made: PairTerms, target: PairTerms, safety: float) -> Tensor:
     """λ [B] in 0 … 1: the share of the loser's gradient, at the velocities, that lets the winner's loss still fall."""
     toward, away = ((v - u).detach().flatten(1) for v, u in zip(made, target, strict=True))
     together = (toward * away).sum(1)
@@ -98,9 +98,9 @@ def safe_scale(made: Both, target: Both, safety: float) -> Tensor:
 
 
 def preference_loss(
-    made: Both,
-    target: Both,
-    reference: Both,
+    made: PairTerms,
+    target: PairTerms,
+    reference: PairTerms,
     beta: float | Tensor,
     kind: str = "stpo",
     *,
@@ -133,7 +133,7 @@ class Pairs:
     """Two pictures of each prompt, the first the better: latents [N, C, h, w], float16."""
 
     captions: list[str]
-    latents: Both
+    latents: PairTerms
 
     def __len__(self) -> int:
         return len(self.captions)
@@ -146,10 +146,10 @@ class Pairs:
     def load(cls, path: Path) -> Pairs:
         with safe_open(path, "pt") as file:
             captions = json.loads(file.metadata()["pairs"])["captions"]
-        return cls(captions, Both(**load_file(path)))
+        return cls(captions, PairTerms(**load_file(path)))
 
 
-def made_for(path: Path, now: Mapping[str, Any], aside: int) -> bool:
+def pairs_made_for(path: Path, now: Mapping[str, Any], aside: int) -> bool:
     """Whether a file holds pairs that would be chosen the same way now, and more than the held-out ones."""
     if not path.exists():
         return False
@@ -165,9 +165,11 @@ def best_and_worst(reward: Tensor, margin: float) -> tuple[Tensor, Tensor, Tenso
     return best, worst, apart[:, 0] >= margin
 
 
-def make_pairs(model: pretrain.Trainee, data: TrainingSet, rewards: Rewards, recipe: Recipe, report: Report) -> Pairs:
+def make_pairs(
+    model: pretrain.TrainedModel, data: TrainingSet, rewards: Rewards, recipe: Recipe, report: Report
+) -> Pairs:
     """Groups of pictures by the model that the run starts from, judged -> the best and the worst of each."""
-    prompts = asked(data, recipe.prompts, recipe.seed, recipe.name)
+    prompts = draw_prompts(data, recipe.prompts, recipe.seed, recipe.name)
     captions: list[str] = []
     winners: list[Tensor] = []
     losers: list[Tensor] = []
@@ -191,10 +193,10 @@ def make_pairs(model: pretrain.Trainee, data: TrainingSet, rewards: Rewards, rec
             f"Only {len(captions)} of {len(prompts)} prompts gave pairs that differ by {recipe.margin:g}.",
             hint="Raise prompts, or lower margin or aside.",
         )
-    return Pairs(captions, Both(torch.stack(winners), torch.stack(losers)))
+    return Pairs(captions, PairTerms(torch.stack(winners), torch.stack(losers)))
 
 
-class Preference(pretrain.Drawing):
+class STPOStage(pretrain.RenderingStage):
     """The stage: the transformer learns, compared with a frozen copy of its start."""
 
     own = ("beta",)
@@ -203,9 +205,9 @@ class Preference(pretrain.Drawing):
         self.recipe: Recipe = recipe
         self.set = data
         self.data = fingerprint(data.catalog)
-        self.model: pretrain.Trainee = pretrain.trainee(recipe, len(data.looks), device)
+        self.model: pretrain.TrainedModel = pretrain.build_model(recipe, len(data.looks), device)
         self.model.register_buffer("beta", torch.tensor(recipe.beta))
-        self.reference = pretrain.Trainee(recipe.config, len(data.looks)).requires_grad_(False).to(device)
+        self.reference = pretrain.TrainedModel(recipe.config, len(data.looks)).requires_grad_(False).to(device)
         for model in (self.model, self.reference):
             states.start(model, weights, self.own)
         self.frozen = self.reference
@@ -239,10 +241,12 @@ class Preference(pretrain.Drawing):
         both = torch.cat((winner, torch.lerp(images[1], noise, sigma[:, None, None])))
         embeds, mask = (batch[key].to(device).repeat(2, *[1] * (batch[key].dim() - 1)) for key in ("embeds", "mask"))
         side = batch["winner"].shape[-1] // patch
-        made = Both(*conditioned(dit, embeds, mask, (side, side))(both, sigma.repeat(2)).chunk(2))
+        made = PairTerms(*conditioned_velocity(dit, embeds, mask, (side, side))(both, sigma.repeat(2)).chunk(2))
         with torch.no_grad():
-            before = Both(*conditioned(self.reference.dit, embeds, mask, (side, side))(both, sigma.repeat(2)).chunk(2))
-        target = Both(*(noise - image for image in images))
+            before = PairTerms(
+                *conditioned_velocity(self.reference.dit, embeds, mask, (side, side))(both, sigma.repeat(2)).chunk(2)
+            )
+        target = PairTerms(*(noise - image for image in images))
         options = {key: getattr(recipe, key) for key in ("safety", "hinge", "anchor")}
         return preference_loss(made, target, before, self.model.get_buffer("beta"), recipe.kind, **options)
 
@@ -267,7 +271,7 @@ class Preference(pretrain.Drawing):
             set_to = min(max(2 / max(spread, 1e-12), recipe.beta / 10), recipe.beta * 10)
             self.model.get_buffer("beta").fill_(set_to)
 
-    def measured(self) -> Mapping[str, float]:
+    def figures(self) -> Mapping[str, float]:
         if not self.recipe.aside:
             return {}
         watched = {f"aside_{name}": float(value.mean()) for name, value in self.held_aside().items()}
@@ -277,7 +281,7 @@ class Preference(pretrain.Drawing):
         }
 
     @torch.no_grad()
-    def look_over(self, rewards: Rewards, prompts: list[Asked]) -> dict[str, float]:
+    def evaluate(self, rewards: Rewards, prompts: list[RolloutPrompt]) -> dict[str, float]:
         """Pictures of fixed prompts, `SEEN` of each, by the reference and by the model: rewards, how often they rose,
         power in the top octave, and the spread of pictures of one prompt. By the judge that chose the pairs."""
         recipe = self.recipe
@@ -303,14 +307,14 @@ class Preference(pretrain.Drawing):
 def main(recipe: Recipe, device: str = "cpu", report: Report = print) -> loop.Run:
     """Make the pairs, unless those of the recipe exist, then run the stage to its end from where it stands."""
     data = training_set(recipe, device)
-    rest_for_validation(data)
+    hold_out(data)
     rewards = Rewards.load(recipe.judge, data, device)
-    stage = Preference(recipe, data, states.parent(recipe.init), device)
+    stage = STPOStage(recipe, data, states.parent(recipe.init), device)
     run = loop.Run(stage, RUNS / recipe.name, device)
     path = run.folder / "pairs.safetensors"
-    now = chosen_by(recipe, CHOSEN_BY, stage.reference.dit, rewards, data)
+    now = chosen_by(recipe, REWARD_KEYS, stage.reference.dit, rewards, data)
     over = run.done and path.exists()  # then it learned from the existing ones
-    if run.world.leads and not over and not made_for(path, now, recipe.aside):
+    if run.world.is_main and not over and not pairs_made_for(path, now, recipe.aside):
         pairs = make_pairs(stage.reference, data, rewards, recipe, report)
         pairs.save(path, {"recipe": asdict(recipe), "chosen_by": now})
     run.world.wait()
@@ -319,7 +323,7 @@ def main(recipe: Recipe, device: str = "cpu", report: Report = print) -> loop.Ru
     if not recipe.look or (run.idle and "reward_after" in run.figures):
         return run
     with run.averaged():
-        figures = stage.look_over(rewards, asked(data, recipe.look, "look over"))
+        figures = stage.evaluate(rewards, draw_prompts(data, recipe.look, "look over"))
     run.figures |= figures
     run.save(last=True)
     report(f"{recipe.name}: " + ", ".join(f"{name} {value:.4g}" for name, value in figures.items()))

@@ -14,11 +14,11 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from model.library import BOX
+from model.library import BUNDLED
 from model.train.data import Subject
 from model.train.looks import DRAWINGS, MEDIA, PALETTES
 from model.train.phrases import PARTS
-from model.train.thesaurus import Thesaurus, called, named, one
+from model.train.thesaurus import Thesaurus, called, named, pick_one
 
 FRAMES = (  # further wrappers of prompts
     *("a photo of {}", "a picture of {}", "an image of {}", "a drawing of {}", "an illustration of {}", "{}, close up"),
@@ -41,7 +41,7 @@ def known_words() -> set[str]:
     return {word for word in words if len(word) > 3 or word == "ink"}
 
 
-class Wilderness:
+class StrangeWords:
     """Words around captions that name nothing a picture could show."""
 
     def __init__(self, subjects: Mapping[str, Subject], thesaurus: Thesaurus):
@@ -54,7 +54,7 @@ class Wilderness:
         self.qualities = [each for each in PARTS["qualities"] if strange(each)]
         self.doings = [each for each in PARTS["doings"] if strange(each)]
         self.places = [each for each in PARTS["grounds"] if strange(each) and each not in thesaurus.places]
-        vocabulary = json.loads((BOX / "mini-tokenizer.json").read_text("utf-8"))["model"]["vocab"]
+        vocabulary = json.loads((BUNDLED / "mini-tokenizer.json").read_text("utf-8"))["model"]["vocab"]
         news = thesaurus.words()
         words = [each for each in vocabulary if re.fullmatch("[a-z]{4,}", each) and each not in news]
         self.words = [each for each in words if strange(each)]
@@ -66,20 +66,20 @@ class Wilderness:
     def strange(self, rng: np.random.Generator) -> str:
         """A meaningless word: one that is a single token or, one in five, one made of pieces."""
         while rng.random() < 0.2:
-            made = "".join(one(self.pieces, rng) for _ in range(int(rng.integers(2, 4))))
+            made = "".join(pick_one(self.pieces, rng) for _ in range(int(rng.integers(2, 4))))
             if made not in self.vocabulary:
                 return made
-        return one(self.words, rng)
+        return pick_one(self.words, rng)
 
     def beside(self, names: Sequence[str], rng: np.random.Generator) -> str:
         """A second thing and the relation of the first one to it: "on top of an old hotel"."""
-        while (thing := one(self.things, rng)) in names:
+        while (thing := pick_one(self.things, rng)) in names:
             pass
-        relation, quality = one(RELATIONS, rng), rng.random()
+        relation, quality = pick_one(RELATIONS, rng), rng.random()
         if quality < 0.6:
             return f"{relation} {called(thing)}"
-        word = one(self.qualities, rng) if quality < 0.8 else self.strange(rng)
-        return f"{relation} {one(('a', 'the', 'some'), rng)} {word} {thing}"
+        word = pick_one(self.qualities, rng) if quality < 0.8 else self.strange(rng)
+        return f"{relation} {pick_one(('a', 'the', 'some'), rng)} {word} {thing}"
 
     def some(self, least: int, most: int, rng: np.random.Generator) -> list[str]:
         """At least `least` meaningless words, and fewer than `most`."""
@@ -89,12 +89,14 @@ class Wilderness:
         """A place, a second thing, or strange words after a preposition."""
         kind = rng.random()
         if kind < 0.3:
-            return one(self.places, rng)
+            return pick_one(self.places, rng)
         if kind < 0.7:
             return self.beside(names, rng)
-        return " ".join((one(("in", "on", "at", "near", "with", "from", "of", "under"), rng), *self.some(1, 4, rng)))
+        return " ".join(
+            (pick_one(("in", "on", "at", "near", "with", "from", "of", "under"), rng), *self.some(1, 4, rng))
+        )
 
-    def crowd(self, caption: str, names: Sequence[str], rng: np.random.Generator) -> str:
+    def surround(self, caption: str, names: Sequence[str], rng: np.random.Generator) -> str:
         """A caption whose subject is next to a second thing; `names` are the subject's."""
         name = named(caption, names)
         return caption if name is None else articled(caption.replace(name, f"{name} {self.beside(names, rng)}", 1))
@@ -105,24 +107,26 @@ class Wilderness:
         if name is None:
             return caption
         if rng.random() < 0.25:
-            before = one(self.qualities, rng) if rng.random() < 0.5 else " ".join(self.some(1, 3, rng))
+            before = pick_one(self.qualities, rng) if rng.random() < 0.5 else " ".join(self.some(1, 3, rng))
             return articled(caption.replace(name, f"{before} {name}", 1))
         return articled(caption.replace(name, f"{name} {self.phrase(names, rng)}", 1))
 
-    def wild(self, caption: str, names: Sequence[str], rng: np.random.Generator) -> str:
+    def wrap(self, caption: str, names: Sequence[str], rng: np.random.Generator) -> str:
         """A caption among strange words; `names` are those of its subject."""
         name = named(caption, names)
         if name is None:
             return caption
 
-        before = [one(self.qualities, rng)] * int(rng.random() < 0.5) + self.some(0, 3, rng) * int(rng.random() < 0.6)
-        after = [one(self.doings, rng)] * int(rng.random() < 0.3)
+        before = [pick_one(self.qualities, rng)] * int(rng.random() < 0.5) + self.some(0, 3, rng) * int(
+            rng.random() < 0.6
+        )
+        after = [pick_one(self.doings, rng)] * int(rng.random() < 0.3)
         after += [self.phrase(names, rng)] * int(rng.random() < 0.5)
         head, *parts = caption.replace(name, " ".join((*before, name, *after)), 1).split(", ")
         if rng.random() < 0.3:
             head = head.removeprefix("an ").removeprefix("a ")
         if rng.random() < 0.4:
-            head = one(FRAMES, rng).format(head)
+            head = pick_one(FRAMES, rng).format(head)
         for _ in range(int(rng.integers(0, 3))):
             extra = self.phrase(names, rng) if rng.random() < 0.5 else " ".join(self.some(1, 4, rng))
             parts.insert(int(rng.integers(len(parts) + 1)), extra)
@@ -142,7 +146,7 @@ class Wording:
 
     def __init__(self, subjects: Mapping[str, Subject]):
         self.subjects, self.thesaurus = subjects, Thesaurus()
-        self.wilderness = Wilderness(subjects, self.thesaurus)
+        self.wilderness = StrangeWords(subjects, self.thesaurus)
 
     def say(self, caption: str, subject: str, reworded: float, strangers: float, rng: np.random.Generator) -> str:
         """A caption of a subject, put in other words and among strange ones, each with a probability."""
@@ -150,4 +154,4 @@ class Wording:
         names: Sequence[str] = known.words
         if rng.random() < reworded:
             caption, names = self.thesaurus.reword(caption, known, rng)
-        return self.wilderness.wild(caption, names, rng) if rng.random() < strangers else caption
+        return self.wilderness.wrap(caption, names, rng) if rng.random() < strangers else caption

@@ -1,6 +1,6 @@
 """What studies of the model share: looks to study, pictures, the judge's view of them, statistics, sheets.
 
-A study is a set of figures, each a function that renders, judges and counts. `conduct` runs them: every figure is
+A study is a set of figures, each a function that renders, judges and counts. `run_study` runs them: every figure is
 written as TOML when it is done, and all that exist as a table, `figures.md`. Intervals are 95 % bootstrap intervals.
 """
 
@@ -37,7 +37,7 @@ SIDE = 128  # of a sheet's pictures, in px
 
 
 @dataclass(frozen=True)
-class OfSubjects:
+class SubjectStudy:
     """A study of `count` subjects, each requested once."""
 
     pipeline: Pipeline
@@ -56,11 +56,11 @@ class OfSubjects:
     def conduct(cls, options: argparse.Namespace, figures: Mapping[str, Callable[..., dict[str, Any]]]) -> None:
         """Compute the figures that the options ask for, over all subjects of the training."""
 
-        def begin(pipeline: Pipeline, judge: Judge) -> OfSubjects:
+        def begin(pipeline: Pipeline, judge: Judge) -> SubjectStudy:
             subjects = list(Catalog(DATA, pipeline.native).subjects)
             return cls(pipeline, judge, subjects, options.out, options.steps, options.count)
 
-        conduct(options, figures, begin)
+        run_study(options, figures, begin)
 
 
 # ---- looks and pictures ---------------------------------------------------------------------------------------------
@@ -72,14 +72,14 @@ def choose_looks(catalog: Catalog) -> list[Look]:
     return sorted(held, key=lambda look: stable_seed("study", look))[:LOOKS]
 
 
-def stands_for_its_look(item: Item) -> bool:
+def represents_look(item: Item) -> bool:
     """Whether a picture is in the half that makes its look's prototype; the others are references and the ceiling."""
     return stable_seed("prototype", item.pair) % 2 == 0
 
 
 def prototype(judge: Judge, catalog: Catalog, look: Look) -> Floats:
     """The embedding of a held-out look: the mean style of real pictures, of unit length."""
-    items = [item for item in catalog.items("styles") if item.look == look and stands_for_its_look(item)][:PROTOTYPE]
+    items = [item for item in catalog.items("styles") if item.look == look and represents_look(item)][:PROTOTYPE]
     return middle(embed(judge, [catalog.picture(item) for item in items])[1])
 
 
@@ -231,7 +231,7 @@ def some_of(known: Collection[str]) -> Callable[[str], list[str]]:
     return names
 
 
-def conduct(
+def run_study(
     options: argparse.Namespace,
     figures: Mapping[str, Callable[..., dict[str, Any]]],
     begin: Callable[[Pipeline, Judge], Any],

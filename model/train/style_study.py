@@ -31,6 +31,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from PIL import Image
 
+from model.atomic import atomic_write
 from model.errors import reported
 from model.hashes import sha256
 from model.pipeline import Pipeline
@@ -43,7 +44,6 @@ from model.train.study import (
     Floats,
     Pixels,
     choose_looks,
-    conduct,
     difference,
     embed,
     figure,
@@ -53,16 +53,16 @@ from model.train.study import (
     parser_of,
     prototype,
     ratio,
+    represents_look,
+    run_study,
     sheet,
     some_of,
     spearman,
-    stands_for_its_look,
 )
-from model.whole import whole
 
 STRENGTHS = (-1.0, -0.5, 0.0, 0.25, 0.5, 0.75, 1.0, 1.5)
 MIX_STEPS = 10
-FIVES = 40  # mixes of five references, at most
+FIVE_WEIGHTS = 40  # mixes of five references, at most
 WAYS: dict[str, dict[str, Any]] = {  # name -> the style's method, the spec's leak guard
     "tokens": {"method": "tokens"},
     "damping": {"method": "splice", "leak_guard": "damping"},
@@ -96,7 +96,7 @@ def draw_trials(catalog: Catalog, looks: Sequence[Look], count: int) -> list[Tri
     subjects = candidates(catalog)
     pictures: dict[Look, list[Item]] = {look: [] for look in looks}
     for item in catalog.items("styles"):
-        if item.look in pictures and not stands_for_its_look(item):
+        if item.look in pictures and not represents_look(item):
             pictures[item.look].append(item)
     trials = []
     for index in range(count):
@@ -113,7 +113,7 @@ def draw_trials(catalog: Catalog, looks: Sequence[Look], count: int) -> list[Tri
 # ---- seeing ---------------------------------------------------------------------------------------------------------
 
 
-KEPT = ("key", "subject", "style")
+CACHED_ARRAYS = ("key", "subject", "style")
 AT_ONCE = 32  # pictures between two saves
 
 
@@ -147,7 +147,7 @@ class Study:
         self.about = repr((pipeline.hashes(), pipeline.plan.dtype, judged_by))
         if (kept := folder / "seen.npz").exists():
             with np.load(kept) as file:
-                self.seen = {k: Seen(*pair) for k, *pair in zip(*(file[n] for n in KEPT), strict=True)}
+                self.seen = {k: Seen(*pair) for k, *pair in zip(*(file[n] for n in CACHED_ARRAYS), strict=True)}
 
     def look_at(self, pictures: Sequence[Pixels]) -> list[Seen]:
         return [Seen(*pair) for pair in zip(*embed(self.judge, pictures), strict=True)] if pictures else []
@@ -186,16 +186,16 @@ class Study:
         for start in range(0, len(new), AT_ONCE):
             part = new[start : start + AT_ONCE]
             self.seen |= zip(map(self.key, part), self.look_at(paint(self.pipeline, part)), strict=True)
-            self.keep()
+            self.save_cache()
             done = start + len(part)
             print(f"  {done} of {len(new)}, {(time.monotonic() - started) / done:.2f} s each", flush=True)
         return [self.seen[self.key(spec)] for spec in specs]
 
-    def keep(self) -> None:
+    def save_cache(self) -> None:
         columns: dict[str, Any] = dict(
-            zip(KEPT, (list(self.seen), *zip(*self.seen.values(), strict=True)), strict=True)
+            zip(CACHED_ARRAYS, (list(self.seen), *zip(*self.seen.values(), strict=True)), strict=True)
         )
-        with whole(self.folder / "seen.npz") as draft, draft.open("wb") as file:
+        with atomic_write(self.folder / "seen.npz") as draft, draft.open("wb") as file:
             np.savez(file, **columns)
 
     def likeness(self, seen: Sequence[Seen], looks: Sequence[int]) -> Floats:
@@ -315,7 +315,8 @@ def mixing(study: Study, ways: Sequence[str]) -> dict[str, Any]:
 
 def five(study: Study, way: str) -> dict[str, float]:
     """How much closer a mix of five references in equal parts is to their looks than a picture without."""
-    starts = range(0, len(study.trials) - 4, 5)[:FIVES]  # none share a trial: the interval treats them as independent
+    # none share a trial: the interval treats them as independent
+    starts = range(0, len(study.trials) - 4, 5)[:FIVE_WEIGHTS]
     groups = [study.trials[start : start + 5] for start in starts]
     mixed = study.see([study.spec(group[0], [(t.reference, 0.2) for t in group], way) for group in groups])
     plain = study.see([study.spec(group[0], []) for group in groups])
@@ -390,7 +391,7 @@ def main() -> None:
             pipeline, judge, catalog, options.out, steps=options.steps, count=options.count, judged_by=judged_by
         )
 
-    conduct(options, FIGURES, begin, options.ways)
+    run_study(options, FIGURES, begin, options.ways)
 
 
 if __name__ == "__main__":

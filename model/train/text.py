@@ -18,20 +18,20 @@ from tokenizers import Tokenizer
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from model.atomic import atomic_write
 from model.checkpoint import save
 from model.errors import K2Error
-from model.library import BOX
+from model.library import BUNDLED
 from model.quantize import dequantise, quantise
 from model.text_encoder import SUFFIX_TOKENS, Cache, TextConfig, TextEncoder, TextTower
 from model.train import loop
 from model.train import recipe as recipes
 from model.train.loop import Batch, Report
 from model.train.phrases import NPM, fetch, phrases
-from model.train.recipe import at_least, refuse
+from model.train.recipe import at_least, reject
 from model.train.states import RUNS
-from model.whole import whole
 
-TOKENIZER = BOX / "mini-tokenizer.json"
+TOKENIZER = BUNDLED / "mini-tokenizer.json"
 TEACHER_WIDTH = 384
 TEACHER_BATCH = 128
 TEMPERATURE = 0.05  # of neighbourhoods: the lower, the more the nearest count
@@ -75,7 +75,7 @@ class Recipe(recipes.Recipe):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        refuse(self, "muon_lr", "init", "fresh")
+        reject(self, "muon_lr", "init", "fresh")
         at_least(self, 1, "batch", "phrases")
 
 
@@ -135,7 +135,7 @@ def cached_teacher(path: Path, texts: list[str]) -> Tensor:
             return stored["embeddings"]
     path.parent.mkdir(parents=True, exist_ok=True)
     embeddings = teacher_embeddings(texts)
-    with whole(path) as draft:
+    with atomic_write(path) as draft:
         torch.save({"texts": texts, "embeddings": embeddings}, draft)
     return embeddings
 
@@ -204,7 +204,7 @@ def objective(
     return loss + kept + 0.05 * size
 
 
-def chosen(corpus: Corpus, batch: int, number: int, seed: int) -> list[int]:
+def choose_batch(corpus: Corpus, batch: int, number: int, seed: int) -> list[int]:
     """The phrases of the batch with this number, of similar length; none held out, and none twice in an epoch."""
     lengths = [len(row) for row in corpus.rows]
     count, pool = (len(lengths) - corpus.held_out) // batch, 16 * batch
@@ -272,7 +272,7 @@ def export(tower: TextTower, folder: Path, training: dict[str, Any]) -> None:
     save(folder / "text.safetensors", dequantise(stored), metadata)
 
 
-class Distilling(loop.Stage):
+class DistillStage(loop.Stage):
     """The stage: the tower learns its teacher's view of phrases; words already start close to it."""
 
     narrow = False
@@ -291,7 +291,7 @@ class Distilling(loop.Stage):
         """The suffix's first row learns most; its rest is used only every fourth time, to save work."""
         number = step * self.recipe.accumulate + part
         tail = SUFFIX_TOKENS if number % 4 == 0 else 1
-        indices = chosen(self.corpus, self.recipe.batch, number, self.recipe.seed)
+        indices = choose_batch(self.corpus, self.recipe.batch, number, self.recipe.seed)
         return {"part": self.corpus.batch(indices, tail), "tail": tail}
 
     def loss(self, batch: Batch) -> tuple[Tensor, dict[str, Any]]:
@@ -325,7 +325,7 @@ def main(recipe: Recipe, device: str = "cpu", report: Report = print) -> loop.Ru
     tower, heads = build(recipe.seed, words)
     encoder = TextEncoder(tower, tokenizer)
     rows = [encoder.token_ids(text) for text in (*texts, *(tokens[i] for i in alone))]
-    stage = Distilling(recipe, encoder, heads, Corpus(rows, torch.cat((targets, words[alone])), HELD_OUT))
+    stage = DistillStage(recipe, encoder, heads, Corpus(rows, torch.cat((targets, words[alone])), HELD_OUT))
     run = loop.train(loop.Run(stage, folder), report)
     stage.model.load_state_dict(run.ema)
     tower.requires_grad_(False)

@@ -16,7 +16,7 @@ import numpy as np
 
 from model.train.data import Subject, phrase
 from model.train.looks import PALETTES
-from model.vocabulary import held_out, said_of_look
+from model.vocabulary import held_out, look_phrases
 
 T = TypeVar("T")
 PATH = Path(__file__).with_suffix(".toml")
@@ -39,9 +39,9 @@ class Thesaurus:
     def __init__(self) -> None:
         table: dict[str, dict[str, list[str]]] = tomllib.loads(PATH.read_text())
         self.subjects = table["subjects"]
-        self.looks = {phrase: others for key, others in table["looks"].items() for phrase in said_of_look(key)}
+        self.looks = {phrase: others for key, others in table["looks"].items() for phrase in look_phrases(key)}
         self.palettes = table["palettes"]
-        self._looks = either(self.looks)
+        self._looks = alternation(self.looks)
         colour = f"an? (?P<p>{'|'.join(PALETTES)})"
         self.places = {other for others in table["grounds"].values() for other in others}
         self._grounds = {
@@ -86,11 +86,11 @@ class Thesaurus:
         others = self.taught(subject.name)
         if name is None or not others:
             return caption, subject.words
-        other, said = one(others, rng), phrase(name)
+        other, said = pick_one(others, rng), phrase(name)
         return caption.replace(*((said, called(other)) if said in caption else (name, other)), 1), (other,)
 
     def _look(self, part: str, rng: np.random.Generator) -> str:
-        return self._looks.sub(lambda found: one(self.looks[found[0]], rng), part)
+        return self._looks.sub(lambda found: pick_one(self.looks[found[0]], rng), part)
 
     def _ground(self, head: str, rng: np.random.Generator) -> str:
         """The ground at the end of a caption's head in other words."""
@@ -98,16 +98,16 @@ class Thesaurus:
             if found := pattern.search(head):
                 colours = found.groupdict()
                 if colours and rng.random() < 0.6:
-                    colours = {"p": one(self.palettes[colours["p"]], rng)}
-                said = re.sub(r"\ba (?=[aeio])", "an ", one(others, rng).format(**colours))
+                    colours = {"p": pick_one(self.palettes[colours["p"]], rng)}
+                said = re.sub(r"\ba (?=[aeio])", "an ", pick_one(others, rng).format(**colours))
                 return head[: found.start()] + said
         return head
 
 
-def either(phrases: Iterable[str]) -> re.Pattern[str]:
+def alternation(phrases: Iterable[str]) -> re.Pattern[str]:
     """A pattern for any of these phrases, longest first."""
     return re.compile("|".join(re.escape(each) for each in sorted(phrases, key=len, reverse=True)))
 
 
-def one(of: Sequence[T], rng: np.random.Generator) -> T:
+def pick_one(of: Sequence[T], rng: np.random.Generator) -> T:
     return of[int(rng.integers(len(of)))]

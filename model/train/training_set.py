@@ -21,19 +21,19 @@ from torch import Tensor
 
 from model.dit import PRESETS, DiTConfig
 from model.errors import K2Error
-from model.library import BOX
+from model.library import BUNDLED
 from model.style import STYLE_ROWS, destroy_content
 from model.text_encoder import TextEncoder
 from model.train import recipe as recipes
 from model.train.data import DATA, Catalog, Item, latents_file, stable_seed
 from model.train.looks import DRAWINGS
 from model.train.loop import Batch
-from model.train.recipe import at_least, known, share
+from model.train.recipe import at_least, check_known, check_share
 from model.train.shapes import Shape, of_shape
 from model.train.strangers import Wording
 
-KEPT = 20_000  # captions whose features are kept: most of a gigabyte; ten times as many on a GPU
-UNSAID = 0.1  # share of the pictures shown without their caption, for guidance
+MAX_CAPTIONS = 20_000  # captions whose features are kept: most of a gigabyte; ten times as many on a GPU
+UNCAPTIONED = 0.1  # share of the pictures shown without their caption, for guidance
 WIDTHS = 8  # captions are encoded in multiples of so many tokens
 
 
@@ -79,8 +79,8 @@ class Recipe(recipes.Recipe):
         super().__post_init__()
         at_least(self, 1, "batch", "repeats", "rows")
         at_least(self, 0, "white", "grounds", "later", "style_loss", "align", "sheets")
-        share(self, "references", "null", "said", "reworded", "strangers", "shaped")
-        known(self, self.unasked, DRAWINGS, "drawing set")
+        check_share(self, "references", "null", "said", "reworded", "strangers", "shaped")
+        check_known(self, self.unasked, DRAWINGS, "drawing set")
         if min(self.forms) < 0 or not math.isclose(sum(self.forms), 1, abs_tol=1e-8):
             raise K2Error(f'Recipe "{self.name}": forms must be three shares that sum to 1.')
 
@@ -127,7 +127,7 @@ class TrainingSet:
         self.text, self.rows = text, recipe.rows
         self.wording = Wording(catalog.subjects)
         self.device = text.prefix_ids.device
-        self.kept, self.at_once = (KEPT, 16) if self.device.type == "cpu" else (10 * KEPT, 64)
+        self.kept, self.at_once = (MAX_CAPTIONS, 16) if self.device.type == "cpu" else (10 * MAX_CAPTIONS, 64)
         self.latents = torch.from_numpy(read_latents(catalog.folder, recipe.size, len(self.items))).to(self.device)
         self.cells = self.latents.shape[-1]  # along a side
         self.side = self.cells // recipe.config.patch  # of the square, in tokens: other shapes are centred on it
@@ -211,7 +211,7 @@ class TrainingSet:
             caption = self.catalog.caption(item, rng, recipe.form(item, form) if style else form, style)
             if recipe.reworded or recipe.strangers:
                 caption = self.wording.say(caption, item.pair.subject, recipe.reworded, recipe.strangers, rng)
-            captions.append("" if rng.random() < UNSAID else caption)
+            captions.append("" if rng.random() < UNCAPTIONED else caption)
         image_tokens = latents[0, 0].numel() // recipe.config.patch**2
         embeds, mask = self.embed(captions, image_tokens + (STYLE_ROWS if with_reference else 0))
         references = None
@@ -256,7 +256,7 @@ def pad(rows: Sequence[Tensor], length: int) -> tuple[Tensor, Tensor]:
 
 def training_set(recipe: Recipe, device: str) -> TrainingSet:
     """The data set with the bundled text encoder, as a recipe draws from them."""
-    return TrainingSet(Catalog(DATA), TextEncoder.load(BOX / "mini-text.safetensors", device), recipe)
+    return TrainingSet(Catalog(DATA), TextEncoder.load(BUNDLED / "mini-text.safetensors", device), recipe)
 
 
 def read_latents(folder: Path, size: int | Shape, count: int) -> NDArray[np.float16]:

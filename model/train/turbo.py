@@ -23,11 +23,11 @@ from model.sampler import guided, shifted_sigmas
 from model.style import StyleEncoder
 from model.train import loop, pretrain
 from model.train.data import fingerprint
-from model.train.distill import Chance, fake_loss, student_loss, walk
+from model.train.distill import Draws, fake_loss, follow, student_loss
 from model.train.loop import Batch, Report
-from model.train.pretrain import Trainee
-from model.train.recipe import at_least, more_than_none, refuse, share
-from model.train.rollout import conditioned, noised, with_rows
+from model.train.pretrain import TrainedModel
+from model.train.recipe import at_least, check_share, more_than_none, reject
+from model.train.rollout import conditioned_velocity, noised, with_rows
 from model.train.states import RUNS
 from model.train.training_set import Sampling, TrainingSet, training_set
 
@@ -56,17 +56,17 @@ class Recipe(pretrain.Recipe):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        refuse(self, "style_loss", "frozen", "align", "recompute", "products", "repeats")
+        reject(self, "style_loss", "frozen", "align", "recompute", "products", "repeats")
         at_least(self, 1, "walk_steps", "fakes")
         at_least(self, 0, "guidance")
         more_than_none(self, "fake_rate")
-        share(self, "untouched")
+        check_share(self, "untouched")
         if self.method not in METHODS:
             raise K2Error(
                 f'Recipe "{self.name}": there is no method "{self.method}".', hint=f"Choose {' or '.join(METHODS)}."
             )
         if self.method == "guidance":
-            refuse(self, "fakes", "fake_rate")
+            reject(self, "fakes", "fake_rate")
 
 
 class Pair(nn.Module):
@@ -78,13 +78,13 @@ class Pair(nn.Module):
         self.fake = Krea2(recipe.config) if recipe.method == "trajectory" else None
 
 
-class Turbo(pretrain.Drawing):
+class TurboStage(pretrain.RenderingStage):
     """Distillation of a frozen teacher into a student that needs few steps and no guidance."""
 
     recipe: Recipe
     model: Pair
 
-    def __init__(self, recipe: Recipe, data: TrainingSet | None, teacher: Trainee, empty: Tensor):
+    def __init__(self, recipe: Recipe, data: TrainingSet | None, teacher: TrainedModel, empty: Tensor):
         """`empty` [1, T, N, E]: text features of the empty prompt. Raises if the teacher has another shape."""
         torch.manual_seed(recipe.seed)
         self.recipe, self.set, self.teacher, self.empty = recipe, data, teacher.eval(), empty
@@ -117,10 +117,10 @@ class Turbo(pretrain.Drawing):
         image, grid = patchify(tensors["latents"], patch), grid_of(tensors["latents"], patch)
         embeds, mask = self.prompts(tensors, generator)
 
-        student = conditioned(self.model.dit, embeds, mask, grid)
+        student = conditioned_velocity(self.model.dit, embeds, mask, grid)
         with torch.no_grad():
-            with_prompt = conditioned(self.teacher.dit, embeds, mask, grid)
-            without = conditioned(self.teacher.dit, self.empty, None, grid)
+            with_prompt = conditioned_velocity(self.teacher.dit, embeds, mask, grid)
+            without = conditioned_velocity(self.teacher.dit, self.empty, None, grid)
 
         def teacher(x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
             return with_prompt(x, t), without(x, t)
@@ -134,14 +134,14 @@ class Turbo(pretrain.Drawing):
 
         noise = torch.randn(image.shape, generator=generator, device=generator.device).to(device)
         times = shifted_sigmas(self.recipe.walk_steps, self.recipe.walk_mu)
-        fake = conditioned(self.model.fake, embeds, mask, grid)
-        way = walk(student, noise, times)
+        fake = conditioned_velocity(self.model.fake, embeds, mask, grid)
+        way = follow(student, noise, times)
         torch.clear_autocast_cache()  # else weights first cast without gradient stay without
-        draws = [Chance.draw(self.recipe.walk_steps, noise, generator) for _ in range(1 + self.recipe.fakes)]
-        follow = torch.cat([fake_loss(fake, way, chance) for chance in draws[1:]]).mean()
+        draws = [Draws.draw(self.recipe.walk_steps, noise, generator) for _ in range(1 + self.recipe.fakes)]
+        fake_term = torch.cat([fake_loss(fake, way, chance) for chance in draws[1:]]).mean()
         move = student_loss(student, fake, teacher, way, draws[0], self.recipe.guidance).mean()
         end = way.points[-1] - times[-2] * way.velocities[-1]
-        return move + follow, {"move": move.detach(), "fake": follow.detach(), "spread": end.std() / image.std()}
+        return move + fake_term, {"move": move.detach(), "fake": fake_term.detach(), "spread": end.std() / image.std()}
 
     @torch.no_grad()
     def prompts(self, tensors: dict[str, Tensor], generator: torch.Generator) -> tuple[Tensor, Tensor]:
@@ -162,7 +162,7 @@ class Turbo(pretrain.Drawing):
 def main(recipe: Recipe, device: str = "cpu", report: Report = print) -> loop.Run:
     """Run a stage to its end from where it stands."""
     data = training_set(recipe, device)
-    teacher = pretrain.taught_by(recipe, recipe.teacher, len(data.looks), device)
-    run = loop.Run(Turbo(recipe, data, teacher, data.text.encode([""])[0]), RUNS / recipe.name, device)
+    teacher = pretrain.load_teacher(recipe, recipe.teacher, len(data.looks), device)
+    run = loop.Run(TurboStage(recipe, data, teacher, data.text.encode([""])[0]), RUNS / recipe.name, device)
     report(f"{recipe.name}: from step {run.step}, {recipe.method}")
     return loop.train(run, report)

@@ -16,14 +16,14 @@ from model.plan import native_bf16
 from model.train import loop, pretrain
 from model.train.data import Item, stable_seed
 from model.train.loop import Report
-from model.train.pretrain import Pretraining, Trainee
+from model.train.pretrain import PretrainStage, TrainedModel
 from model.train.states import RUNS
 from model.train.training_set import TrainingSet
 
 PICTURES = 128  # that a finished stage is validated on
 
 
-def rests(item: Item) -> bool:
+def is_validation(item: Item) -> bool:
     """Whether every stage after pretraining keeps a picture of the train split for validation."""
     return stable_seed("validation", item.pair, item.look) % 20 == 0
 
@@ -37,16 +37,16 @@ def only(data: TrainingSet, keep: NDArray[np.bool_]) -> None:
     data.weights = weights / weights.sum()
 
 
-def rest_for_validation(data: TrainingSet) -> None:
+def hold_out(data: TrainingSet) -> None:
     """Exclude the validation pictures from training."""
-    only(data, np.array([not rests(item) for item in data.items]))
+    only(data, np.array([not is_validation(item) for item in data.items]))
 
 
 @torch.no_grad()
-def validation_loss(model: Trainee, data: TrainingSet, recipe: pretrain.Recipe, pictures: int) -> float:
+def validation_loss(model: TrainedModel, data: TrainingSet, recipe: pretrain.Recipe, pictures: int) -> float:
     """Flow loss on validation pictures, without references, at noise that is always the same."""
     resting = copy.copy(data)
-    resting.weights = np.array([float(rests(item)) for item in data.items])
+    resting.weights = np.array([float(is_validation(item)) for item in data.items])
     resting.weights /= resting.weights.sum()
     batch = min(16, pictures)
     fixed = pretrain.Recipe(
@@ -62,7 +62,7 @@ def validation_loss(model: Trainee, data: TrainingSet, recipe: pretrain.Recipe, 
     return float(torch.cat(losses).mean())
 
 
-def finish(stage: Pretraining, data: TrainingSet, device: str, report: Report) -> loop.Run:
+def finish(stage: PretrainStage, data: TrainingSet, device: str, report: Report) -> loop.Run:
     """Run a stage to its end from where it stands, and validate its averages, which other stages start from."""
     recipe = stage.recipe
     run = loop.train(loop.Run(stage, RUNS / recipe.name, device), report)

@@ -18,10 +18,10 @@ import torch
 from torch import Tensor
 
 from model import library
+from model.board_pictures import StyleReader
 from model.checkpoint import save
 from model.errors import reported
 from model.hashes import sha256
-from model.seeing import Eye
 from model.train.data import DATA, Catalog, Item, stable_seed
 from model.train.encode import to_tensor
 from model.train.looks import DRAWINGS, GROUNDS, MEDIA, PALETTES, Look, looks
@@ -58,7 +58,7 @@ def unseen_items(catalog: Catalog) -> list[Item]:
     return [items[i] for i in np.random.default_rng(stable_seed("words")).permutation(len(items))[:UNSEEN]]
 
 
-def statistics_of(catalog: Catalog, items: Sequence[Item], eye: Eye) -> Tensor:
+def statistics_of(catalog: Catalog, items: Sequence[Item], eye: StyleReader) -> Tensor:
     """[B, F], fp64."""
     parts = []
     for start in range(0, len(items), 32):
@@ -80,7 +80,7 @@ def discriminant(x: Tensor, index: Tensor, classes: int) -> tuple[Tensor, Tensor
 @torch.inference_mode()
 def build(catalog: Catalog) -> dict[str, float]:
     """Measure and write mini-words.safetensors -> the share of correct answers on unseen looks, by kind."""
-    eye = Eye.load("mini")
+    eye = StyleReader.load("mini")
     items, others = draw_items(catalog), unseen_items(catalog)
     raw, new = statistics_of(catalog, items, eye), statistics_of(catalog, others, eye)
     mean, deviation = raw.mean(0), raw.std(0) + 1e-6
@@ -101,7 +101,7 @@ def build(catalog: Catalog) -> dict[str, float]:
             state |= {"middle": means, "precision": precision}
             away = y[:, None] - means
             furthest = ((away @ precision) * away).sum(-1).min(1).values.quantile(KNOWN).item()
-    _, vae, style = library.helpers("mini")
+    _, vae, style = library.bundled_parts("mini")
     assert style is not None
     about = {
         "kind": "words",
@@ -111,14 +111,14 @@ def build(catalog: Catalog) -> dict[str, float]:
         "made_for": {"style": sha256(style), "vae": sha256(vae)},
         "training": {"pictures": COUNT, "unseen": UNSEEN, "data": catalog.manifest["renders"]["sha256"]},
     }
-    save(library.BOX / "mini-words.safetensors", {k: v.float() for k, v in state.items()}, about)
+    save(library.BUNDLED / "mini-words.safetensors", {k: v.float() for k, v in state.items()}, about)
     return right
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Measure the words of the bundled style encoder.")
     parser.add_argument("--data", type=Path, default=DATA, help="the data set's folder")
-    for kind, share in build(Catalog(parser.parse_args().data, Eye.load("mini").side)).items():
+    for kind, share in build(Catalog(parser.parse_args().data, StyleReader.load("mini").side)).items():
         print(f"{kind}: {share:.0%} correct on unseen looks")
 
 

@@ -41,10 +41,10 @@ from model.attention import attention
 from model.dit import Krea2
 from model.export import transformer_config
 from model.fast import Graph, accelerate
-from model.few_bits import native
 from model.latents import noise, patchify, unpatchify
 from model.layouts import to_diffusers
 from model.library import RECOMMENDED
+from model.low_bit import is_native
 from model.sampler import euler, shifted_sigmas
 from model.text_encoder import QWEN3_VL_4B, Cache, TextTower
 from model.vae import QwenImageVAE, VAEConfig
@@ -156,7 +156,7 @@ def main() -> None:
     networks = {"bf16": dit}
 
     for precision in ["int8", "int4"] if options.smoke else ["fp8", "int4"]:
-        if precision != "fp8" or native(torch.float8_e4m3fn, device):
+        if precision != "fp8" or is_native(torch.float8_e4m3fn, device):
             attempt(f"to {precision}", lambda p=precision: networks.update({p: shrunk(dit, p)}))
 
     def compiled_for_good(network: Krea2) -> None:

@@ -22,11 +22,12 @@ from pathlib import Path
 
 from PIL import Image
 
-from k2cli import hands, records
+from k2cli import records
 from k2cli.app import app
-from k2cli.disk import DRAFT
-from k2cli.models import Held
+from k2cli.disk import DRAFT_SUFFIX
+from k2cli.models import ModelSpec
 from k2cli.tables import Toml
+from k2cli.workers import load_pipeline
 
 PROJECT = """\
 [render]
@@ -51,7 +52,7 @@ class Arena:
         self.root.mkdir()
         (self.root / "k2.toml").write_text(PROJECT)
         if not workers:
-            hands.load(Held("mini")).hashes()  # computed by a thread, which a fork would not have
+            load_pipeline(ModelSpec("mini")).hashes()  # computed by a thread, which a fork would not have
         started = time.monotonic()
         assert self.wait(self.start("render")) == 0
         self.seconds = time.monotonic() - started
@@ -129,7 +130,7 @@ def together(folder: Path, commands: Sequence[Sequence[str]]) -> None:
         with Image.open(path) as image:
             assert records.pixel_hash(image) == table["pixels"]
         assert path.parent.name.endswith(table["prompt"]["name"])
-    assert not list(folder.rglob(f"*{DRAFT}"))
+    assert not list(folder.rglob(f"*{DRAFT_SUFFIX}"))
 
 
 def main() -> None:

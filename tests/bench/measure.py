@@ -21,7 +21,7 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor, nn
 
 from model.dit import PRESETS, DiTConfig, Krea2, hidden_width
-from model.few_bits import ENDS, few_bit_layers, hold, shrink, usual
+from model.low_bit import SUFFIXES, default_format, few_bit_layers, pack, use_few_bits
 from model.text_encoder import QWEN3_VL_4B, TextConfig
 
 Work = Callable[[], Any]
@@ -149,11 +149,11 @@ def shrunk(network: Krea2, precision: str) -> Krea2:
     """The same network with its blocks' matrices in few bits, sharing everything else."""
     with torch.device("meta"):
         small = Krea2(network.config)
-    shrink(small.blocks, lambda name, layer: usual(precision, layer.in_features))
+    use_few_bits(small.blocks, lambda name, layer: default_format(precision, layer.in_features))
     state = dict(network.state_dict())
     for name, layer in few_bit_layers(small).items():
-        held = hold(state.pop(name), None, 0, layer.format)
-        state |= {name + end: part for end, part in zip(ENDS[layer.format.bits], held, strict=True)}
+        held = pack(state.pop(name), None, 0, layer.format)
+        state |= {name + end: part for end, part in zip(SUFFIXES[layer.format.bits], held, strict=True)}
     small.load_state_dict(state, strict=True, assign=True)
     return small.requires_grad_(False).eval()
 

@@ -21,12 +21,12 @@ from products import draw, toy
 from torch import Tensor, nn
 
 from model.dit import Attend, DiTConfig, Krea2, SingleStreamBlock
-from model.library import BOX
+from model.library import BUNDLED
 from model.text_encoder import TextEncoder
 from model.train import loop
+from model.train.cost_model import parameters, with_own_modulation
 from model.train.data import DATA, Catalog
-from model.train.paper import parameters, with_own_modulation
-from model.train.pretrain import Pretraining, Recipe
+from model.train.pretrain import PretrainStage, Recipe
 from model.train.training_set import TrainingSet
 
 RECIPE = Path(__file__).with_name("modulation.toml")
@@ -69,7 +69,7 @@ class OwnModulation(Krea2):
 
 def losses(own: bool, recipe: Recipe, data: TrainingSet | None, device: str) -> list[float]:
     """The loss of every step of a run."""
-    stage = Pretraining(recipe, looks=200, data=data, device=device)
+    stage = PretrainStage(recipe, looks=200, data=data, device=device)
     if own:
         torch.manual_seed(recipe.seed)
         stage.model.dit = OwnModulation(recipe.config)
@@ -92,7 +92,7 @@ def main() -> None:
         recipe = replace(recipe, steps=4, network={"width": 64, "heads": 1, "kv_heads": 1, "blocks": 1})
     elif options.steps:
         recipe = replace(recipe, steps=options.steps)
-    text = TextEncoder.load(BOX / "mini-text.safetensors", device)
+    text = TextEncoder.load(BUNDLED / "mini-text.safetensors", device)
     data = None if options.smoke else TrainingSet(Catalog(DATA), text, recipe)
 
     counts = {"shared": parameters(recipe.config).total, "own": with_own_modulation(recipe.config)}

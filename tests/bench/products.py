@@ -22,12 +22,12 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import nn
 
 from model.dit import PRESETS, DiTConfig, Krea2, SingleStreamBlock
-from model.library import BOX
+from model.library import BUNDLED
 from model.plan import native_bf16
 from model.text_encoder import TextEncoder
 from model.train import loop
 from model.train.data import DATA, Catalog
-from model.train.pretrain import Pretraining, Recipe
+from model.train.pretrain import PretrainStage, Recipe
 from model.train.products import NAMES, WIDE, convert, multiplies_fp8, parse
 from model.train.training_set import TrainingSet
 
@@ -86,7 +86,7 @@ def seconds_a_step(
 
 def curve(name: str, recipe: Recipe, data: TrainingSet | None, device: str) -> list[float]:
     """The loss of every step of a run; all runs see the same pictures, captions and noise."""
-    stage = Pretraining(replace(recipe, products=name), looks=200, data=data, device=device)
+    stage = PretrainStage(replace(recipe, products=name), looks=200, data=data, device=device)
     with tempfile.TemporaryDirectory() as folder:
         run = loop.Run(stage, Path(folder), device)
         return [run.advance(stage.batch(step) if data else toy(step))["loss"] for step in range(recipe.steps)]
@@ -152,7 +152,7 @@ def main() -> None:
         name="products", size=64, steps=steps, batch=options.batch, repeats=2, lr=1.5e-3, muon_lr=4e-3, mu=0.2,
         decay=0.2, network=small, references=0.0,
     )  # fmt: skip
-    text = TextEncoder.load(BOX / "mini-text.safetensors", device)
+    text = TextEncoder.load(BUNDLED / "mini-text.safetensors", device)
     data = None if options.smoke else TrainingSet(Catalog(DATA), text, recipe)
     curves = {name: curve(name, recipe, data, device) for name in (WIDE, *names)}
     last = {name: mean(values[-max(1, steps // 10) :]) for name, values in curves.items()}

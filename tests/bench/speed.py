@@ -47,11 +47,11 @@ from measure import (
 )
 from torch import Tensor, nn
 
-from model.branches import Branches, Said, Told
-from model.cohesion import Tie
+from model.branches import GuidedVelocity, PromptContexts, WeightedContexts
+from model.cohesion import LeadAttention
 from model.dit import Krea2
 from model.export import transformer_config
-from model.fast import keep_pages
+from model.fast import keep_freed_memory
 from model.latents import position_ids
 from model.layouts import load_dit, to_diffusers
 from model.pipeline import Pipeline
@@ -75,7 +75,7 @@ class Bench:
         self.dtype = getattr(torch, self.wide)
         self.sides = (128, 256) if smoke else (512, 1024)
         if device == "cpu":
-            keep_pages()  # as loading a pipeline does; here it applies to the other side too
+            keep_freed_memory()  # as loading a pipeline does; here it applies to the other side too
 
     def rows(self) -> dict[str, Callable[[], Iterator[Row]]]:
         return {
@@ -427,9 +427,12 @@ class Bench:
             lambda: net.velocities(groups, one_step),
             lambda: [net.velocity(tokens, context, one_step, turn) for tokens, context, turn in groups],
         )
-        tie, said = Tie(net.config, 0.5, [0.5], math.prod(grid), net.reach(grid)), Said({"styled": [Told(1.0, embeds)]})
+        tie, said = (
+            LeadAttention(net.config, 0.5, [0.5], math.prod(grid), net.reach(grid)),
+            PromptContexts({"styled": [WeightedContexts(1.0, embeds)]}),
+        )
         led = [
-            Branches(net, said, one_step, grid, guidance=0.0, style_guidance=None, tie=tie, pack=pack)
+            GuidedVelocity(net, said, one_step, grid, guidance=0.0, style_guidance=None, cohesion=tie, one_stream=pack)
             for pack in (sys.maxsize, 0)
         ]
         noises = random((len(embeds), *both.shape[1:]), 1, torch.float32, self.device)

@@ -24,10 +24,10 @@ from measure import MEDIUM, SMALL, random, write_toml
 
 from model.compact import header_of, tensors
 from model.dit import DiTConfig, Krea2
-from model.fast import keep_pages
-from model.few_bits import ENDS, FORMATS, few_bit_layers, hold, shrink, usual
+from model.fast import keep_freed_memory
 from model.layouts import load_dit
-from model.plan import NARROW, native_bf16
+from model.low_bit import FORMATS, SUFFIXES, default_format, few_bit_layers, pack, use_few_bits
+from model.plan import FP32_WIDTH, native_bf16
 
 WAYS = {  # what is measured: precision, streamed, limit in GiB, formats of the stored file
     "int8": ("int8", False, 15, ("bf16", "int8")),
@@ -45,7 +45,7 @@ def write(path: Path, config: DiTConfig, stored: str) -> None:
         network = Krea2(config)
     shapes = {name: tuple(tensor.shape) for name, tensor in network.state_dict().items()}
     if stored in FORMATS:
-        shrink(network.blocks, lambda name, layer: usual(stored, layer.in_features))
+        use_few_bits(network.blocks, lambda name, layer: default_format(stored, layer.in_features))
     few = few_bit_layers(network)
 
     def made(names: Iterable[str]) -> dict[str, torch.Tensor]:
@@ -56,7 +56,9 @@ def write(path: Path, config: DiTConfig, stored: str) -> None:
         if name not in few:
             return {name: tensor.float() if name.endswith(".scale") else tensor}
         format = few[name].format
-        return {name + end: part for end, part in zip(ENDS[format.bits], hold(tensor, None, 0, format), strict=True)}
+        return {
+            name + end: part for end, part in zip(SUFFIXES[format.bits], pack(tensor, None, 0, format), strict=True)
+        }
 
     header = header_of(network, {"kind": "dit", "config": asdict(config)})
     with path.open("wb") as file:
@@ -88,7 +90,7 @@ def read_once(path: Path) -> float:
 def measure(path: Path, way: str, side: int) -> None:
     """Run in its own process: prints a line of JSON."""
     precision, streamed, *_ = WAYS[way]
-    keep_pages()  # as a pipeline does
+    keep_freed_memory()  # as a pipeline does
     started = time.perf_counter()
     wide = torch.float32 if not native_bf16("cpu") else torch.bfloat16
     dit, _ = load_dit(path, dtype=wide, precision=precision, streamed=streamed)
@@ -120,7 +122,7 @@ def main() -> None:
     path = options.folder / f"random-{options.stored}{'-small' * options.smoke}.safetensors"
     if options.measure:
         return measure(path, options.measure, options.size)
-    config = replace(SMALL, width=NARROW // 4, blocks=6) if options.smoke else MEDIUM
+    config = replace(SMALL, width=FP32_WIDTH // 4, blocks=6) if options.smoke else MEDIUM
     options.folder.mkdir(parents=True, exist_ok=True)
     try:
         if not path.exists():

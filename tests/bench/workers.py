@@ -19,56 +19,56 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch: one core per work
 
 from measure import write_toml
 
-from k2cli.hands import Crew, Group, News, Processes, Ready, spread
-from k2cli.models import Held
+from k2cli.models import ModelSpec
+from k2cli.workers import Group, Message, ProcessPool, Ready, WorkerPool, distribute
 from model.spec import RenderSpec
 
 SUBJECTS = ("fox", "owl", "cat", "dog", "car", "bus", "tree", "house")
 
 
 class Timed:
-    """A crew that times its pictures."""
+    """A pool that times its pictures."""
 
-    def __init__(self, crew: Crew):
-        self.crew, self.size, self.where = crew, crew.size, crew.where
+    def __init__(self, pool: WorkerPool):
+        self.pool, self.size, self.where = pool, pool.size, pool.where
         self.ready, self.heard = 0, 0.0
         self.made = 0
 
-    def hire(self, held: Held) -> int:
-        return self.crew.hire(held)
+    def acquire(self, held: ModelSpec) -> int:
+        return self.pool.acquire(held)
 
-    def give(self, hand: int, group: Group) -> None:
-        self.crew.give(hand, group)
+    def submit(self, worker: int, group: Group) -> None:
+        self.pool.submit(worker, group)
 
-    def hear(self) -> tuple[int, News]:
-        hand, news = self.crew.hear()
+    def next_message(self) -> tuple[int, Message]:
+        worker, news = self.pool.next_message()
         self.ready += isinstance(news, Ready)
         if self.ready == self.size:
             self.heard = self.heard or time.perf_counter()
             self.made += len(news) if isinstance(news, list) else 0
-        return hand, news
+        return worker, news
 
     def close(self) -> None:
-        self.crew.close()
+        self.pool.close()
 
 
-def rate(make: Callable[[list[RenderSpec]], Crew], count: int) -> float:
+def rate(make: Callable[[list[RenderSpec]], WorkerPool], count: int) -> float:
     """Pictures per minute, once all workers are running."""
     specs = [RenderSpec(f"a red {SUBJECTS[seed % len(SUBJECTS)]}", seed=seed) for seed in range(count)]
-    crew = Timed(make(specs))
+    pool = Timed(make(specs))
     try:
-        found = list(spread(crew, Held("mini", "turbo"), range(count)))
+        found = list(distribute(pool, ModelSpec("mini", "turbo"), range(count)))
     finally:
-        crew.close()
+        pool.close()
     assert len(found) == count
-    return 60 * crew.made / (time.perf_counter() - crew.heard)
+    return 60 * pool.made / (time.perf_counter() - pool.heard)
 
 
 def clusters(sizes: list[int], count: int) -> dict[int, float]:
     """The same on Ray, with one single-core node per worker."""
     from ray.cluster_utils import Cluster as Nodes
 
-    from k2cli.cluster import Cluster
+    from k2cli.cluster import RayPool
 
     found = {}
     for size in sizes:
@@ -76,7 +76,7 @@ def clusters(sizes: list[int], count: int) -> dict[int, float]:
         for _ in range(size):
             nodes.add_node(num_cpus=1)
         try:
-            found[size] = rate(partial(Cluster, nodes.address, size), count)
+            found[size] = rate(partial(RayPool, nodes.address, size), count)
         finally:
             nodes.shutdown()
     return found
@@ -91,7 +91,7 @@ def main() -> None:
     sizes = [int(size) for size in options.sizes.split(",")]
 
     found: dict[str, Any] = {}
-    ways = {"processes": lambda: {size: rate(partial(Processes, size), options.pictures) for size in sizes}}
+    ways = {"processes": lambda: {size: rate(partial(ProcessPool, size), options.pictures) for size in sizes}}
     try:
         import ray  # noqa: F401
 
