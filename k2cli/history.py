@@ -18,7 +18,7 @@ from heapq import nlargest
 from pathlib import Path
 from typing import Any
 
-from k2cli import dialect
+from k2cli import fast_toml
 from k2cli.folder import list_names
 from k2cli.outputs import NUMBER, PICTURES, check_link, number_of
 from k2cli.tables import LIMIT, leaves, tables_in
@@ -245,7 +245,7 @@ def load_record(path: Path) -> dict[str, Any] | None:
     try:
         with open_file(path) as file:
             raw = file.read(LIMIT + 1)
-        table = dialect.parse(raw.decode("utf-8-sig")) if len(raw) <= LIMIT else None
+        table = fast_toml.parse(raw.decode("utf-8-sig")) if len(raw) <= LIMIT else None
     except (OSError, ValueError, RecursionError):  # tomllib's own error is a ValueError
         return None
     return table if is_record(table) else None

@@ -47,9 +47,9 @@ class JobWarnings:
         that never began; beside references and moodboard lie pictures that nothing reads, or that are broken."""
         job, remaining = self.job, self.job.remaining
         used = {each.image.parent for shot in job.shots for style in shot.spec.styles for each in style.references}
-        if over := describe_skipped(job.project.others - used):
+        if over := describe_skipped(job.project.other_files - used):
             yield over
-        if unread := sorted(path.name for path in job.project.unread):
+        if unread := sorted(path.name for path in job.project.unreadable):
             yield f"Left out of the moodboard because they cannot be read: {listed(unread)}."
         if self._unknown_variant:
             yield self._unknown_variant

@@ -11,8 +11,8 @@ from pathlib import Path
 import typer
 
 from k2cli.console import console, say
-from k2cli.dialect import dump
 from k2cli.disk import write_files, writing
+from k2cli.fast_toml import dump
 from k2cli.texts import quote
 from model import library
 from model.errors import K2Error

@@ -11,7 +11,7 @@ from xml.sax.saxutils import quoteattr
 from PIL import Image, PngImagePlugin
 
 from k2cli import formats
-from k2cli.dialect import dump
+from k2cli.fast_toml import dump
 
 SOURCE_TYPE = "http://cv.iptc.org/newscodes/digitalsourcetype/trainedAlgorithmicMedia"
 SAMPLER_NAMES = {"euler": "Euler", "ab2": "AB2"}  # as galleries show them

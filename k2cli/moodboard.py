@@ -17,9 +17,9 @@ from pathlib import Path
 from textwrap import wrap
 from typing import TYPE_CHECKING, Any
 
-from k2cli.dialect import dump
 from k2cli.disk import uninterrupted, write_files, writing
 from k2cli.expander import language_model_path, load_language_model, release_language_model
+from k2cli.fast_toml import dump
 from k2cli.new_style import copy_pictures, reference
 from k2cli.pictures import Inside, check_picture, find, nearly_called
 from k2cli.styles import BOARD

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from k2cli.dialect import dump
 from k2cli.disk import Exists, remove_dead_drafts, write_files, writing
+from k2cli.fast_toml import dump
 from k2cli.pictures import check_picture, in_folder, nearly_called
 from k2cli.styles import MOST_LORA, MOST_REFERENCES, Styles, taken
 from k2cli.texts import as_name, masked, plain, relative

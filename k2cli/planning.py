@@ -49,7 +49,7 @@ class Request:
             project = project.with_board(self.moodboard)
         wanted = project.choose(self.only) if prompts is None and self.only else prompts
         matrices = self.matrices or (project.comparing(wanted) if prompts is None and not self.example else ())
-        settings = project.settle(**self.settings)
+        settings = project.resolve_settings(**self.settings)
         return plan_project(project, settings, wanted, weights, matrices, quiet=quiet, with_project=with_project)
 
     def warn_if_changed(self, job: Job) -> None:

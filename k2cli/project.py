@@ -29,7 +29,7 @@ from model.spec import Leader, RenderSpec, Style, mentions, tie_to_lead
 
 INIT_OPTION, MASK_OPTION = Option("--init-image"), Option("--mask")
 Sides = tuple[int, int]  # width and height of a picture
-MOST_PLAN = 32 << 20  # bytes in a run.toml
+MAX_PLAN = 32 << 20  # bytes in a run.toml
 
 
 @dataclass(frozen=True)
@@ -62,8 +62,8 @@ class Project(Folder):
     board: moodboard.Moodboard | None = None
     matrices: tuple[Matrix, ...] = ()
     leader: Leader | None = None  # the lead picture, if not the first of a batch
-    others: set[Path] = field(default_factory=set, compare=False)  # files its folders and globs hold besides pictures
-    unread: set[Path] = field(default_factory=set, compare=False)  # moodboard pictures that could not be read
+    other_files: set[Path] = field(default_factory=set, compare=False)  # beside pictures, in its folders and globs
+    unreadable: set[Path] = field(default_factory=set, compare=False)  # moodboard pictures that could not be read
 
     @classmethod
     def find(cls, start: Path, *, allow_outside: bool = False) -> Project:
@@ -109,15 +109,15 @@ class Project(Folder):
 
     @cached_property
     def styles(self) -> Styles:
-        return Styles(self.root, self.path_inside, self.others)
+        return Styles(self.root, self.path_inside, self.other_files)
 
-    def settle(self, **given: Any) -> Settings:
+    def resolve_settings(self, **given: Any) -> Settings:
         """The project's settings, overridden by a command line's options, with the model found and a seed drawn in case
         it is random."""
         settings = replace(self.settings.override(**given), drawn=draw_seed())
-        shells = given.get("model") is not None  # a path relative to the shell, not the project
+        from_shell = given.get("model") is not None  # a path relative to the shell, not the project
         try:
-            inside = None if shells else self.path_inside
+            inside = None if from_shell else self.path_inside
             return replace(settings, model=models.resolve(settings.model, inside, settings.variant))
         except K2Error as error:
             option = settings.elsewhere.get("model")
@@ -148,16 +148,16 @@ class Project(Folder):
             check_value("strength", strength, float, limits, said)
         return replace(self, board=replace(self.board, strength=strength))
 
-    def looks(
-        self, settings: Settings, asked: Mapping[str, tuple[float, str]], styles: Mapping[str, float]
+    def resolve_styles(
+        self, settings: Settings, overrides: Mapping[str, tuple[float, str]], styles: Mapping[str, float]
     ) -> tuple[Style, ...]:
         """The project's styles at their weights, and its moodboard.
 
-        asked   weights that replace the project's own, and where they were set
-        styles  weights from --style, which replace both
+        overrides  weights that replace the project's own, and where they were set
+        styles     weights from --style, which replace both
         """
-        weights = {**self.weights, **{name: weight for name, (weight, _) in asked.items()}, **styles}
-        where = {name: said for name, (_, said) in asked.items()} | dict.fromkeys(styles, Option("--style"))
+        weights = {**self.weights, **{name: weight for name, (weight, _) in overrides.items()}, **styles}
+        where = {name: said for name, (_, said) in overrides.items()} | dict.fromkeys(styles, Option("--style"))
         resolved = self.styles.resolve(weights, lambda name: where.get(name) or self.toml.where("style", name))
         if self.board is None:
             return resolved
@@ -167,10 +167,10 @@ class Project(Folder):
                 hint=f"Rename styles/{BOARD}.toml.",
             )
         pictures, others = self.board_pictures(self.board)
-        self.others.update(others)
-        self.others.difference_update(path.parent for path in pictures)  # a style's folder may hold the board's
+        self.other_files.update(others)
+        self.other_files.difference_update(path.parent for path in pictures)  # a style's folder may hold the board's
         look, unread = moodboard.as_style(self.board, pictures, settings.model)
-        self.unread.update(unread)
+        self.unreadable.update(unread)
         return (*resolved, *look)
 
     @cached_property
@@ -178,33 +178,33 @@ class Project(Folder):
         """`picture`, cached: each file is opened once, however many pictures start from it."""
         return cache(self.picture)
 
-    def picture(self, said: str, where: str) -> tuple[Path, Sides]:
+    def picture(self, name: str, where: str) -> tuple[Path, Sides]:
         """A picture and its sides, by a path in the project, or in the shell if an option names it. Raises K2Error."""
-        if not said:
+        if not name:
             raise K2Error(f"{where} names no picture.", hint='Name one, or "none".')
-        shells = where in (INIT_OPTION, MASK_OPTION)
-        path = Path(os.path.realpath(spelled_on_disk(Path(), said))) if shells else self.path_inside(said, where)
-        if shells and not path.exists():
-            hint = nearly_called(path, said) or "Paths are relative to the current folder."
-            raise K2Error(f"{where}: there is no {said}.", hint=hint)
-        check_picture(path, where, said, whole=True)
+        from_shell = where in (INIT_OPTION, MASK_OPTION)
+        path = Path(os.path.realpath(spelled_on_disk(Path(), name))) if from_shell else self.path_inside(name, where)
+        if from_shell and not path.exists():
+            hint = nearly_called(path, name) or "Paths are relative to the current folder."
+            raise K2Error(f"{where}: there is no {name}.", hint=hint)
+        check_picture(path, where, name, whole=True)
         return path, sides_of(path)
 
-    def mask(self, said: str, where: str, size: tuple[int | None, int | None], begun: Sides) -> Path | str:
+    def mask(self, text: str, where: str, size: tuple[int | None, int | None], init_sides: Sides) -> Path | str:
         """The part of an init image to repaint: a region of the new picture, or a mask picture with the init image's
         proportions. Raises K2Error."""
-        if region := Region.read(said):
+        if region := Region.read(text):
             assert size[0] and size[1]  # the init image determines them
             region.check(size[0], size[1], f"{where}: ")
             return str(region)
-        if REGION_LIKE.fullmatch(said):
-            raise K2Error(f'{where}: "{said}" is not a region.', hint=EXAMPLE)
-        path, sides = self.pictures(said, where)
+        if REGION_LIKE.fullmatch(text):
+            raise K2Error(f'{where}: "{text}" is not a region.', hint=EXAMPLE)
+        path, sides = self.pictures(text, where)
         if is_dark(path):
-            raise K2Error(f"{where}: nothing in {said} is white.", hint="White is repainted, dark stays as is.")
-        if not same_shape(sides, begun):
+            raise K2Error(f"{where}: nothing in {text} is white.", hint="White is repainted, dark stays as is.")
+        if not same_shape(sides, init_sides):
             raise K2Error(
-                f"{where}: {said} does not have the proportions of its init_image.", hint="Draw it on a copy of that."
+                f"{where}: {text} does not have the proportions of its init_image.", hint="Draw it on a copy of that."
             )
         return path
 
@@ -247,7 +247,7 @@ class Project(Folder):
     ) -> list[Shot]:
         """Every picture of a run, resolved.
 
-        settings  as settled
+        settings  resolved
         prompts   replace the project's own, if given; a prompt with choices becomes one for each
         styles    weights on top of the project's own
         matrices  settings to run every prompt through, instead of one batch
@@ -259,32 +259,32 @@ class Project(Folder):
         readings = spread(self.prompts if prompts is None else prompts)
         settled = fixed_axes(settings.elsewhere, styles or {})
         grid = models.grid(settings.model, settings.variant)
-        looks = cache(lambda asked, here: self.looks(settings, dict(asked), dict(here)))  # many shots have the same
-        alone = ((prompt, [(prompt.name, Cell())]) for prompt, _ in readings)
+        looks = cache(lambda overrides, given: self.resolve_styles(settings, dict(overrides), dict(given)))
+        uncompared = ((prompt, [(prompt.name, Cell())]) for prompt, _ in readings)
         shots: list[Shot] = []
-        letters = 0
-        for prompt, cells in compare(readings, matrices, settled) if matrices else alone:
-            below = replace(settings.yielding(prompt.freed), **prompt.freed)
-            here, weights = below.elsewhere, styles or {}
+        chars = 0
+        for prompt, cells in compare(readings, matrices, settled) if matrices else uncompared:
+            base = replace(settings.yielding(prompt.freed), **prompt.freed)
+            command_line, weights = base.elsewhere, styles or {}
             if prompt.last:
-                here = below.yielding(prompt.settings).elsewhere
+                command_line = base.yielding(prompt.settings).elsewhere
                 weights = {name: weight for name, weight in weights.items() if name not in prompt.style}
-            once = {"batch": 1} if matrices else {}  # a cell is one picture ...
-            own = {**once, **prompt.settings} if prompt.last else {**prompt.settings, **once}
-            wanted = below.overridden_by(own, {key: prompt.where(key) for key in own})
-            more = {key: getattr(below, key) for key in here}  # ... unless more are asked for
-            wanted = wanted.overridden_by(more, here)
-            asked = {style: (weight, prompt.where("style", style)) for style, weight in prompt.style.items()}
+            one_picture = {"batch": 1} if matrices else {}  # a cell is one picture ...
+            own = {**one_picture, **prompt.settings} if prompt.last else {**prompt.settings, **one_picture}
+            prompt_settings = base.overridden_by(own, {key: prompt.where(key) for key in own})
+            more = {key: getattr(base, key) for key in command_line}  # ... unless more are asked for
+            prompt_settings = prompt_settings.overridden_by(more, command_line)
+            prompt_styles = {style: (weight, prompt.where("style", style)) for style, weight in prompt.style.items()}
             for name, cell in cells:
-                made = wanted.overridden_by(cell.settings, dict.fromkeys(cell.settings, cell.where))
-                axes = {style: (weight, cell.where) for style, weight in cell.styles.items()}
-                styled = looks(tuple((asked | axes).items()), tuple(weights.items()))
-                series = self.series(prompt, name, made, styled, cell, grid)
+                cell_settings = prompt_settings.overridden_by(cell.settings, dict.fromkeys(cell.settings, cell.where))
+                cell_styles = {style: (weight, cell.where) for style, weight in cell.styles.items()}
+                cell_looks = looks(tuple((prompt_styles | cell_styles).items()), tuple(weights.items()))
+                series = self.series(prompt, name, cell_settings, cell_looks, cell, grid)
                 shots += series
-                letters += len(series) * weigh(series[0])
+                chars += len(series) * plan_chars(series[0])
             if len(shots) > MAX_PICTURES:
                 raise K2Error(f"That is more than {MAX_PICTURES:,} pictures.", hint="Use fewer values or prompts.")
-            if letters > MOST_PLAN:
+            if chars > MAX_PLAN:
                 raise K2Error("The run is too large to plan.", hint="Render it in parts: --only")
         if settings.scope == "run":
             return tie(shots, settings.cohesion, self.leader or self.first_of(settings, prompts, styles, matrices))
@@ -308,8 +308,10 @@ class Project(Folder):
         if matrices and tuple(matrices) == self.comparing(prompts):
             matrices = self.matrices
         known = name_files(self.prompts)
-        about = ((prompt, name) for each in matrices or [Matrix({})] for prompt, name in known if each.covers(name))
-        prompt, name = next(about)  # matrix by matrix, as they are compared
+        candidates = (
+            (prompt, name) for each in matrices or [Matrix({})] for prompt, name in known if each.covers(name)
+        )
+        prompt, name = next(candidates)  # matrix by matrix, as they are compared
         first = replace(prompt, name=name)  # by which matrices know it
         spec = self.shots(settings, [first], styles, matrices)[0].spec
         return Leader(spec.prompt, spec.seed, spec.negative)
@@ -333,16 +335,16 @@ class Project(Folder):
         triggers = [trigger for trigger in words(looks, "triggers") if not mentions(prompt.text, trigger)]
         joined = [*triggers, *words(looks, "keywords", "avoids")]
         avoids = [*filter(None, dict.fromkeys([prompt.avoid, settings.avoid])), *words(looks, "avoids", "keywords")]
-        for said, what in (([prompt.text, *joined], "prompt"), (avoids, "negative prompt")):
-            if sum(map(len, said)) > MAX_PROMPT_CHARS:
+        for parts, what in (([prompt.text, *joined], "prompt"), (avoids, "negative prompt")):
+            if sum(map(len, parts)) > MAX_PROMPT_CHARS:
                 raise K2Error(
                     f'The {what} of "{name}" is longer than {MAX_PROMPT_CHARS:,} characters.', hint="Shorten it."
                 )
-        shown = any(style.strength > 0 and (style.references or style.lora) for style in looks)
-        begun, sides = None, None
+        has_look = any(style.strength > 0 and (style.references or style.lora) for style in looks)
+        init_image, sides = None, None
         if settings.init_image not in (None, NONE):
             with said_by(where("init_image")) as at:
-                begun, sides = self.pictures(settings.init_image, at)
+                init_image, sides = self.pictures(settings.init_image, at)
         width, height = settings.pixels(where, grid, sides)
         mask = None
         if settings.mask not in (None, NONE) and settings.init_image != NONE:  # without which there is nothing to mask
@@ -359,21 +361,32 @@ class Project(Folder):
             negative=", ".join(avoids),
             width=width,
             height=height,
-            init_image=begun,
-            denoise=settings.denoise if begun else None,
+            init_image=init_image,
+            denoise=settings.denoise if init_image else None,
             mask=mask,
             styles=looks,
             **{key: getattr(settings, key) for key in SPEC_KEYS},
         )
         expand = expander(settings.model, settings.creativity, settings.device)
         shots: list[Shot] = []
-        whole: dict[str, str] = {}  # a long prompt is kept once, not once per seed
+        texts: dict[str, str] = {}  # a long prompt is kept once, not once per seed
         for n in range(seed, seed + batch):
-            led = expand(prompt.text, settings.creativity, n, styles=tuple(joined), avoids=tuple(avoids), look=shown)
-            made = replace(spec, seed=n, prompt=whole.setdefault(led, ", ".join([led, *joined])))
+            expanded = expand(
+                prompt.text, settings.creativity, n, styles=tuple(joined), avoids=tuple(avoids), look=has_look
+            )
+            picture_spec = replace(spec, seed=n, prompt=texts.setdefault(expanded, ", ".join([expanded, *joined])))
             caption = f"{cell.caption} · seed {n}" if cell.caption and batch > 1 else cell.caption
             shots.append(
-                Shot(f"{name}-{n}", name, prompt.text, made, cell.row, caption, settings.creativity, settings.format)
+                Shot(
+                    f"{name}-{n}",
+                    name,
+                    prompt.text,
+                    picture_spec,
+                    cell.row,
+                    caption,
+                    settings.creativity,
+                    settings.format,
+                )
             )
         return shots
 
@@ -385,7 +398,7 @@ class Head:
     name: str = ""
 
 
-def weigh(shot: Shot) -> int:
+def plan_chars(shot: Shot) -> int:
     """The least number of characters that a picture adds to its run's plan; a reference adds its path and hash."""
     styles = shot.spec.styles
     spoken = sum(len(word) for style in styles for word in (*style.keywords, *style.avoids))

@@ -15,8 +15,8 @@ from PIL import Image, ImageChops
 from k2cli import history, metadata, records
 from k2cli.commands import as_user_error
 from k2cli.console import for_shell, print_result, say, short_path, show_error, to_json
-from k2cli.dialect import dump
 from k2cli.disk import Exists, write_files
+from k2cli.fast_toml import dump
 from k2cli.folder import Folder
 from k2cli.formats import SUFFIXES, encode, format_of
 from k2cli.outputs import BLOCKED, RUN, Run, picture_of
@@ -81,17 +81,17 @@ class RerunFolders(ExitStack):
         return super().__exit__(*error)
 
 
-Named = tuple[Path, K2Error | OSError | None]  # a picture or a record; or a folder, and why none were found in it
+Found = tuple[Path, K2Error | OSError | None]  # a picture or a record; or a folder, and why none were found in it
 
 
-def pictures_in(files: Iterable[Path], lone: list[Path] | None = None) -> list[Named]:
+def pictures_in(files: Iterable[Path], orphans: list[Path] | None = None) -> list[Found]:
     """Pictures and records as named; for a run's folder all its pictures, also those without a record. Records whose
     pictures are gone go to `lone`, or into the result if that is None. If a folder is unreadable or empty, its error is
     returned in its place."""
-    found: list[Named] = []
+    found: list[Found] = []
     for file in files:
         try:
-            found += [(each, None) for each in (pictures_of(file, lone) if file.is_dir() else [file])]
+            found += [(each, None) for each in (pictures_of(file, orphans) if file.is_dir() else [file])]
         except (K2Error, OSError) as error:
             found.append((file, error))
     return found
@@ -101,21 +101,21 @@ def pictures_of(folder: Path, lone: list[Path] | None) -> list[Path]:
     """The pictures in a run's folder. Raises K2Error if it has none, and OSError."""
     unknown: list[Path] = []
     made = history.read_run(folder, on_skipped=unknown.append)
-    alone = sorted(each for each in folder.glob("*.toml") if is_orphan(each))
-    if not (made or unknown or alone):
+    unpictured = sorted(each for each in folder.glob("*.toml") if is_orphan(each))
+    if not (made or unknown or unpictured):
         raise K2Error(f"There are no k2 pictures in {folder}.", hint="Name a picture, a record, or a run.")
     there = [*(each.path for each in made), *sorted(unknown)]
     if lone is None:
-        return [*there, *alone]
+        return [*there, *unpictured]
     if not there:
-        raise K2Error(f"All pictures in {folder} are gone.", hint=how_to_reproduce(alone))
-    lone += alone
+        raise K2Error(f"All pictures in {folder} are gone.", hint=how_to_reproduce(unpictured))
+    lone += unpictured
     return there
 
 
-def how_to_reproduce(lone: Sequence[Path]) -> str:
+def how_to_reproduce(orphans: Sequence[Path]) -> str:
     """How to reproduce pictures that are gone: only on request, as somebody may have deleted them."""
-    return f"To reproduce one, name its record: k2 rerun {for_shell(lone[0])}"
+    return f"To reproduce one, name its record: k2 rerun {for_shell(orphans[0])}"
 
 
 def is_orphan(record: Path) -> bool:
@@ -134,7 +134,7 @@ def is_orphan(record: Path) -> bool:
 def reproduce(
     file: Path,
     home: Folder | None,
-    shelf: RerunFolders,
+    folders: RerunFolders,
     output: Path | None,
     device: str | None,
     *,
@@ -147,7 +147,7 @@ def reproduce(
     """
     inside = home.recorded_path if home else None
     toml = records.read(file)
-    record, other = records.parse(toml, inside), other_beside(file, toml)
+    record, other = records.parse(toml, inside), differing_record(file, toml)
     if "seed" not in record.table["settings"]:
         raise K2Error(f"The record of {file} has no seed.", hint="Without it the picture cannot be reproduced.")
     model = records.locate(record, inside)
@@ -155,10 +155,10 @@ def reproduce(
         check_output(output)
     elif home is None and not check:
         raise K2Error(f"There is no project around {file} to write to.", hint="Name a file to write: --output FILE.png")
-    kept = format_of((output or picture_of(file)).name) or "png"
+    format = format_of((output or picture_of(file)).name) or "png"
     run = None
     if home is not None and output is None and not check:  # before it is rendered: if it cannot be kept, say so now
-        run = shelf.run_for(home, record.shot.name, record.shot.stem)
+        run = folders.run_for(home, record.shot.name, record.shot.stem)
     pipeline = load_pipeline(replace(record.model, name=model, device=device or record.model.device))
     picture, again = render_again(pipeline, record, file, home, on_step)
     if blocked := again["blocked"]:
@@ -166,9 +166,9 @@ def reproduce(
     compared = compare(picture_of(file), record, picture.image, again)
     if check:
         return Reproduction(Saved(picture_of(file), again, record.shot.stem), *compared, checked=True, other=other)
-    encoded, text = metadata.encode(picture.image, again, embed=embed, format=kept), dump(again)
+    encoded, text = metadata.encode(picture.image, again, embed=embed, format=format), dump(again)
     if run is not None:
-        path = run.save(record.shot.stem, encoded, text, SUFFIXES[kept])
+        path = run.save(record.shot.stem, encoded, text, SUFFIXES[format])
     else:
         assert output is not None
         path = output
@@ -179,7 +179,7 @@ def reproduce(
     return Reproduction(Saved(path, again, record.shot.stem), *compared, checked=False, other=other)
 
 
-def other_beside(file: Path, read: Toml) -> Path | None:
+def differing_record(file: Path, read: Toml) -> Path | None:
     """The record beside a picture, if it differs from the one that was read; else None."""
     beside = file.with_suffix(".toml")
     table = None if beside == file else history.load_record(beside)
@@ -213,10 +213,10 @@ def render_again(
     (group,) = wanted_groups(pipeline.batches(specs), {place}) or [()]
     if len(group) > 1:
         pictures = pipeline.stream([specs[index] for index in group], on_step=on_step)
-        beside = next(each for index, each in zip(group, pictures, strict=True) if index == place)
-        composed = records.compose(record.shot, beside, root)
+        in_batch = next(each for index, each in zip(group, pictures, strict=True) if index == place)
+        composed = records.compose(record.shot, in_batch, root)
         if composed["pixels"] == record.pixels:
-            return beside, composed
+            return in_batch, composed
     return picture, again
 
 
@@ -323,14 +323,14 @@ def compare(path: Path, record: records.Record, image: Image.Image, again: Mappi
     if records.pixel_hash(found) == record.pixels:
         return (difference(found, image) if found.size == image.size else off), ""  # else its record was changed
     if format_of(path.name) == "jpeg":
-        here = record.table.get("versions", {}).get("pillow") == version("pillow")  # and so the same encoder
-        left = as_jpeg(image)
-        kept = off is None or (
-            found.size == left.size and difference(found, left) <= (0 if here else MAX_JPEG_DIFFERENCE)
+        same_encoder = record.table.get("versions", {}).get("pillow") == version("pillow")  # and so the same encoder
+        encoded = as_jpeg(image)
+        unchanged = off is None or (
+            found.size == encoded.size and difference(found, encoded) <= (0 if same_encoder else MAX_JPEG_DIFFERENCE)
         )
     else:
-        kept = records.pixel_hash(found) == again["pixels"]
-    return off, "" if kept else "changed"  # if the picture is unchanged, its record was changed
+        unchanged = records.pixel_hash(found) == again["pixels"]
+    return off, "" if unchanged else "changed"  # if the picture is unchanged, its record was changed
 
 
 def difference(one: Image.Image, other: Image.Image) -> int:

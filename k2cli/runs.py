@@ -10,15 +10,15 @@ from pathlib import Path
 from typing import Any
 
 from k2cli import metadata, models, records
-from k2cli.dialect import dump, parse_long
 from k2cli.disk import uninterrupted, write_files
 from k2cli.facts import steps_and_guidance
+from k2cli.fast_toml import dump, parse_long
 from k2cli.folder import Folder
 from k2cli.formats import SUFFIXES
 from k2cli.history import MadePicture
 from k2cli.outputs import RUN, SHEET, Run, number_of
 from k2cli.pictures import check_picture
-from k2cli.project import MOST_PLAN, Project, Shot
+from k2cli.project import MAX_PLAN, Project, Shot
 from k2cli.prompts import prompt_of
 from k2cli.sheet import Entry, contact_sheets
 from k2cli.tables import Place, Toml, between, read_table
@@ -86,7 +86,7 @@ def begin(job: Job) -> Job:
         job.run.lock()
         return job
     planned = dump(plan(job))
-    if len(planned) > MOST_PLAN:
+    if len(planned) > MAX_PLAN:
         raise K2Error("The run is too large to plan.", hint="Render the prompts in several runs: --only")
     return replace(job, run=Run.claim(job.project.outputs, job.title, {RUN: planned}))
 
@@ -253,7 +253,7 @@ def model_as_started(project: Project, run: Run, shots: Sequence[Shot], planned:
 def read_plan(project: Folder, run: Run) -> tuple[Toml, list[tuple[Shot, dict[Path, str]]]]:
     """A run's plan, and the pictures in it with the hashes of their references. Raises K2Error."""
     project.path_inside(run.folder)
-    toml = Toml.read(run[RUN], f"{run.folder.name}/{RUN}", limit=MOST_PLAN, parse=parse_long)
+    toml = Toml.read(run[RUN], f"{run.folder.name}/{RUN}", limit=MAX_PLAN, parse=parse_long)
     if toml.table.get("schema") != records.SCHEMA or not isinstance(toml.table.get("picture"), list):
         raise K2Error(
             f"{toml.label} is not a plan that this version of k2 can read.", hint="Start a new run with: k2 render"

@@ -10,7 +10,7 @@ from pathlib import Path
 from k2cli import history
 from k2cli.console import aligned, sanitize, screen_width
 from k2cli.outputs import RUN, SHEET, Run
-from k2cli.project import MOST_PLAN, Project
+from k2cli.project import MAX_PLAN, Project
 from k2cli.prompts import name_files
 from k2cli.tables import Place
 from k2cli.texts import quote
@@ -110,7 +110,7 @@ def run_progress(run: Run) -> tuple[int, int]:
         return 0, 0
     try:
         with open_file(run[RUN]) as file:
-            stems = [stem.decode() for stem in PLANNED_PICTURE.findall(file.read(MOST_PLAN))]
+            stems = [stem.decode() for stem in PLANNED_PICTURE.findall(file.read(MAX_PLAN))]
         return sum(map(run.has, stems)), len(stems)
     except (OSError, ValueError):
         return 0, 0

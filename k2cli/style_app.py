@@ -295,7 +295,7 @@ def mix_styles(
         raise typer.BadParameter("without --sweep or --save-as there is nothing left to do", param_hint="--no-preview")
     jobs = []
     if sweep is not None or preview:
-        settings = opened.settle(
+        settings = opened.resolve_settings(
             **{"variant": variant_of(turbo), "seed": seed_of(seed), "size": size, "steps": steps, "guidance": guidance},
             **{"guidance_until": guidance_until, "sampler": sampler, "style_guidance": style_guidance},
             **{"init_image": init_image and str(init_image), "denoise": denoise, "model": model, "device": device},
@@ -380,7 +380,7 @@ def analyze(
     board = replace(board, notes=(*filter(None, (sheets, describe_skipped(others))), *board.notes))
     model = ""
     with suppress(K2Error):  # a model not pulled yet has nothing to say
-        model = home.settle().model
+        model = home.resolve_settings().model
     if model:
         board = moodboard.describe_taste(board, model, home.settings.device)
     # The project's board may be refs/NAME itself, which must not grow by its own looks.

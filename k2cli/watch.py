@@ -170,7 +170,7 @@ def plan_missing(
     from k2cli.planning import plan_job
     from model.hashes import files_of, identity
 
-    chosen = replace(project.settle(**settings), drawn=drawn)
+    chosen = replace(project.resolve_settings(**settings), drawn=drawn)
     prompts = project.choose(only) if only else None
     matrices = project.comparing(prompts)
     shots = project.shots(chosen, prompts, None, matrices)

@@ -209,7 +209,7 @@ def many_pictures(outputs: Path, count: int, *, per_run: int = 40, text: str = "
     """A history of any length: runs of one prompt each, records as a render writes them, one small picture."""
     from datetime import UTC, datetime, timedelta
 
-    from k2cli.dialect import dump
+    from k2cli.fast_toml import dump
 
     subjects = ("fox", "owl", "teapot", "lighthouse", "cactus")
     if not png:

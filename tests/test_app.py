@@ -215,7 +215,7 @@ def test_dry_run_shows_everything_and_writes_nothing(moody, k2, fake):
 
 def test_dry_run_on_a_terminal_prints_a_table(moody, fake, monkeypatch, capsys):
     project = Project.open(moody)
-    settings = project.settle()
+    settings = project.resolve_settings()
     job = plan_job(project, settings, project.shots(settings), compared=False)
     monkeypatch.setattr("sys.stdout.isatty", lambda: True)
     monkeypatch.setenv("COLUMNS", "80")

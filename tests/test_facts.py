@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from k2cli import facts, gallery, records
-from k2cli.dialect import dump
+from k2cli.fast_toml import dump
 from k2cli.history import MadePicture
 from k2cli.project import Shot
 from k2cli.records import SPEC_KEYS, Record

@@ -39,7 +39,7 @@ def test_a_new_project_from_pictures(moody, k2, tmp_path):
     text = (tmp_path / "taken" / "k2.toml").read_text()
     assert "# guidance = 6        # with dreams_v8" in text and "# it was 512x768" in text
     project = Project.open(tmp_path / "taken")
-    shots = project.shots(project.settle())
+    shots = project.shots(project.resolve_settings())
     assert [(shot.spec.prompt, shot.spec.negative, shot.spec.seed) for shot in shots] == [
         ("a red fox, film grain, second line", "blurry, text", 1234567890),
         ("a {red} fox", "blurry", 99),
@@ -88,7 +88,7 @@ def test_a_folder_of_pictures_is_taken_with_its_batches(moody, k2, tmp_path):
 
     assert "Passed over: bare.png and 1 more, which state no prompt." in said
     assert len(project.prompts) == 2
-    assert sorted(shot.spec.seed for shot in project.shots(project.settle())) == [7, 8, 9, 40]
+    assert sorted(shot.spec.seed for shot in project.shots(project.resolve_settings())) == [7, 8, 9, 40]
 
     assert "Not imported" not in k2("new", tmp_path / "run", "--from", *moody.glob("outputs/0001-*")).stderr
     said = k2("new", tmp_path / "all", "--from", *moody.glob("outputs/0001-*/*.png")).stderr  # as a shell finds them
@@ -129,7 +129,7 @@ def test_a_picture_of_k2_is_asked_for_again(moody, k2, tmp_path, keep):
 
     k2("new", tmp_path / "again", "--from", tmp_path / "moved.png")
     project = Project.open(tmp_path / "again")
-    (shot,) = project.shots(project.settle())
+    (shot,) = project.shots(project.resolve_settings())
 
     assert shot.spec.prompt == "a fox in {a|b}" and shot.spec.seed == 7
     assert (shot.spec.width, shot.spec.height, shot.spec.steps, shot.spec.guidance) == (64, 96, 5, 1.5)
@@ -196,7 +196,7 @@ def test_a_record_beside_a_picture_that_carries_none_is_read(moody, k2, tmp_path
     made = k2("render", "-p", "a fox", "--seed", "40", "--size", "64x96", "--no-embed").stdout.strip()
 
     k2("new", tmp_path / "again", "--from", made)
-    (shot,) = (project := Project.open(tmp_path / "again")).shots(project.settle())
+    (shot,) = (project := Project.open(tmp_path / "again")).shots(project.resolve_settings())
 
     assert (shot.given, shot.spec.seed, shot.spec.width, shot.spec.height) == ("a fox", 40, 64, 96)
 
@@ -358,7 +358,7 @@ def test_pictures_that_differ_in_what_stays_behind_alone_are_asked_for_once(mood
     said = k2("new", tmp_path / "again", "--from", *moody.glob("outputs/*/")).stderr
 
     project = Project.open(tmp_path / "again")
-    assert [shot.spec.seed for shot in project.shots(project.settle())] == [7, 8, 20]
+    assert [shot.spec.seed for shot in project.shots(project.resolve_settings())] == [7, 8, 20]
     assert "Not imported from a-fox-07-7.png and 11 more: style dusk.\n" in said and said.count("Not imported") == 2
 
 
@@ -382,5 +382,5 @@ def test_pictures_of_several_shapes_keep_each_its_own(moody, k2, tmp_path):
     k2("new", tmp_path / "again", *(word for path in (fox, owl, tmp_path / "wide.png") for word in ("--from", path)))
     project = Project.open(tmp_path / "again")
 
-    sizes = {shot.given: (shot.spec.width, shot.spec.height) for shot in project.shots(project.settle())}
+    sizes = {shot.given: (shot.spec.width, shot.spec.height) for shot in project.shots(project.resolve_settings())}
     assert sizes == {"a fox": (64, 96), "an owl": (96, 64), "tea": (176, 96)}

@@ -23,7 +23,7 @@ from PIL import Image
 from test_records import MADE, shot
 
 from k2cli import facts, metadata, moodboard, records
-from k2cli.dialect import dump
+from k2cli.fast_toml import dump
 from k2cli.pictures import check_picture
 from k2cli.project import Project
 from k2cli.runs import resume
@@ -238,7 +238,7 @@ def studio(moody, monkeypatch) -> Path:
 
 def planned(folder: Path) -> None:
     project = Project.open(folder)
-    for each in project.shots(project.settle())[:50]:
+    for each in project.shots(project.resolve_settings())[:50]:
         records.planned_record(each, project.root)
 
 

@@ -15,7 +15,7 @@ from conftest import many_pictures, tree
 from PIL import Image
 
 from k2cli import gallery, history, metadata
-from k2cli.dialect import dump
+from k2cli.fast_toml import dump
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 EVIL = (

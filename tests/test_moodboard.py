@@ -327,7 +327,7 @@ def test_analyze_writes_a_style_that_renders(den, k2):
     assert k2("moodboard", "analyze", "refs/board", "--force", "--quiet").stdout == "styles/board.toml\n"
     (den / "k2.toml").write_text(K2.partition("[moodboard]")[0])
     assert "There is no moodboard" in k2("moodboard", "analyze", "--force", code=1).stderr
-    (shot,) = Project.open(den).shots(Project.open(den).settle(), None, {"board": 0.35})
+    (shot,) = Project.open(den).shots(Project.open(den).resolve_settings(), None, {"board": 0.35})
     assert shot.spec.styles[0].strength == 0.35 and shot.spec.styles[0].references
 
 
@@ -345,7 +345,7 @@ def test_board_style_outlives_the_outputs(den, k2):
     named = [entry["image"] for entry in tomllib.loads((den / "styles" / "board.toml").read_text())["reference"]]
     assert named == [each["image"] for look in made["looks"] for each in look["representatives"]]
     assert {str(Path(image).parent) for image in named} == {"refs/board", "refs/board-looks"}
-    (shot,) = Project.open(den).shots(Project.open(den).settle(), None, {"board": 0.35})
+    (shot,) = Project.open(den).shots(Project.open(den).resolve_settings(), None, {"board": 0.35})
     assert len(shot.spec.styles[0].references) == len(named)
     assert list(lying.parent.iterdir()) == [lying]
 
@@ -357,7 +357,7 @@ def test_board_may_be_outside_the_project(den, k2, tmp_path):
     for name, folder in (("one", "../mine"), ("two", tmp_path / "mine" / "*")):
         named = [folder] if name == "one" else sorted(folder.parent.glob("*.png"))
         k2("moodboard", "analyze", *named, "--name", name)
-        (shot,) = Project.open(den).shots(Project.open(den).settle(), None, {name: 0.35})
+        (shot,) = Project.open(den).shots(Project.open(den).resolve_settings(), None, {name: 0.35})
         parents = {reference.image.parent for reference in shot.spec.styles[0].references}
         assert parents == {den / "refs" / f"{name}-looks"}
 
@@ -376,7 +376,7 @@ def test_board_may_have_file_names_that_style_files_cannot(den, k2, tmp_path):
         (folder / "bro\tken.png").write_bytes(b"")
         told = k2("moodboard", "analyze", folder, "--name", folder.name).stderr
         assert "Left out: bro?ken.png" in told and "12 pictures in" in told
-        (shot,) = Project.open(den).shots(Project.open(den).settle(), None, {folder.name: 0.35})
+        (shot,) = Project.open(den).shots(Project.open(den).resolve_settings(), None, {folder.name: 0.35})
         assert all(each.image.parent.name == f"{folder.name}-looks" for each in shot.spec.styles[0].references)
 
     (den / "k2.toml").write_text(K2)
@@ -547,7 +547,7 @@ def test_moodboard_strength_is_an_option(den, k2):
 def test_board_is_analysed_once(den, monkeypatch):
     def style():
         project = Project.open(den)
-        return project.shots(project.settle())[0].spec.styles
+        return project.shots(project.resolve_settings())[0].spec.styles
 
     first = style()
     monkeypatch.setattr(moodboard, "analyse_board", None)

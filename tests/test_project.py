@@ -25,7 +25,7 @@ from model.errors import K2Error
 
 
 def shots(project: Project, prompts: list[Prompt] | None = None, styles: dict[str, float] | None = None, **options):
-    return project.shots(project.settle(**options), prompts, styles)
+    return project.shots(project.resolve_settings(**options), prompts, styles)
 
 
 def test_a_new_project_resolves_as_it_is(fake, tmp_path):
@@ -109,7 +109,7 @@ def test_errors_in_prompts_and_matrices_name_their_line(moody, monkeypatch, line
     project = Project.open(moody)
 
     with pytest.raises(K2Error) as caught:
-        project.shots(project.settle(), matrices=project.matrices)
+        project.shots(project.resolve_settings(), matrices=project.matrices)
     assert str(caught.value) == f"k2.toml, line {len(PROJECT.splitlines()) + 1}: {problem}"
 
 
@@ -295,7 +295,7 @@ def test_options_override_prompts_own_settings_and_styles(dusky, options, styles
 def test_a_matrix_overrides_a_prompts_own_settings(dusky):
     cells = read_axes(["size=64x64,96x64", "style.dusk=0,1", "steps=2"])
 
-    made = dusky.shots(dusky.settle(), dusky.choose(["an-owl-at-night"]), matrices=[cells])
+    made = dusky.shots(dusky.resolve_settings(), dusky.choose(["an-owl-at-night"]), matrices=[cells])
     assert [(shot.spec.width, shot.spec.steps, strength(shot)) for shot in made] == [
         (64, 2, 0),
         (64, 2, 1),
@@ -557,10 +557,11 @@ def test_a_projects_model_stays_inside_it(moody):
     (moody / "k2.toml").write_text(PROJECT.replace("seed = 7", 'model = "../other.safetensors"'))
 
     with pytest.raises(K2Error, match="lies outside the project"):
-        Project.open(moody).settle()
+        Project.open(moody).resolve_settings()
 
-    outside = Project.open(moody, allow_outside=True).settle()
-    typed = Project.open(moody).settle(model="../other.safetensors")  # typed in the shell, relative to its folder
+    outside = Project.open(moody, allow_outside=True).resolve_settings()
+    # typed in the shell, relative to its folder
+    typed = Project.open(moody).resolve_settings(model="../other.safetensors")
     assert Path(outside.model).samefile(typed.model)
 
 
@@ -718,7 +719,7 @@ def test_creativity_differs_by_seed_and_is_recorded(moody, k2):
     project = Project.open(moody)
 
     def prompts(level: str | None) -> list[str]:
-        return [shot.spec.prompt for shot in project.shots(project.settle(creativity=level, batch=4))]
+        return [shot.spec.prompt for shot in project.shots(project.resolve_settings(creativity=level, batch=4))]
 
     assert prompts("raw") == prompts(None) == ["a red fox"] * 4 + ["an owl at night"] * 4
     high = prompts("high")

@@ -85,7 +85,7 @@ def test_the_example_project_is_valid(fake, tmp_path):
     (tmp_path / "styles" / "riso.toml").write_text('keywords = ["riso print"]\n')
 
     project = Project.open(tmp_path)
-    planned = project.shots(project.settle(), None, {"blend": 0.5})
+    planned = project.shots(project.resolve_settings(), None, {"blend": 0.5})
 
     assert [shot.stem for shot in planned] == ["fox-7", "fox-8"]
 

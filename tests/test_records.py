@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from k2cli import history, metadata, models, records, rerun, runs
-from k2cli.dialect import dump
+from k2cli.fast_toml import dump
 from k2cli.project import Project, Shot
 from k2cli.tables import LIMIT, Toml
 from k2cli.texts import relative
@@ -177,7 +177,7 @@ def test_a_project_that_holds_its_model_takes_plans_and_records_along(moody):
     write_weights(moody / "ink.safetensors", {"kind": "dit", "native": 128})
     (moody / "k2.toml").write_text(PROJECT.replace("seed = 7", 'model = "ink.safetensors"'))
     project = Project.open(moody)
-    chosen = project.settle()
+    chosen = project.resolve_settings()
     made = MADE | {"model": MADE["model"] | {"name": chosen.model}}
 
     assert Path(chosen.model).is_absolute()

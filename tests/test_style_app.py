@@ -14,7 +14,7 @@ from PIL import Image
 
 from k2cli import mix, new_style, runs, sheet
 from k2cli.completion import complete_style
-from k2cli.dialect import dump
+from k2cli.fast_toml import dump
 from k2cli.moodboard import gather
 from k2cli.project import Project
 from k2cli.style_app import list_styles
@@ -52,7 +52,7 @@ def table(path: Path) -> dict:
 
 def spec_of(folder: Path, **weights: float):
     project = Project.open(folder)
-    return project.shots(project.settle(), None, weights)[0].spec
+    return project.shots(project.resolve_settings(), None, weights)[0].spec
 
 
 # ---- add --------------------------------------------------------------------------------------------------------
@@ -666,7 +666,7 @@ def test_weights_of_a_sweep_are_told_to_two_places():
 
 def test_pictures_of_a_sweep_sort_as_they_are_numbered(looks):
     project, layout = Project.open(looks), mix.sweep({"dusk": 1.0, "riso": 1.0}, 100)
-    made = mix.plan(project, project.settle(), project.prompts[0], layout).shots
+    made = mix.plan(project, project.resolve_settings(), project.prompts[0], layout).shots
 
     assert [shot.stem.split("-")[-2] for shot in made] == [f"{i:03}" for i in range(1, 101)]
 

@@ -41,7 +41,7 @@ def write(project: Path, name: str, text: str) -> None:
 
 def resolve(folder: Path, **weights: float):
     project = Project.open(folder)
-    return project.shots(project.settle(), None, weights)[0].spec
+    return project.shots(project.resolve_settings(), None, weights)[0].spec
 
 
 def test_words_join_the_prompt_and_pictures_become_references(styled):

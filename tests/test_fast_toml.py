@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from k2cli import dialect
+from k2cli import fast_toml
 
 values = st.one_of(
     st.text(st.characters(codec="utf-8")),
@@ -28,9 +28,9 @@ tables = st.dictionaries(
 
 @given(tables)
 def test_parse_agrees_with_tomllib_on_dumped_tables(table):
-    text = dialect.dump(table).decode()
+    text = fast_toml.dump(table).decode()
 
-    assert dialect.parse(text) == tomllib.loads(text)
+    assert fast_toml.parse(text) == tomllib.loads(text)
 
 
 @pytest.mark.parametrize(
@@ -57,7 +57,7 @@ def test_parse_agrees_with_tomllib_on_handwritten_toml(text):
         except ValueError:
             return "no TOML"
 
-    assert outcome(dialect.parse) == outcome(tomllib.loads)
+    assert outcome(fast_toml.parse) == outcome(tomllib.loads)
 
 
 def test_render_records_take_the_fast_path(moody, k2):
@@ -66,11 +66,11 @@ def test_render_records_take_the_fast_path(moody, k2):
     paths = list(moody.glob("outputs/*/*-[78].toml"))
     assert len(paths) == 4
     for path in paths:
-        assert dialect.parse_lines(path.read_text()) == tomllib.loads(path.read_text())
+        assert fast_toml.parse_lines(path.read_text()) == tomllib.loads(path.read_text())
 
 
 def test_dump_leaves_out_only_none():
     assert (
-        dialect.dump({"a": 0, "b": None, "c": {"d": [1, 2], "e": None, "f": ""}}).decode()
+        fast_toml.dump({"a": 0, "b": None, "c": {"d": [1, 2], "e": None, "f": ""}}).decode()
         == 'a = 0\n\n[c]\nd = [\n    1,\n    2,\n]\nf = ""\n'
     )
