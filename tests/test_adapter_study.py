@@ -23,7 +23,7 @@ def catalog(tmp_path_factory) -> Catalog:
     return make_data(tmp_path_factory.mktemp("data") / "mini", subjects=30, drawings=2)
 
 
-def test_ten_pictures_of_as_many_subjects_without_a_word_of_their_look(catalog, tmp_path):
+def test_teaches_ten_subjects_without_naming_their_look(catalog, tmp_path):
     look = choose_looks(catalog)[0]
     taught = teach(catalog, look, tmp_path)
 
@@ -37,7 +37,7 @@ def test_ten_pictures_of_as_many_subjects_without_a_word_of_their_look(catalog, 
     assert not shown & {hashlib.sha256(catalog.picture(item).tobytes()).digest() for item in standing}
 
 
-def test_figures_of_three_ways_beside_real_pictures(catalog, tmp_path, tiny, monkeypatch):  # noqa: F811
+def test_compares_three_ways_with_real_pictures(catalog, tmp_path, tiny, monkeypatch):  # noqa: F811
     monkeypatch.setattr(states, "RUNS", tmp_path / "runs")
     torch.manual_seed(0)
     judge = Judge(JudgeConfig(("cat", "fox"))).eval()

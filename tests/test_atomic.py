@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from model.atomic import DEAD_AFTER, atomic_write
 
 
-def test_a_file_takes_its_place_once_it_is_written(tmp_path):
+def test_file_appears_once_it_is_complete(tmp_path):
     path = tmp_path / "a.json"
     path.write_text("old")
 
@@ -24,7 +24,7 @@ def test_a_file_takes_its_place_once_it_is_written(tmp_path):
 
 
 @pytest.mark.parametrize("error", [OSError, KeyboardInterrupt])
-def test_what_fails_leaves_the_old_file_and_nothing_else(tmp_path, error):
+def test_failure_leaves_only_the_old_file(tmp_path, error):
     path = tmp_path / "a.json"
     path.write_text("old")
 
@@ -37,7 +37,7 @@ def test_what_fails_leaves_the_old_file_and_nothing_else(tmp_path, error):
 
 @pytest.mark.skipif(os.name == "nt", reason="has no such rights")
 @pytest.mark.parametrize("mask", [0o022, 0o077, 0o027])
-def test_it_has_the_rights_of_any_new_file(tmp_path, mask):
+def test_file_gets_default_permissions(tmp_path, mask):
     """Whatever the writer, and without the process's mask being touched, which files of other threads hang on."""
     before = os.umask(mask)
     try:
@@ -51,7 +51,7 @@ def test_it_has_the_rights_of_any_new_file(tmp_path, mask):
     assert load_file(tmp_path / "a.safetensors")["a"].tolist() == [1, 1]
 
 
-def test_two_who_write_one_file_share_no_draft(tmp_path):
+def test_concurrent_writers_share_no_draft(tmp_path):
     both = threading.Barrier(2)
 
     def write(text):
@@ -65,7 +65,7 @@ def test_two_who_write_one_file_share_no_draft(tmp_path):
     assert (tmp_path / "a").read_text() in ("one", "another") and os.listdir(tmp_path) == ["a"]
 
 
-def test_what_a_killed_process_left_of_the_file_goes_with_the_next(tmp_path):
+def test_stale_draft_is_removed_by_the_next_write(tmp_path):
     old, new, others = (tmp_path / name for name in (".a[1].0.draft", ".a[1].1.draft", ".b.0.draft"))
     for draft in (old, new, others):
         draft.write_text("half")

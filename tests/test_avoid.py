@@ -49,11 +49,11 @@ def led(rows: torch.Tensor, weight: float) -> Direction:
 # ---- the mathematics ----------------------------------------------------------------------------
 
 
-def test_without_phrases_it_is_the_very_same_tensor(rows):
+def test_no_phrases_return_the_same_tensor(rows):
     assert steer_away(rows["fox"], [], rows["neutral"]) is rows["fox"]
 
 
-def test_at_weight_one_the_avoided_words_say_nothing(rows):
+def test_weight_one_neutralises_the_avoided_words(rows):
     """As rows of a prompt they become neutral one by one, and what stands at right angles to them stays; where the
     prompt does not speak of them, it goes by half of their mean."""
     neutral = middle(rows["neutral"])
@@ -72,7 +72,7 @@ def test_at_weight_one_the_avoided_words_say_nothing(rows):
     assert torch.equal(gone[:, 4:], said[:, 4:])
 
 
-def test_rows_that_speak_of_it_in_part_lose_a_part(rows):
+def test_partly_related_rows_lose_a_part(rows):
     """By the formula, for rows a fifth and seven tenths of whose square lie in the phrase's direction."""
     neutral = middle(rows["neutral"])
     of_it, other = torch.linalg.qr(torch.randn(3, 16, 2))[0].permute(2, 0, 1)  # [N, E]
@@ -87,7 +87,7 @@ def test_rows_that_speak_of_it_in_part_lose_a_part(rows):
     torch.testing.assert_close(moved[:, :2], expected, atol=1e-5, rtol=1e-4)
 
 
-def test_words_that_say_the_same_are_one_direction(rows):
+def test_synonymous_words_are_one_direction(rows):
     neutral, ink = middle(rows["neutral"]), split_suffix(rows["ink"])[0]
     adds = torch.zeros(1, SUFFIX_TOKENS, 3, 16)
     once, twice = (Direction(neutral + torch.cat([ink] * n, 1), adds, 1.0) for n in (1, 2))
@@ -97,7 +97,7 @@ def test_words_that_say_the_same_are_one_direction(rows):
     torch.testing.assert_close(*alike)
 
 
-def test_it_is_linear_while_it_is_small(rows):
+def test_steering_is_linear_while_small(rows):
     fox, neutral = rows["fox"], rows["neutral"]
     near = {
         name: torch.cat((middle(neutral) + 0.05 * split_suffix(rows[name])[0], split_suffix(rows[name])[1]), 1)
@@ -113,14 +113,14 @@ def test_it_is_linear_while_it_is_small(rows):
     torch.testing.assert_close(both, shift(("ink", 0.5)) + shift(("fog", 0.3)), atol=1e-6, rtol=1e-4)
 
 
-def test_the_order_means_nothing(rows):
+def test_phrase_order_is_irrelevant(rows):
     parts = [led(rows["ink"], 0.7), led(rows["fog"], 0.3), led(prompt(5, 9), 0.3)]
     first, second = (steer_away(rows["fox"], order, rows["neutral"]) for order in (parts, parts[::-1]))
 
     assert torch.equal(first, second)
 
 
-def test_many_phrases_move_no_further_than_the_rows_are_long(rows):
+def test_total_shift_is_capped(rows):
     fox = rows["fox"]
     moved = steer_away(fox, [led(5 * prompt(2, seed), 2.0) for seed in range(20)], rows["neutral"])
 
@@ -130,7 +130,7 @@ def test_many_phrases_move_no_further_than_the_rows_are_long(rows):
     assert moved.isfinite().all()
 
 
-def test_a_prompt_without_words_of_its_own_still_moves(rows):
+def test_empty_prompt_still_moves(rows):
     empty = prompt(0, 5)
     moved = steer_away(empty, [led(rows["ink"], 1.0)], rows["neutral"])
 
@@ -147,7 +147,7 @@ def test_a_prompt_without_words_of_its_own_still_moves(rows):
         ("", "ink on fog", ""),
     ],
 )
-def test_what_a_phrase_adds_is_told_beside_the_prompt(text, with_it, without):
+def test_phrase_direction_is_relative_to_the_prompt(text, with_it, without):
     asked = []
 
     def encode(words: str) -> torch.Tensor:
@@ -163,7 +163,7 @@ def test_what_a_phrase_adds_is_told_beside_the_prompt(text, with_it, without):
 
 
 @pytest.mark.parametrize("text", ["a fox " * 300, "a fox " * 300 + ", ink", "a fox " * 253])
-def test_what_a_phrase_adds_to_a_prompt_that_is_too_long_is_not_lost(tiny, text):  # noqa: F811
+def test_phrase_still_counts_with_a_too_long_prompt(tiny, text):  # noqa: F811
     speaks = Pipeline.load("tiny", filters=()).text
 
     def adds(prompt: str) -> float:
@@ -176,7 +176,7 @@ def test_what_a_phrase_adds_to_a_prompt_that_is_too_long_is_not_lost(tiny, text)
 # ---- what is avoided ----------------------------------------------------------------------------
 
 
-def test_weights_come_from_the_styles_and_are_one_elsewhere():
+def test_weights_come_from_styles_else_are_one():
     dusk = Style("dusk", 0.6, keywords=("ink",), avoids=("glossy", "fog, snow"))
     turned = Style("riso", -0.3, keywords=("riso print", "fog"), avoids=("ink",))
     spec = replace(FOX, negative="rain, glossy", styles=(dusk, turned))
@@ -192,7 +192,7 @@ def test_weights_come_from_the_styles_and_are_one_elsewhere():
     assert avoided_phrases(replace(FOX, styles=strong)) == (("fog", MAX_WEIGHT),)
 
 
-def test_a_prompts_own_phrase_weighs_one_whatever_a_style_says_of_it():
+def test_prompts_own_phrase_weighs_at_least_one():
     faint = Style("x", 0.05, avoids=("glossy",))
     assert avoided_phrases(replace(FOX, negative="glossy, glossy", styles=(faint,))) == (("glossy", 1.0),)
     assert avoided_phrases(replace(FOX, negative="glossy, glossy", styles=(replace(faint, strength=1.5),)))[0][1] == 1.5
@@ -201,7 +201,7 @@ def test_a_prompts_own_phrase_weighs_one_whatever_a_style_says_of_it():
     )
 
 
-def test_guidance_leads_away_from_what_styles_avoid(tiny):  # noqa: F811
+def test_guidance_uses_the_styles_avoids(tiny):  # noqa: F811
     dusk, turned = Style("dusk", 0.6, avoids=("fog, snow",)), Style("riso", -0.3, keywords=("ink",))
     assert negative_prompt(replace(FOX, negative="rain,  snow", styles=(dusk, turned))) == "rain,  snow, fog, ink"
     assert negative_prompt(replace(FOX, negative="fog, snow", styles=(dusk,))) == "fog, snow"
@@ -217,14 +217,14 @@ def test_guidance_leads_away_from_what_styles_avoid(tiny):  # noqa: F811
 
 
 @pytest.mark.parametrize("guidance", [0.0, 2.0])
-def test_the_order_of_styles_means_nothing_to_what_they_avoid(guidance):
+def test_style_order_does_not_change_avoids(guidance):
     words = (("a", 0.1, ("snow", "fog")), ("b", 0.2, ("ink", "fog")), ("c", 0.3, ("fog", "glossy")))
     styles = [Style(name, strength, avoids=avoids) for name, strength, avoids in words]
     specs = [replace(FOX, guidance=guidance, styles=order) for order in itertools.permutations(styles)]
     assert len({(avoided_phrases(spec), negative_prompt(spec)) for spec in specs}) == 1
 
 
-def test_with_guidance_the_negative_prompt_does_it():
+def test_guidance_uses_the_negative_prompt_instead():
     assert avoided_phrases(replace(FOX, guidance=2.0, negative="fog")) == ()
     assert avoided_phrases(FOX) == () and phrases_in(" , a  b,,c ") == ["a b", "c"]
 
@@ -232,7 +232,7 @@ def test_with_guidance_the_negative_prompt_does_it():
 # ---- in pictures --------------------------------------------------------------------------------
 
 
-def test_pictures_without_guidance_are_led_away(tiny):  # noqa: F811
+def test_unguided_pictures_are_steered_away(tiny):  # noqa: F811
     """Bit-identical without avoids and at strength 0; different, and stronger with strength, with them."""
     pipeline = Pipeline.load("tiny", variant="turbo", device="cpu")
 

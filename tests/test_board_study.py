@@ -61,7 +61,7 @@ def study(tmp_path: Path, monkeypatch):
     return made
 
 
-def test_a_painter_that_ties_reaches_one_look(study):
+def test_painter_with_cohesion_reaches_one_look(study):
     found = {scope: cohesion(study(Painter()), scope) for scope in ("prompt", "run")}
     for each in found.values():
         assert each["rho"]["value"] == pytest.approx(1) and each["rho"]["low"] > 0.99
@@ -71,12 +71,12 @@ def test_a_painter_that_ties_reaches_one_look(study):
     assert found["run"]["pixels_of_zero"]["value"] > found["prompt"]["pixels_of_zero"]["value"]
 
 
-def test_a_painter_that_ties_nothing_is_found_out(study):
+def test_painter_without_cohesion_is_exposed(study):
     found = cohesion(study(Painter(ties=0.0)))
     assert found["rho"]["value"] == 0 and found["spread_of_zero"]["value"] == found["pixels_of_zero"]["value"] == 1
 
 
-def test_bits_that_differ_at_zero_are_found(study):
+def test_differing_bits_at_zero_are_detected(study):
     class Nervous(Painter):
         def stream(self, specs):
             self.calls = getattr(self, "calls", 0) + 1
@@ -86,7 +86,7 @@ def test_bits_that_differ_at_zero_are_found(study):
     assert not cohesion(study(Nervous()))["zero_is_exact"]
 
 
-def test_levels_of_creativity_are_set_beside_raw(study):
+def test_creativity_levels_are_compared_with_raw(study):
     found = creativity(study(Painter()), seeds=2)
     assert found["high"]["subject_of_raw"]["value"] == 1
     assert found["raw"]["pixels"] == found["high"]["pixels"]  # this painter does not listen to them
@@ -101,7 +101,7 @@ def test_likeness_and_distance_are_means_over_pairs(study):
     assert distances([one, same, other])[0] == pytest.approx(2 / 3 * apart, rel=1e-5)
 
 
-def test_members_are_right_where_a_look_holds_its_own():
+def test_members_are_right_if_a_look_holds_its_own():
     a, b = (module.Look("noto", medium) for medium in ("film", "neon"))
     paths = [Path(str(i)) for i in range(6)]
     truth = dict(zip(paths, [a, a, a, b, b, b], strict=True))
@@ -121,6 +121,6 @@ def test_grounds_are_read_from_the_rim(study):
         assert grounds([seen._replace(picture=picture)]) == [name]
 
 
-def test_what_is_avoided_is_one_phrase():
+def test_avoided_word_is_one_phrase():
     for words in module.MEDIA.values():
         assert not words or phrases_in(words[0]) == [words[0]]

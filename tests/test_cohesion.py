@@ -60,7 +60,7 @@ def latents(pipeline: Pipeline, specs: list[RenderSpec]) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("side", [64, 128])
-def test_what_is_listened_to_hangs_beside_the_picture_at_every_size(tiny, board, monkeypatch, side):  # noqa: F811
+def test_lead_tokens_lie_beside_the_picture_at_every_size(tiny, board, monkeypatch, side):  # noqa: F811
     pipeline, reached = Pipeline.load("tiny", device="cpu"), set()
     for module in ("cohesion", "splice"):
         monkeypatch.setattr(f"model.{module}.guard_keys", lambda *args: reached.add(args[-1]) or guard_keys(*args))
@@ -76,14 +76,14 @@ def test_what_is_listened_to_hangs_beside_the_picture_at_every_size(tiny, board,
 # ---- pictures ---------------------------------------------------------------------------------------------------
 
 
-def test_at_zero_pictures_are_independent_bit_for_bit(pipeline):
+def test_zero_cohesion_is_bit_identical_to_independent(pipeline):
     free = [pixels(picture) for picture in pipeline.render(BATCH)]
     assert [pixels(picture) for picture in pipeline.render(tie(BATCH, 0.0))] == free
     leader = Leader("an owl", 1)
     assert [pixels(p) for p in pipeline.render([replace(s, leader=leader) for s in BATCH])] == free
 
 
-def test_the_leader_is_the_picture_that_it_is_alone(pipeline):
+def test_lead_picture_equals_itself_alone(pipeline):
     (alone,) = pipeline.render([FOX])
     first, *others = pipeline.render(tie(BATCH, 1.0))
     assert difference(first, alone) <= 1
@@ -91,7 +91,7 @@ def test_the_leader_is_the_picture_that_it_is_alone(pipeline):
     assert all(pixels(tied) != pixels(free) for tied, free in zip(others, pipeline.render(BATCH[1:]), strict=True))
 
 
-def test_influence_rises_with_cohesion_and_begins_at_nothing(pipeline):
+def test_influence_rises_from_zero_with_cohesion(pipeline):
     free = latents(pipeline, BATCH[1:])
     far = [(latents(pipeline, tie(BATCH, c)[1:]) - free).norm().item() for c in (1e-4, 0.1, 0.3, 0.6, 1.0)]
     assert far == sorted(far) and far[0] < 0.02 * far[-1]
@@ -108,7 +108,7 @@ def test_influence_rises_with_cohesion_and_begins_at_nothing(pipeline):
     ],
 )
 @pytest.mark.parametrize("method", [None, "splice", "tokens"])
-def test_a_picture_does_not_depend_on_the_company_it_was_made_in(pipeline, board, method, changes):
+def test_tied_picture_does_not_depend_on_its_batch(pipeline, board, method, changes):
     """With a leader as without: alone, in any order, in chunks of any size; styles and guidance as they may be."""
     if method == "tokens" and pipeline.parts.style is None:
         method = None
@@ -122,14 +122,14 @@ def test_a_picture_does_not_depend_on_the_company_it_was_made_in(pipeline, board
     assert len({pixels(picture) for picture in together}) == len(specs)
 
 
-def test_many_are_made_in_chunks(pipeline, monkeypatch):
+def test_large_batches_are_rendered_in_chunks(pipeline, monkeypatch):
     specs = tie([replace(FOX, seed=seed) for seed in range(9)], 0.5)
     whole = pipeline.render(specs)
     monkeypatch.setattr("model.pipeline.BATCH_TOKENS", {"cpu": 48, "cuda": 48})
     assert all(difference(a, b) <= 1 for a, b in zip(pipeline.render(specs), whole, strict=True))
 
 
-def test_a_guided_picture_follows_in_every_branch(pipeline):
+def test_guided_picture_follows_in_every_branch(pipeline):
     """Guided away from its own prompt it goes nowhere, tied as free, if the leader does so too."""
     batch = [replace(spec, guidance=3.0, negative=spec.prompt) for spec in BATCH]
     off = [replace(spec, guidance=0.0, negative="") for spec in BATCH]
@@ -137,7 +137,7 @@ def test_a_guided_picture_follows_in_every_branch(pipeline):
     assert all(difference(a, b) <= 1 for a, b in zip(on, pipeline.render(tie(off, 0.8)), strict=True))
 
 
-def test_the_record_says_what_was_shared_with_whom(pipeline):
+def test_record_says_what_was_shared_with_whom(pipeline):
     first, second, _ = (picture.record for picture in pipeline.render(tie(BATCH, 0.5)))
     assert second["cohesion"] == 0.5 and second["leader"] == {"prompt": "a red fox", "seed": 7, "negative": ""}
     assert second["shared"] == pytest.approx({"noise": NOISE / 2, "statistics": PULL / 2, "attention": SHARE / 2})
@@ -145,7 +145,7 @@ def test_the_record_says_what_was_shared_with_whom(pipeline):
     assert "leader" not in pipeline.render([FOX])[0].record
 
 
-def test_what_cannot_be_tied_is_one_sentence(pipeline):
+def test_invalid_ties_are_refused(pipeline):
     leader = Leader("an owl", 1)
     for changes, message in (
         ({"cohesion": 1.5, "leader": leader}, "A cohesion of 1.5"),
@@ -161,7 +161,7 @@ def test_what_cannot_be_tied_is_one_sentence(pipeline):
 # ---- the mathematics --------------------------------------------------------------------------------------------
 
 
-def test_who_leads():
+def test_lead_picture_is_recognised():
     first, second, _ = tie(BATCH, 0.5)
     assert leader_of(FOX) is None and leader_of(first) == leader_of(second) == FOX
     assert is_lead(first) and not is_lead(second)
@@ -193,28 +193,28 @@ def scene():
     return stream, Capture(keys, values, *moments(queries), *moments(keys))
 
 
-def test_words_never_see_the_leader(scene):
+def test_prompt_tokens_never_see_the_lead(scene):
     stream, heard = scene
     answer = shared_attention(attention, heard, 0.7)(*stream)
     assert torch.equal(answer[:, :, :5], attention(*stream)[:, :, :5])
     assert not torch.allclose(answer[:, :, 5:], attention(*stream)[:, :, 5:])
 
 
-def test_an_answer_has_no_jump_at_nothing(scene):
+def test_shared_attention_is_continuous_at_zero(scene):
     stream, heard = scene
     torch.testing.assert_close(
         shared_attention(attention, heard, 1e-6)(*stream), attention(*stream), rtol=1e-4, atol=1e-4
     )
 
 
-def test_who_follows_itself_stays_as_it_is(scene):
+def test_following_itself_changes_nothing(scene):
     """The same keys twice are the same answer, and its own statistics are there already."""
     q, k, v = (x[:, :, 5:] for x in scene[0])
     answer = shared_attention(attention, Capture(k, v, *moments(q), *moments(k)), 1.0)(q, k, v)
     torch.testing.assert_close(answer, attention(q, k, v), rtol=1e-4, atol=1e-5)
 
 
-def test_image_tokens_go_towards_the_leaders_statistics(scene):
+def test_image_tokens_move_towards_the_leads_statistics(scene):
     stream, heard = scene
     asked = []
 
@@ -229,7 +229,7 @@ def test_image_tokens_go_towards_the_leaders_statistics(scene):
     torch.testing.assert_close(k, pull_statistics(stream[1][:, :, 5:], heard.k_mean, heard.k_var, PULL * 0.5))
 
 
-def test_what_a_tie_does_by_its_formula(scene):
+def test_shared_attention_follows_its_formula(scene):
     """A share of each image token's answer is from attention to the leader's tokens and its own stream's."""
     (q, k, v), heard = scene
     queries = pull_statistics(q[:, :, 5:], heard.q_mean, heard.q_var, PULL / 2)
@@ -243,7 +243,7 @@ def test_what_a_tie_does_by_its_formula(scene):
     torch.testing.assert_close(answer[:, :, 5:], expected, rtol=1e-4, atol=1e-5)
 
 
-def test_the_leader_is_heard_in_the_deeper_blocks_and_guarded():
+def test_lead_is_captured_in_deeper_blocks_and_guarded():
     config = replace(DIT, blocks=8)
     bond = LeadAttention(config, 0.5, [1.0, 0.6], 12, 4)
     q, k, v = (torch.randn(1, n, 17, config.head_dim) for n in (config.heads, config.kv_heads, config.kv_heads))
@@ -294,7 +294,7 @@ def den(tiny, tmp_path, monkeypatch) -> Path:  # noqa: F811
     workers.load_pipeline.cache_clear()
 
 
-def test_pictures_of_a_project_are_made_again_one_by_one(den, k2):
+def test_tied_pictures_rerun_one_by_one(den, k2):
     paths = k2("render", "--quiet").stdout.split()
     assert len(paths) == 4
     for path in paths:
@@ -302,7 +302,7 @@ def test_pictures_of_a_project_are_made_again_one_by_one(den, k2):
         k2("rerun", path, "--quiet")
 
 
-def test_a_scope_is_a_prompt_or_the_run(den, k2):
+def test_scope_is_the_prompt_or_the_run(den, k2):
     import json
 
     def led(*options: str) -> list[tuple[str, int, str]]:
@@ -327,7 +327,7 @@ def test_a_scope_is_a_prompt_or_the_run(den, k2):
         assert message in " ".join(k2("render", *options, code=2).stderr.split())
 
 
-def test_prompts_without_a_name_and_with_choices_have_the_first_of_all(den, k2):
+def test_unnamed_prompts_and_choices_follow_the_first_picture(den, k2):
     import json
 
     text = (den / "k2.toml").read_text()
@@ -337,7 +337,7 @@ def test_prompts_without_a_name_and_with_choices_have_the_first_of_all(den, k2):
         assert json.loads(lines)["leader"]["prompt"] == "a red fox"
 
 
-def test_a_line_of_a_stream_is_none_of_the_projects_prompts(den, k2):
+def test_stream_lines_are_not_project_prompts(den, k2):
     """Be it JSON or not; and of a project without any."""
     import json
 
@@ -352,7 +352,7 @@ def test_a_line_of_a_stream_is_none_of_the_projects_prompts(den, k2):
     assert led() == ["a cat", "a cat"]
 
 
-def test_compared_prompts_have_the_first_of_the_whole_comparison(den, k2):
+def test_matrix_pictures_follow_the_first_of_the_whole_matrix(den, k2):
     import json
 
     text = (den / "k2.toml").read_text()
@@ -365,7 +365,7 @@ def test_compared_prompts_have_the_first_of_the_whole_comparison(den, k2):
     assert led() == led("--only", "owl") == {("a red fox", 4)}
 
 
-def test_the_first_of_a_comparison_is_that_of_the_first_matrix(den, k2):
+def test_first_matrix_provides_the_lead(den, k2):
     import json
 
     text = (den / "k2.toml").read_text()
@@ -379,7 +379,7 @@ def test_the_first_of_a_comparison_is_that_of_the_first_matrix(den, k2):
     assert led() == led("--only", "fox") == led("--only", "owl") == {("an owl", 1)}
 
 
-def test_a_matrix_may_be_about_a_prompt_whose_name_was_made_of_its_text(den, k2):
+def test_matrix_may_name_a_prompt_by_its_derived_name(den, k2):
     import json
 
     head = PROJECT.partition("[[prompt]]")[0] + 'scope = "run"\n'
@@ -391,7 +391,7 @@ def test_a_matrix_may_be_about_a_prompt_whose_name_was_made_of_its_text(den, k2)
     assert [json.loads(line)["leader"]["seed"] for line in lines] == [5, 5]
 
 
-def test_a_reading_by_itself_is_compared_and_led_as_among_all(den, k2):
+def test_single_reading_is_compared_and_led_as_in_the_full_run(den, k2):
     import json
 
     head = PROJECT.partition("[[prompt]]")[0] + 'scope = "run"\n'
@@ -410,7 +410,7 @@ def test_a_reading_by_itself_is_compared_and_led_as_among_all(den, k2):
         assert len(ours) == 2 and all(name in file for file in ours) and ours.items() <= every.items()
 
 
-def test_some_of_a_run_are_what_they_are_among_all(den, k2):
+def test_selected_prompts_equal_those_of_the_full_run(den, k2):
     def pixels(*options: str) -> dict[str, bytes]:
         paths = map(Path, k2("render", "--scope", "run", "--batch", "1", "--quiet", *options).stdout.split())
         return {path.name: Image.open(path).tobytes() for path in paths}
@@ -419,7 +419,7 @@ def test_some_of_a_run_are_what_they_are_among_all(den, k2):
     assert owl == {"owl-0.png": every["owl-0.png"]}
 
 
-def test_what_is_typed_and_changes_nothing_is_told(den, k2):
+def test_ineffective_cohesion_options_warn(den, k2):
     def told(*options: str) -> str:
         return k2("render", "--dry-run", *options).stderr
 
@@ -436,7 +436,7 @@ def test_what_is_typed_and_changes_nothing_is_told(den, k2):
     assert wordless not in told("--like", made)
 
 
-def test_a_tied_run_is_resumed_as_it_was_planned(den, k2):
+def test_tied_run_resumes_as_planned(den, k2):
     whole = k2("render", "--quiet").stdout.split()
     before = [Image.open(path).tobytes() for path in whole]
     for path in map(Path, whole[1:]):
@@ -447,7 +447,7 @@ def test_a_tied_run_is_resumed_as_it_was_planned(den, k2):
     assert all(max(abs(a - b) for a, b in zip(x, y, strict=True)) <= 1 for x, y in zip(before, after, strict=True))
 
 
-def test_some_of_a_run_that_are_led_by_a_seed_of_their_own_are_told_to_belong_to_none_before(den, k2):
+def test_missing_lead_of_a_random_seed_warns(den, k2):
     def told(*options: str) -> str:
         return " ".join(k2("render", "--scope", "run", "--dry-run", *options).stderr.split())
 

@@ -26,7 +26,7 @@ SMALL = DiTConfig(width=128, heads=8, kv_heads=2, blocks=3, text_width=32, text_
 
 
 @pytest.mark.parametrize("config", [SMALL, PRESETS["medium"]], ids=["small", "medium"])
-def test_parameters_are_the_networks_own(config):
+def test_parameter_counts_match_the_network(config):
     with torch.device("meta"):
         network, heavy = Krea2(config), OwnModulation(config)
     count = cost_model.parameters(config)
@@ -35,7 +35,7 @@ def test_parameters_are_the_networks_own(config):
     assert cost_model.with_own_modulation(config) == sum(p.numel() for p in heavy.parameters())
 
 
-def test_a_modulation_of_each_blocks_own_answers_to_time():
+def test_per_block_modulation_depends_on_time():
     """The heavy variant is a network of the same inputs and outputs, and every block's own matrix counts."""
     torch.manual_seed(0)
     heavy = OwnModulation(SMALL)
@@ -49,7 +49,7 @@ def test_a_modulation_of_each_blocks_own_answers_to_time():
 
 
 @pytest.mark.parametrize("config", [SMALL, replace(SMALL, kv_heads=8, text_taps=4)])
-def test_operations_are_those_that_pytorch_counts(config):
+def test_operation_counts_match_pytorch(config):
     tokens, sigma, embeds, grid = inputs(config)
     # the CPU's own attention kernel is not among those that it counts; the plain one is made of products
     with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
@@ -72,7 +72,7 @@ class Alone(Stage):
         return self.model["dit"](*inputs(SMALL)).square().mean(), {}
 
 
-def test_the_states_bytes_are_those_of_a_run(tmp_path):
+def test_state_bytes_match_a_run(tmp_path):
     """Weights, averages, moments as they are saved, and a gradient as large as the weights."""
     run = Run(Alone(), tmp_path)
     run.advance({})
@@ -83,7 +83,7 @@ def test_the_states_bytes_are_those_of_a_run(tmp_path):
     assert cost_model.memory(SMALL, 1, 0, 64, recompute=True).state == need.state / 64
 
 
-def test_what_a_block_keeps_is_what_autograd_keeps():
+def test_kept_activations_match_autograd():
     """In bf16, unlike the weights; within a tenth."""
     network = random_model(replace(SMALL, blocks=1)).requires_grad_(True).bfloat16()
     weights = {param.untyped_storage().data_ptr() for param in network.parameters()}
@@ -102,13 +102,13 @@ def test_what_a_block_keeps_is_what_autograd_keeps():
     assert cost_model.kept_by_block(SMALL, 64) == pytest.approx(measured, rel=0.1)
 
 
-def test_recomputing_pays_in_memory():
+def test_recomputing_saves_memory():
     medium = PRESETS["medium"]
     whole, lean = (cost_model.memory(medium, 4224, 1, 64, recompute=each).activations for each in (False, True))
     assert whole == medium.blocks * cost_model.kept_by_block(medium, 4224) and lean < whole / 8
 
 
-def test_a_loras_halves_are_counted():
+def test_lora_parameters_are_counted():
     halves = TrainablePairs(random_model(SMALL), "blocks", 4)
     numbers = sum(param.numel() for param in halves.parameters())
     count = cost_model.parameters(SMALL)
@@ -135,7 +135,7 @@ def test_days_follow_from_the_recipes():
         assert cost.days * 86400 * rate == pytest.approx(cost.operations)
 
 
-def test_the_model_card_says_what_is_computed():
+def test_model_card_matches_the_computation():
     card = CARD.read_text("utf-8")
     for text in (cost_model.modulation_table(), cost_model.stage_table(), cost_model.adapter_line()):
         assert text in card

@@ -79,7 +79,7 @@ def pictures(outputs: Path) -> dict[str, str]:
     return found
 
 
-def test_whatever_operation_is_the_last(moody, k2):
+def test_crash_at_any_file_operation_leaves_whole_files(moody, k2):
     k2("render")
     undisturbed = moody / "outputs" / "0001-fox-and-1-more"
     expected = pictures(undisturbed)
@@ -105,7 +105,7 @@ def test_whatever_operation_is_the_last(moody, k2):
 
 
 @pytest.mark.parametrize("first", [17, 22, 29])
-def test_a_resumed_run_may_die_too(moody, k2, first):
+def test_crash_during_resume(moody, k2, first):
     k2("render")
     expected = pictures(moody / "outputs" / "0001-fox-and-1-more")
     assert died(first)
@@ -117,7 +117,7 @@ def test_a_resumed_run_may_die_too(moody, k2, first):
     assert sorted(tree(folder)) == sorted(tree(moody / "outputs" / "0001-fox-and-1-more"))
 
 
-def test_half_a_dozen_kills_at_random_moments(tmp_path):
+def test_a_few_random_kills(tmp_path):
     """As `tests/bench/kills.py` does 200 times, with the model of the box; in processes that know nothing of pytest."""
     if "mini" not in library.bundled_models():
         pytest.skip("the box holds no weights yet")
@@ -140,7 +140,7 @@ def paint(barrier: Any, number: int) -> None:
     app(["render", "--quiet", "-p", f"picture {number}", "--batch", "2"])
 
 
-def test_twenty_renders_at_once_lose_and_double_nothing(moody):
+def test_twenty_concurrent_renders_lose_and_duplicate_nothing(moody):
     barrier = FORK.Barrier(20)
     painters = [FORK.Process(target=paint, args=(barrier, number)) for number in range(20)]
     for each in painters:
@@ -171,7 +171,7 @@ def small_disk(tmp_path) -> Iterator[Path]:
     subprocess.run(["umount", "--lazy", disk], check=True)
 
 
-def test_a_disk_that_fills(moody, k2, small_disk, monkeypatch):
+def test_full_disk_keeps_whole_files(moody, k2, small_disk, monkeypatch):
     """Whatever came before it was full is whole; when there is room again, the rest is made."""
     k2("render", "--batch", "9")
     expected = pictures(moody / "outputs")

@@ -20,7 +20,7 @@ from model.train.distill import (
 )
 
 
-def test_a_point_of_the_flow_falls_into_picture_and_noise():
+def test_point_splits_into_image_and_noise():
     x0, eps, t = torch.randn(5, 7), torch.randn(5, 7), torch.rand(5)
     x = (1 - t[:, None]) * x0 + t[:, None] * eps
 
@@ -28,7 +28,7 @@ def test_a_point_of_the_flow_falls_into_picture_and_noise():
     torch.testing.assert_close(predicted_noise(x, eps - x0, t), eps)
 
 
-def test_noising_on_from_a_segments_end_gives_the_flows_own_points():
+def test_renoising_gives_points_of_the_flow():
     """Signal (1 − t), noise of variance t², and the velocity leads straight back to the picture."""
     x0, eps, fresh = torch.full((200_000, 1), 3.0), torch.randn(200_000, 1), torch.randn(200_000, 1)
     s, t = torch.full((200_000,), 0.4), torch.full((200_000,), 0.7)
@@ -40,7 +40,7 @@ def test_noising_on_from_a_segments_end_gives_the_flows_own_points():
     torch.testing.assert_close(predicted_image(x, v, t), x0, atol=1e-5, rtol=1e-5)
 
 
-def test_noising_on_by_nothing_stays_where_it_is():
+def test_renoising_by_nothing_is_identity():
     x0, eps, fresh = torch.randn(3, 4, 8)
     s = torch.tensor([0.2, 0.5, 0.8, 0.9])
 
@@ -49,7 +49,7 @@ def test_noising_on_by_nothing_stays_where_it_is():
     torch.testing.assert_close(x, (1 - s)[:, None] * x0 + s[:, None] * eps)
 
 
-def test_a_walk_keeps_every_segments_start():
+def test_trajectory_keeps_every_segments_start():
     times = shifted_sigmas(4, 0.5)
     way = follow(lambda x, t: 0 * x + t[:, None], torch.randn(3, 2), times)
 
@@ -69,7 +69,7 @@ def test_levels_lie_inside_their_segment():
         assert (tau > s).all() and (tau < t).all()
 
 
-def test_a_student_that_agrees_is_left_alone():
+def test_agreeing_student_gets_no_gradient():
     """Teacher and fake score say the same and guidance is off: no gradient, wherever the student is."""
     x0 = torch.randn(4, 6, requires_grad=True)
     said = torch.randn(4, 6)
@@ -79,7 +79,7 @@ def test_a_student_that_agrees_is_left_alone():
     assert x0.grad is not None and not x0.grad.any()
 
 
-def test_guidance_takes_a_student_past_its_teacher():
+def test_guidance_moves_the_student_past_its_teacher():
     """Away from what is said without the prompt, the further the more guidance."""
     said, without = torch.randn(2, 4, 6)
     aim = said + 2 * (said - without)
@@ -90,7 +90,7 @@ def test_guidance_takes_a_student_past_its_teacher():
     torch.testing.assert_close(torch.cosine_similarity(-x0.grad, aim - said), torch.ones(4))
 
 
-def test_pictures_count_by_their_distance_from_the_guided_ones():
+def test_gradient_is_normalised_by_distance_to_the_guided_image():
     """Twice as far off, half the gradient: what is guided, and not the teacher alone, is what they are measured by."""
     said, without, off = torch.randn(3, 4, 6)
     aim = said + 2 * (said - without)
@@ -102,7 +102,7 @@ def test_pictures_count_by_their_distance_from_the_guided_ones():
     torch.testing.assert_close(far.grad, near.grad / 2)
 
 
-def test_a_picture_that_has_arrived_weighs_no_more_than_one_that_nearly_has():
+def test_converged_picture_gets_no_extra_weight():
     x0 = torch.randn(4, 6, requires_grad=True)
     said = x0.detach().clone()
 
@@ -182,7 +182,7 @@ def distilled(with_prompt, without, times, guidance, rate):
     return student
 
 
-def test_four_steps_of_the_student_reach_what_four_of_the_teacher_miss():
+def test_four_student_steps_reach_what_four_teacher_steps_miss():
     """Euler's four steps end between the Gaussians; the student's four end much nearer, and at all of them."""
     times = shifted_sigmas(4, 0.7)
     student = distilled(exact, exact, times, guidance=0.0, rate=1e-2)
@@ -195,7 +195,7 @@ def test_four_steps_of_the_student_reach_what_four_of_the_teacher_miss():
     assert torch.bincount(nearest, minlength=4).min() > 0.7 * 1000
 
 
-def test_a_student_of_a_guided_teacher_goes_where_guidance_leads():
+def test_student_of_a_guided_teacher_follows_guidance():
     """Where many guided steps end, seen from where the prompt alone leads: the student's few go much of that way."""
     times, centre = shifted_sigmas(4, 0.7), torch.tensor([1.0, 0.5])
     with_prompt, without = one_gaussian(centre, 0.5), one_gaussian(torch.zeros(2), 1.0)

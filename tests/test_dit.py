@@ -123,7 +123,7 @@ def test_agrees_with_diffusers(config, padded):
 
 @pytest.mark.parametrize("config", SIZES.values(), ids=SIZES)
 @torch.no_grad()
-def test_leaving_padding_out_changes_nothing(config):
+def test_dropping_padding_changes_nothing(config):
     model = random_model(config)
     tokens, sigma, embeds, grid = inputs(config, batch=1)
     mask = torch.tensor([[True, True, True, False, False, True, True]])
@@ -135,7 +135,7 @@ def test_leaving_padding_out_changes_nothing(config):
 
 
 @torch.no_grad()
-def test_the_order_of_prompt_rows_means_nothing():
+def test_prompt_row_order_is_irrelevant():
     """They all sit at position zero, so rows may be appended (style tokens) in any order."""
     model = random_model(SIZES["mini"])
     tokens, sigma, embeds, grid = inputs(model.config)
@@ -144,7 +144,7 @@ def test_the_order_of_prompt_rows_means_nothing():
 
 
 @torch.no_grad()
-def test_rope_turns_by_distance_only():
+def test_rope_depends_only_on_offsets():
     """A head's q·k depends on the offset of two image tokens, in rows and columns apart, and text is not turned."""
     model = random_model(SIZES["mini"])
     rope = torch.view_as_complex(model.rope(2, (6, 6)))
@@ -156,13 +156,13 @@ def test_rope_turns_by_distance_only():
 
 
 @pytest.mark.parametrize("head_dim", [16, 64, 128, 256])
-def test_a_quarter_of_a_head_turns_with_the_frame(head_dim):
+def test_rope_axes_match_the_published_split(head_dim):
     """And the rest by halves with row and column: the published 32, 48, 48 of 128, in proportion."""
     axes = replace(SIZES["mini"], width=6 * head_dim).rope_axes
     assert axes == tuple(head_dim * eighths // 8 for eighths in (2, 3, 3))
 
 
-def test_another_grid_lies_around_the_middle_of_the_one_it_was_trained_on():
+def test_other_grids_are_centred_on_the_trained_square():
     """The square itself stays as it is, to the bit, and text where it was."""
     model = random_model(SIZES["mini"])
     free = model.rope(2, (8, 8))
@@ -176,7 +176,7 @@ def test_another_grid_lies_around_the_middle_of_the_one_it_was_trained_on():
 
 
 @torch.no_grad()
-def test_parts_give_what_the_whole_gives():
+def test_separate_calls_equal_the_training_forward():
     """Text once, all steps' modulation in one product: the sampler's way equals the training forward."""
     model = random_model(SIZES["mini"])
     tokens, sigma, embeds, grid = inputs(model.config)
@@ -187,7 +187,7 @@ def test_parts_give_what_the_whole_gives():
     torch.testing.assert_close(one_step, model(tokens, sigma[[1, 1]], embeds, grid), rtol=1e-4, atol=1e-5)
 
 
-def test_training_starts_at_zero_and_every_parameter_learns():
+def test_initial_velocity_is_zero_and_every_parameter_learns():
     torch.manual_seed(0)
     model = Krea2(SMALL)
     model.initialise()
@@ -255,7 +255,7 @@ def test_impossible_shapes_are_refused(wrong):
         replace(PRESETS["mini"], **wrong)
 
 
-def test_query_heads_share_key_value_heads_in_groups_of_neighbours():
+def test_neighbouring_query_heads_share_key_value_heads():
     """Also where no kernel knows of sharing, and the heads are repeated."""
     q, k, v = torch.randn(2, 12, 5, 16), torch.randn(2, 3, 7, 16), torch.randn(2, 3, 7, 16)
     groups = [attention(q[:, 4 * i : 4 * i + 4], k[:, i : i + 1], v[:, i : i + 1]) for i in range(3)]
@@ -273,7 +273,7 @@ def test_query_heads_share_key_value_heads_in_groups_of_neighbours():
         ("cpu", torch.float32, True, 3),
     ],
 )
-def test_on_a_card_heads_are_repeated_where_its_kernels_share_none(monkeypatch, device, dtype, masked, heads):
+def test_heads_are_repeated_where_gpu_kernels_cannot_share(monkeypatch, device, dtype, masked, heads):
     """Needs no card: nothing is computed."""
     seen = []
     monkeypatch.setattr(F, "scaled_dot_product_attention", lambda q, k, v, **_: seen.extend([k.shape[1], v.shape[1]]))
@@ -283,7 +283,7 @@ def test_on_a_card_heads_are_repeated_where_its_kernels_share_none(monkeypatch, 
     assert seen == [heads, heads]
 
 
-def test_attention_of_ones_own():
+def test_custom_attention_hook():
     """The hook sees normed and turned queries and keys of every block, and its answer is the block's."""
     model = random_model(SIZES["small-medium"])
     tokens, context = torch.randn(2, 12, 64), torch.randn(2, 5, 384)
@@ -307,7 +307,7 @@ def test_attention_of_ones_own():
 
 @pytest.mark.parametrize("mask", [None, torch.ones(5, 9, dtype=torch.bool).tril(4), torch.arange(9)[None] < 7])
 @pytest.mark.parametrize("most", [1, 100, 230])
-def test_where_scores_are_held_they_are_so_many_at_once(monkeypatch, mask, most):
+def test_held_scores_are_limited(monkeypatch, mask, most):
     """As many queries as it takes, a whole one at least: 2 rows and 4 heads have 72 scores each."""
     q, k, v = torch.randn(2, 4, 5, 16), torch.randn(2, 2, 9, 16), torch.randn(2, 2, 9, 16)
     whole, scores, fused = attention(q, k, v, mask), [], F.scaled_dot_product_attention
@@ -322,7 +322,7 @@ def test_where_scores_are_held_they_are_so_many_at_once(monkeypatch, mask, most)
     assert max(scores) <= max(most, 72) and sum(scores) == 5 * 72
 
 
-def test_every_part_keeps_to_so_many_scores(monkeypatch):
+def test_every_attention_limits_its_scores(monkeypatch):
     """A large picture has more cells, and a reference more patches, than scores could be held of."""
     eyes = vision.VisionConfig(1, 24, 48, 3, 24, 16, ())
     cells, patches = torch.randn(2, 8, 3, 5), torch.randn(15, 24)
@@ -342,7 +342,7 @@ def test_every_part_keeps_to_so_many_scores(monkeypatch):
     assert max(scores) <= 100 and sum(scores) == (2 + 2 + 3) * 15 * 15
 
 
-def test_rows_of_several_prompt_lengths_are_one_stream():
+def test_several_prompt_lengths_run_as_one_stream():
     """As if every group had gone through by itself, one after the other, with an attention of its own or without."""
     model = random_model(SIZES["small-medium"])
     mods = model.modulate(torch.tensor([0.3]))
@@ -364,7 +364,7 @@ def test_rows_of_several_prompt_lengths_are_one_stream():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_fewer_passes_give_the_same_numbers(dtype, monkeypatch):
+def test_unfused_path_gives_the_same_numbers(dtype, monkeypatch):
     """What a processor does in its own way, beside what is compiled."""
     x, rope = torch.randn(2, 7, 3, 32).to(dtype), Krea2(SIZES["small-medium"]).rope(3, (2, 2))
     ways = []

@@ -25,7 +25,7 @@ def names(slot: str, text: str) -> bool:
 # ---- the words ----------------------------------------------------------------------------------
 
 
-def test_the_words_are_those_of_the_training_data():
+def test_words_come_from_the_training_data():
     assert {name: tuple(told) for name, told in WORDS["drawing"].items()} == DRAWINGS
     assert {name: tuple(told) for name, told in WORDS["medium"].items()} | {"plain": ()} == MEDIA
     colours = {name: tuple("#{:02x}{:02x}{:02x}".format(*rgb) for rgb in pair) for name, pair in PALETTES.items()}
@@ -35,7 +35,7 @@ def test_the_words_are_those_of_the_training_data():
 
 
 @pytest.mark.parametrize("slot", ["drawing", "medium", "ground", "palette"])
-def test_a_slot_is_recognised_by_its_own_words(slot):
+def test_slots_recognise_their_own_words(slot):
     """What was added once is never added to again."""
     told = WORDS[slot] if slot == "palette" else [w.format("teal") for ws in WORDS[slot].values() for w in ws]
     kind = "colour" if slot == "palette" else slot
@@ -47,16 +47,16 @@ def test_a_slot_is_recognised_by_its_own_words(slot):
 
 
 @given(st.text(), st.integers(0, 2**63 - 1), st.lists(st.text()), st.lists(st.text()))
-def test_raw_is_the_prompt_itself(prompt, seed, styles, avoids):
+def test_raw_leaves_the_prompt_unchanged(prompt, seed, styles, avoids):
     assert expand(prompt, "raw", seed, styles=styles, avoids=avoids) == prompt
 
 
 @given(st.text(), st.sampled_from(sorted(LEVELS)), st.integers(0, 2**63 - 1))
-def test_the_subject_stays_as_it_was_written(prompt, level, seed):
+def test_subject_stays_as_written(prompt, level, seed):
     assert expand(prompt, level, seed).startswith(prompt)
 
 
-def test_the_same_seed_expands_the_same_in_every_process():
+def test_same_seed_gives_same_expansion_in_every_process():
     code = (
         "from model.expand import expand; import sys; print(expand('a fox', 'high', 7)); print('torch' in sys.modules)"
     )
@@ -66,7 +66,7 @@ def test_the_same_seed_expands_the_same_in_every_process():
     assert first == second == f"{expand(FOX, 'high', 7)}\nFalse\n"
 
 
-def test_each_level_adds_to_the_one_before():
+def test_each_level_extends_the_previous_one():
     for seed in range(40):
         low, medium, high = (expand(FOX, level, seed).split(", ") for level in ("low", "medium", "high"))
         dark = [w for name in WORDS["own_ground"]["media"] for w in WORDS["medium"][name]]  # in the place of a ground
@@ -80,7 +80,7 @@ def test_each_level_adds_to_the_one_before():
         assert names("drawing", high[-2]) and names("medium", high[-1])
 
 
-def test_medium_adds_drawings_and_media_in_turns():
+def test_medium_alternates_between_drawing_and_medium():
     for first in range(0, 40, 2):
         texts = [expand(FOX, "medium", seed) for seed in (first, first + 1)]
         assert sorted(names("drawing", text) for text in texts) == [False, True]
@@ -88,7 +88,7 @@ def test_medium_adds_drawings_and_media_in_turns():
         assert names("drawing", expand("a fox, watercolour", "medium", seed)[len("a fox, watercolour") :])
 
 
-def test_each_level_is_more_varied_than_the_one_before():
+def test_variety_grows_with_the_level():
     def variety(level: str) -> float:
         """Mean share of words in which two seeds differ."""
         told = [set(expand(FOX, level, seed).replace(",", "").split()) for seed in range(60)]
@@ -113,14 +113,14 @@ def test_each_level_is_more_varied_than_the_one_before():
         ("a red fox", "palette"),
     ],
 )
-def test_what_the_prompt_names_is_left_alone(prompt, slot):
+def test_what_the_prompt_specifies_is_left_alone(prompt, slot):
     told = WORDS[slot] if slot == "palette" else [w.replace("{}", "") for ws in WORDS[slot].values() for w in ws]
     for seed in range(40):
         added = expand(prompt, "high", seed)[len(prompt) :]
         assert not mentions([added], told) and ("  " not in added)
 
 
-def test_dark_media_come_without_a_ground():
+def test_dark_media_get_no_ground():
     for seed in range(60):
         text = expand(FOX, "high", seed)
         if mentions([text], ["low-key light"]):
@@ -128,7 +128,7 @@ def test_dark_media_come_without_a_ground():
         assert not mentions([expand("a red fox", "high", seed)], ["neon", "low-key light"])
 
 
-def test_a_batch_repeats_nothing_before_it_must():
+def test_batch_repeats_no_expansion_before_it_must():
     left_out = [*WORDS["asked_only"]["medium"], *WORDS["own_ground"]["media"]]  # the colour is said: nothing dark
     media = {name: told for name, told in WORDS["medium"].items() if name not in left_out}
     for first in range(0, 10 * len(media), len(media)):
@@ -136,14 +136,14 @@ def test_a_batch_repeats_nothing_before_it_must():
         assert {name for text in texts for name, told in media.items() if mentions([text], told)} == set(media)
 
 
-def test_looks_that_cost_the_subject_come_only_when_asked_for():
+def test_looks_that_cost_the_subject_are_never_added_unasked():
     poor = [word for slot, looks in WORDS["asked_only"].items() for look in looks for word in WORDS[slot][look]]
     assert "neon on black" in poor and "black ink stencil" in poor
     for seed in range(200):
         assert not mentions([expand(FOX, "high", seed)], poor)
 
 
-def test_styles_and_their_pictures_decide_the_look():
+def test_styles_and_their_pictures_settle_the_look():
     for seed in range(40):
         by_words = expand(FOX, "high", seed, styles=["pencil hatching", "flat design"])
         by_pictures = expand(FOX, "high", seed, look=True)
@@ -153,7 +153,7 @@ def test_styles_and_their_pictures_decide_the_look():
         assert by_pictures != FOX
 
 
-def test_nothing_avoided_is_added():
+def test_avoided_words_are_never_added():
     avoids = ["film grain", "glossy", "teal", "landscape"]
     for seed in range(80):
         added = expand(FOX, "high", seed, avoids=avoids)[len(FOX) :]
@@ -163,7 +163,7 @@ def test_nothing_avoided_is_added():
     assert clash(["film grain"], ["grainy film"]) and not clash(["on a plain background"], ["on a table"])
 
 
-def test_orange_takes_its_article():
+def test_orange_gets_the_right_article():
     texts = [expand(FOX, "low", seed) for seed in range(200)]
 
     assert any("on an orange" in text for text in texts) and not any(" a orange" in text for text in texts)
@@ -185,7 +185,7 @@ def by_language(answer: str, prompt: str = FOX, level: str = "high", **words) ->
         ("<think>The user wants a fox.</think>\na fox in the snow", "a fox in the snow"),
     ],
 )
-def test_a_good_answer_is_taken(answer, told):
+def test_good_answer_is_used(answer, told):
     assert by_language(answer) == told
 
 
@@ -197,22 +197,22 @@ def test_a_good_answer_is_taken(answer, told):
         "What kind of a fox?", "a dog in the snow", "a fox " * MAX_CHARS,
     ],
 )  # fmt: skip
-def test_refusals_and_what_is_no_expansion_leave_the_prompt(answer):
+def test_refusals_and_non_expansions_leave_the_prompt(answer):
     assert by_language(answer) == FOX
 
 
-def test_an_avoided_word_in_the_answer_leaves_the_prompt():
+def test_answer_with_an_avoided_word_is_rejected():
     assert by_language("a fox on film grain", avoids=["film grain"]) == FOX
 
 
-def test_raw_asks_nobody():
+def test_raw_never_asks_the_language_model():
     def fail(asked: str, seed: int) -> str:
         raise AssertionError(asked)
 
     assert expand_by_language(fail, FOX, "raw", 7) == FOX
 
 
-def test_what_is_asked_holds_prompt_styles_avoids_and_seed():
+def test_instruction_holds_prompt_styles_avoids_and_seed():
     seen = []
     expand_by_language(
         lambda asked, seed: seen.append((asked, seed)) or "", FOX, "low", 7, styles=["ink"], avoids=["fog"]
@@ -223,5 +223,5 @@ def test_what_is_asked_holds_prompt_styles_avoids_and_seed():
     assert '"a fox"' in asked and "ink" in asked and "Never mention: fog." in asked
 
 
-def test_where_pictures_decide_the_look_only_a_place_is_asked_for():
+def test_only_a_setting_is_requested_when_pictures_settle_the_look():
     assert instruction(FOX, "high", look=True) == instruction(FOX, "low")

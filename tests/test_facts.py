@@ -45,7 +45,7 @@ def recorded(folder: Path, **changes: Any) -> Record:
     return records.parse(Toml(dump(table).decode(), "fox-7.toml"), folder.joinpath)
 
 
-def test_the_gallery_tells_what_show_tells(tmp_path):
+def test_gallery_shows_the_same_facts_as_show(tmp_path):
     record = recorded(tmp_path, **OTHERWISE)
 
     shown = {name for name, fact in facts.record_facts(record).items() if fact}
@@ -60,5 +60,5 @@ def test_the_gallery_tells_what_show_tells(tmp_path):
 
 
 @pytest.mark.parametrize("key", SPEC_KEYS)
-def test_by_each_setting_pictures_are_told_apart(tmp_path, key):
+def test_every_setting_shows_up_as_a_difference(tmp_path, key):
     assert facts.differences([recorded(tmp_path), recorded(tmp_path, **{key: OTHERWISE[key]})])

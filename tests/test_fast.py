@@ -30,7 +30,7 @@ def parts(model: Krea2) -> tuple[torch.Tensor, ...]:
 @gpu
 @torch.no_grad()
 @pytest.mark.parametrize("narrow", [1, 1024], ids=["compiled", "recorded"])
-def test_fast_is_the_same(monkeypatch, tmp_path, narrow):
+def test_fast_velocity_equals_the_plain_one(monkeypatch, tmp_path, narrow):
     monkeypatch.setattr(fast, "FP32_WIDTH", narrow)
     model = random_model(replace(TINY, blocks=2)).cuda()
     given = parts(model)
@@ -49,7 +49,7 @@ def test_fast_is_the_same(monkeypatch, tmp_path, narrow):
     assert relative_error(model.velocity(*given), exact) < 1e-4
 
 
-def test_what_is_laid_over_is_noticed(monkeypatch):
+def test_adapters_are_noticed(monkeypatch):
     """A recording is replayed only where nothing but the network itself answers; needs no card."""
     model = random_model(TINY)
     taken: list[str] = []
@@ -67,7 +67,7 @@ def test_what_is_laid_over_is_noticed(monkeypatch):
 
 
 @pytest.mark.parametrize("precision", ["int8", "int4"])
-def test_a_block_in_few_bits_is_compiled_in_one_piece(monkeypatch, tmp_path, precision):
+def test_few_bit_block_compiles_without_graph_breaks(monkeypatch, tmp_path, precision):
     """Nothing in it asks the device anything while it is traced, and no matrix is made in it; needs no card."""
     monkeypatch.setattr(fast, "FP32_WIDTH", 1)
     monkeypatch.setattr(fast, "can_compile", lambda: False)
@@ -103,7 +103,7 @@ def test_a_block_in_few_bits_is_compiled_in_one_piece(monkeypatch, tmp_path, pre
         ("int8", (11, 0), "7.0", True),
     ],
 )
-def test_a_card_compiles_what_its_compiler_can_read(monkeypatch, tmp_path, precision, card, rocm, compiled):
+def test_unsupported_formats_are_not_compiled(monkeypatch, tmp_path, precision, card, rocm, compiled):
     """Triton knows no e4m3 before Ada, and would say so in the middle of the first picture; needs no card."""
     monkeypatch.setattr(fast, "FP32_WIDTH", 1)
     monkeypatch.setattr(fast, "can_compile", lambda: True)

@@ -30,7 +30,7 @@ def of_medium(catalog: Catalog, medium: str):
 
 
 @pytest.mark.parametrize("medium", ["plain", "halftone", "pixel", "neon", "hatching", "watercolour", "riso", "lowkey"])
-def test_twins_show_the_same(catalog, medium):
+def test_twins_show_the_same_picture(catalog, medium):
     item = of_medium(catalog, medium)
     fine, coarse = twins(catalog, item)
 
@@ -38,7 +38,7 @@ def test_twins_show_the_same(catalog, medium):
     assert np.abs(halve_resolution(fine.astype(float)) - coarse).mean() < 6
 
 
-def test_the_grain_of_the_coarse_twin_is_as_strong_and_lies_where_the_fine_ones_does(catalog):
+def test_grain_is_equally_strong_and_aligned_in_twins(catalog):
     fine, coarse = (picture.astype(float) for picture in twins(catalog, of_medium(catalog, "film")))
     corner = (slice(0, 24), slice(0, 24))  # nothing but ground
     small = halve_resolution(fine)[corner].mean(-1)
@@ -47,7 +47,7 @@ def test_the_grain_of_the_coarse_twin_is_as_strong_and_lies_where_the_fine_ones_
     assert np.corrcoef(small.ravel(), coarse[corner].mean(-1).ravel())[0, 1] > 0.95
 
 
-def test_looks_are_the_same_looks_at_both_sizes(catalog):
+def test_looks_keep_their_statistics_at_both_sizes(catalog):
     """Lines as wide and as bright: mean and spread of a picture do not change with its size."""
     small = Catalog(catalog.folder)
     for medium in ("neon", "hatching", "watercolour"):
@@ -57,7 +57,7 @@ def test_looks_are_the_same_looks_at_both_sizes(catalog):
         assert fine.std() == pytest.approx(coarse.std(), rel=0.15)
 
 
-def test_twins_are_kept_for_their_own_data_alone(catalog, tmp_path, monkeypatch):
+def test_twins_are_cached_per_data_set(catalog, tmp_path, monkeypatch):
     recipe = Recipe(name="fine", teacher="autoencoder", pictures=2, minutes=1, lr=1e-3, muon_lr=1e-3)
     first = pool(catalog, recipe, tmp_path).fine
     monkeypatch.setattr(finer, "twins", lambda catalog, item: (np.zeros((256, 256, 3)), np.zeros((128, 128, 3))))
@@ -72,7 +72,7 @@ def teacher() -> QwenImageVAE:
 
 
 @pytest.mark.parametrize("top", [1, 2])
-def test_it_begins_as_its_teacher(top, monkeypatch):
+def test_grown_network_starts_as_its_teacher(top, monkeypatch):
     """What the teacher's inner scales make of a coarse picture's features, the grown one's do too, exactly."""
     monkeypatch.setattr(finer, "TOP", top)
     old = teacher()
@@ -111,7 +111,7 @@ def test_both_halves_learn(catalog, tmp_path):
     assert after["drawn"] < before["drawn"] and after["off"] < before["off"]
 
 
-def test_a_teacher_that_is_not_there(tmp_path, monkeypatch):
+def test_missing_teacher_is_reported(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     recipe = Recipe(name="t", steps=1, lr=1e-3, muon_lr=1e-3)
     with pytest.raises(finer.K2Error, match='run "autoencoder" has no autoencoder'):

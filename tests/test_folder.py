@@ -17,7 +17,7 @@ from model.errors import K2Error
 from model.picture_file import OUTPUT_FOLDERS
 
 
-def test_an_empty_folder_becomes_a_project_in_place(fake, tmp_path, monkeypatch):
+def test_empty_folder_becomes_a_project_in_place(fake, tmp_path, monkeypatch):
     (tmp_path / "moody").mkdir()
     monkeypatch.chdir(tmp_path / "moody")
 
@@ -30,7 +30,7 @@ def test_an_empty_folder_becomes_a_project_in_place(fake, tmp_path, monkeypatch)
 
 
 @pytest.mark.parametrize("stuck", ["", "styles", ".gitignore", "k2.toml"])
-def test_an_empty_folder_may_be_a_mount_and_gets_all_or_nothing(fake, tmp_path, monkeypatch, stuck):
+def test_empty_mount_gets_all_files_or_none(fake, tmp_path, monkeypatch, stuck):
     folder = tmp_path / "moody"
     folder.mkdir()
     move = os.replace
@@ -51,7 +51,7 @@ def test_an_empty_folder_may_be_a_mount_and_gets_all_or_nothing(fake, tmp_path, 
     )
 
 
-def test_a_project_is_made_around_what_is_there(fake, tmp_path):
+def test_existing_files_stay_when_a_project_is_created(fake, tmp_path):
     """As by `git init`: reference pictures, styles and notes stay, and what git is to ignore is left to who said it."""
     folder = tmp_path / "moody"
     for name in ("refs/fox.png", "styles/dusk.toml", ".gitignore", ".git/HEAD", "notes.txt"):
@@ -94,7 +94,7 @@ def test_a_project_is_made_around_what_is_there(fake, tmp_path):
         ),
     ],
 )
-def test_outputs_that_git_would_keep_are_told(fake, k2, tmp_path, ignored, told):
+def test_warns_if_git_would_track_outputs(fake, k2, tmp_path, ignored, told):
     """The file of whoever said what git is to ignore stays as it is."""
     folder = tmp_path / "moody"
     folder.mkdir()
@@ -107,7 +107,7 @@ def test_outputs_that_git_would_keep_are_told(fake, k2, tmp_path, ignored, told)
     assert ignored is None or (folder / ".gitignore").read_text() == ignored
 
 
-def test_no_project_is_advised_within_what_another_made(moody, k2, monkeypatch):
+def test_hints_for_generated_folders_name_the_project(moody, k2, monkeypatch):
     """Whatever way their folder is named."""
     run = Path(k2("render", "--only", "fox", "--batch", "1").stdout.strip()).absolute().parent
     assert "the project itself is .\n" in k2("render", "outputs", code=1).stderr
@@ -116,7 +116,7 @@ def test_no_project_is_advised_within_what_another_made(moody, k2, monkeypatch):
     assert f"the project itself is {moody}\n" in k2("log", "..", code=1).stderr
 
 
-def test_a_root_is_told_without_detours(moody, k2, tmp_path, monkeypatch):
+def test_root_path_is_shown_without_detours(moody, k2, tmp_path, monkeypatch):
     """Behind a link ".." may lead elsewhere: then the path stays as it was typed."""
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")
@@ -132,7 +132,7 @@ def test_a_root_is_told_without_detours(moody, k2, tmp_path, monkeypatch):
     assert Folder.at(Path("link/../..")).root.samefile(moody)
 
 
-def test_a_file_is_no_project_and_a_picture_has_commands_of_its_own(moody, k2):
+def test_hint_for_a_file_or_picture_in_place_of_a_project(moody, k2):
     picture = k2("render", "--only", "fox", "--batch", "1").stdout.strip()
     for file in (picture, picture.replace(".png", ".toml")):
         for command in ("log", "gallery"):
@@ -147,7 +147,7 @@ def test_a_file_is_no_project_and_a_picture_has_commands_of_its_own(moody, k2):
         assert "A project is a folder with a k2.toml.\n" in k2("log", file, code=1).stderr
 
 
-def test_a_project_may_have_the_longest_name(fake, tmp_path):
+def test_longest_allowed_name_works(fake, tmp_path):
     Folder.create(tmp_path / ("m" * 255))
 
     assert Project.open(tmp_path / ("m" * 255)).name == "m" * 255
@@ -155,7 +155,7 @@ def test_a_project_may_have_the_longest_name(fake, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["k2.toml", "styles/sticker.toml", "refs", "styles"])
-def test_a_new_project_never_overwrites(fake, tmp_path, name):
+def test_new_project_never_overwrites(fake, tmp_path, name):
     (tmp_path / "moody" / name).parent.mkdir(parents=True)
     (tmp_path / "moody" / name).write_text("mine")
     before = tree(tmp_path)
@@ -165,7 +165,7 @@ def test_a_new_project_never_overwrites(fake, tmp_path, name):
     assert tree(tmp_path) == before
 
 
-def test_a_new_project_follows_no_link(fake, tmp_path):
+def test_new_project_follows_no_links(fake, tmp_path):
     (tmp_path / "other").mkdir()
     (tmp_path / "moody").mkdir()
     (tmp_path / "moody" / "styles").symlink_to(tmp_path / "other")

@@ -54,12 +54,12 @@ from k2cli.foreign_syntax import read_as_words, signs_of
         ("a red|green} cat", "}", "need two braces"),
     ],
 )
-def test_a_sign_is_found_with_what_to_say_here(prompt, sign, advice):
+def test_foreign_syntax_is_found_with_its_equivalent(prompt, sign, advice):
     ((found, told),) = signs_of(prompt).items()
     assert found == sign and advice in told
 
 
-def test_an_option_without_a_value_hides_none_behind_it():
+def test_option_without_a_value_hides_no_other():
     told = signs_of("a fox --tile --ar 3:2 --niji --no text")
     assert list(told) == ["--tile", "--ar 3:2", "--niji", "--no text"]
 
@@ -105,17 +105,17 @@ def test_an_option_without_a_value_hides_none_behind_it():
         "a :} smile",
     ],
 )
-def test_plain_text_is_no_sign(prompt):
+def test_plain_text_is_not_flagged(prompt):
     assert signs_of(prompt) == {}
 
 
-def test_many_signs_that_mean_the_same_are_told_together():
+def test_similar_syntax_is_reported_together():
     told = read_as_words(["((a)) ((b)) ((c))", "((d)) ((a))", f"(({'e' * 99}))"])
     assert told.startswith("Read as words: ((a)), ((b)), ((c)) and 2 more (words have no weights") and len(told) < 120
 
 
 @pytest.mark.parametrize("bit", ["(", "[", "_", "__a", "a", "a::", "[a:", "(a", "\\(", "1", "--a", "$", "+", "<lora:"])
-def test_no_text_takes_long(bit):
+def test_search_is_fast_on_any_text(bit):
     started = time.perf_counter()
     signs_of(bit * (20_000 // len(bit)))
     assert time.perf_counter() - started < 1

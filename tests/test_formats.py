@@ -14,7 +14,7 @@ from k2cli import formats, origins, records
 
 
 @pytest.mark.parametrize(("format", "suffix"), [("webp", ".webp"), ("jpeg", ".jpg")])
-def test_pictures_say_what_other_tools_look_for(moody, k2, format, suffix):
+def test_metadata_for_other_tools(moody, k2, format, suffix):
     made = k2("render", "--only", "fox", "--format", format).stdout.strip()
 
     assert made == f"outputs/0001-fox/fox-7{suffix}"
@@ -32,7 +32,7 @@ def test_pictures_say_what_other_tools_look_for(moody, k2, format, suffix):
     assert (found.tool, found.prompt, found.seed) == ("k2", "a red fox", 7)
 
 
-def test_a_jpg_is_a_jpeg(moody, k2):
+def test_jpg_means_jpeg(moody, k2):
     (moody / "k2.toml").write_text((moody / "k2.toml").read_text().replace("seed = 7", 'seed = 7\nformat = "jpg"'))
 
     made = k2("render", "--only", "fox").stdout.strip(), k2("render", "--only", "fox", "--format", "jpg").stdout.strip()
@@ -43,7 +43,7 @@ def test_a_jpg_is_a_jpeg(moody, k2):
 
 @pytest.mark.skipif(shutil.which("exiftool") is None, reason="there is no exiftool on this machine")
 @pytest.mark.parametrize("format", ["png", "webp", "jpeg"])
-def test_exiftool_reads_them(moody, k2, format):
+def test_exiftool_reads_the_metadata(moody, k2, format):
     made = k2("render", "--only", "fox", "--format", format).stdout.strip()
     asked = ["exiftool", "-j", "-Parameters", "-UserComment", "-DigitalSourceType", "-Warning", made]
 
@@ -54,7 +54,7 @@ def test_exiftool_reads_them(moody, k2, format):
 
 
 @pytest.mark.parametrize("format", ["webp", "jpeg"])
-def test_a_run_of_them_is_resumed_and_made_again(moody, k2, format, tmp_path):
+def test_runs_in_other_formats_resume_and_rerun(moody, k2, format, tmp_path):
     (moody / "k2.toml").write_text(
         (moody / "k2.toml").read_text().replace("seed = 7", f'seed = 7\nformat = "{format}"')
     )
@@ -77,7 +77,7 @@ def test_a_run_of_them_is_resumed_and_made_again(moody, k2, format, tmp_path):
 
 
 @pytest.mark.parametrize("format", ["png", "webp", "jpeg"])
-def test_a_private_picture_says_nothing(moody, k2, format):
+def test_no_embed_leaves_no_metadata(moody, k2, format):
     made = k2("render", "--only", "fox", "--format", format, "--no-embed").stdout.strip()
 
     with Image.open(made) as image:
@@ -85,7 +85,7 @@ def test_a_private_picture_says_nothing(moody, k2, format):
     assert "fox" not in (moody / made).read_bytes().decode("latin-1")
 
 
-def test_a_record_too_long_for_a_jpeg_stays_beside_it(moody, k2):
+def test_record_too_long_for_a_jpeg_stays_beside_it(moody, k2):
     prompt = "狐狐 " * 6_000
     made = moody / k2("render", "--format", "jpeg", "-", input=prompt).stdout.strip()
 
@@ -104,11 +104,11 @@ def test_a_record_too_long_for_a_jpeg_stays_beside_it(moody, k2):
         b"<x xmlns:k2='urn:k2:record' k2:record='not where it belongs'/>",
     ],
 )
-def test_a_packet_of_somebody_else_is_no_record(packet):
+def test_foreign_xmp_is_no_record(packet):
     assert formats.record_from_xmp({"xmp": packet}) is None
 
 
-def test_unknown_kinds_are_refused(moody, k2):
+def test_unknown_formats_are_refused(moody, k2):
     assert 'Did you mean "webp"?' in k2("render", "--format", "wepb", code=2).stderr
     made = k2("render", "--only", "fox").stdout.strip()
     assert ".png, .webp or .jpg" in k2("rerun", made, "-o", "x.gif", code=1).stderr

@@ -59,7 +59,7 @@ def test_bytes_are_read_as_e4m3():
     assert torch.equal(e4m3(bits)[~theirs.isnan()], theirs[~theirs.isnan()])
 
 
-def test_every_code_under_every_scale_is_what_its_writer_reads():
+def test_every_code_and_scale_decodes_like_the_writer():
     codes = torch.randint(0, 256, (300, 128), dtype=torch.uint8).view(torch.int8)
     scales = torch.arange(256, dtype=torch.uint8)[torch.arange(300 * 16) % 127].view(300, 16)  # positive, finite
     levels = torch.linspace(-1, 1, 16) ** 3
@@ -73,7 +73,7 @@ def test_every_code_under_every_scale_is_what_its_writer_reads():
 
 
 @pytest.mark.parametrize("shape", [(48, 256), (33, 1024), (128, 64)])
-def test_the_error_is_that_of_its_inventors(shape):
+def test_rounding_error_matches_comfy_kitchen(shape):
     """Theirs looks for scales twice."""
     matrix = torch.randn(shape) * torch.logspace(-6, 3, shape[0])[:, None]
     turns = rotation_size(shape[1])
@@ -88,7 +88,7 @@ def test_the_error_is_that_of_its_inventors(shape):
     assert (codes.levels == torch.tensor(LEVELS)).all() and torch.equal(codes.levels, kitchen_levels())
 
 
-def test_codes_are_of_the_nearest_levels():
+def test_codes_are_the_nearest_levels():
     """But for quotients so near the middle of two that the table's steps do not tell them apart."""
     matrix = torch.randn(64, 4096)
     codes = to_codes(matrix)
@@ -104,7 +104,7 @@ def kitchen_levels() -> Tensor:
     return default_w4a8_codebook()
 
 
-def test_groups_and_rows_of_nothing():
+def test_zero_groups_and_rows():
     matrix = torch.randn(4, 64)
     matrix[1], matrix[2, 16:32], matrix[3] = 0, 0, matrix[3] * 1e-30
     codes = to_codes(matrix)
@@ -114,14 +114,14 @@ def test_groups_and_rows_of_nothing():
 
 
 @pytest.mark.parametrize("none", [math.nan, math.inf, -math.inf])
-def test_a_row_with_what_is_no_number_has_no_scale(none):
+def test_row_with_nan_has_no_scale(none):
     matrix = torch.randn(3, 64)
     matrix[1, 20] = none
     assert to_codes(matrix).rows.isfinite().tolist() == [True, False, True]
 
 
 @pytest.mark.parametrize(("inward", "turns"), [(6144, 256), (16384, 256), (384, 64), (1024, 256), (48, 16), (20, 4)])
-def test_as_many_numbers_are_rotated_together_as_divide_a_row(inward, turns):
+def test_rotation_size_divides_the_row(inward, turns):
     assert rotation_size(inward) == turns
 
 
@@ -129,7 +129,7 @@ def test_as_many_numbers_are_rotated_together_as_divide_a_row(inward, turns):
 
 
 @LAYOUTS
-def test_a_network_is_the_weights_it_stands_for(tmp_path, state, layout):
+def test_network_equals_the_weights_it_stands_for(tmp_path, state, layout):
     saved, means = stored(state, layout)
     loaded, checkpoint = load_dit(native(tmp_path, saved))
 
@@ -139,7 +139,7 @@ def test_a_network_is_the_weights_it_stands_for(tmp_path, state, layout):
 
 @torch.no_grad()
 @LAYOUTS
-def test_it_is_held_as_it_lies(tmp_path, state, layout):
+def test_codes_are_kept_as_stored(tmp_path, state, layout):
     saved, means = stored(state, layout)
     path = native(tmp_path, saved)
     four, eight = (load_dit(path, precision=precision)[0] for precision in ("int4", "int8"))
@@ -156,7 +156,7 @@ def test_it_is_held_as_it_lies(tmp_path, state, layout):
     assert torch.equal(velocity(four), velocity(load_dit(path, precision="int4", streamed=True)[0]))
 
 
-def test_a_product_is_that_of_its_inventors(tmp_path, state, monkeypatch):
+def test_product_matches_comfy_kitchen(tmp_path, state, monkeypatch):
     """Tokens rotated, rounded to 8 bits, times numbers of 8 bits, whatever this processor is good at."""
     monkeypatch.setattr(low_bit, "is_native", lambda number, device: True)
     saved, _ = stored(state)
@@ -167,7 +167,7 @@ def test_a_product_is_that_of_its_inventors(tmp_path, state, monkeypatch):
     assert relative_error(layer(tokens), theirs) < 1e-3
 
 
-def test_levels_and_scales_in_other_ways(tmp_path, state):
+def test_other_levels_and_scales(tmp_path, state):
     """Without levels codes are whole numbers; scales may lie as bytes, levels differ from layer to layer."""
     plain, means = stored(state, codebook=False)
     assert not any(name.endswith("_codebook") for name in plain)
@@ -186,7 +186,7 @@ def test_levels_and_scales_in_other_ways(tmp_path, state):
 
 
 @pytest.mark.parametrize("where", ["beside the weights", "in the metadata", "under diffusers' names"])
-def test_marks_wherever_they_stand(tmp_path, state, where):
+def test_marks_in_any_place(tmp_path, state, where):
     saved, means = stored(state)
     marks = {name: tensor for name, tensor in saved.items() if name.endswith(".comfy_quant")}
     if where == "beside the weights":
@@ -205,7 +205,7 @@ def test_marks_wherever_they_stand(tmp_path, state, where):
     assert {layer.format.bits for layer in few_bit_layers(load_dit(path, precision="int4")[0]).values()} == {4}
 
 
-def test_where_bits_are_mixed_each_matrix_is_held_as_it_lies(tmp_path, state):
+def test_mixed_precision_keeps_each_matrix_as_stored(tmp_path, state):
     saved, means = stored(state)
     turned, plain = "blocks.0.mlp.down.weight", "blocks.1.attn.wo.weight"
     rows, scale = convrot(state[turned], 64)
@@ -231,7 +231,7 @@ def test_where_bits_are_mixed_each_matrix_is_held_as_it_lies(tmp_path, state):
 
 
 @LAYOUTS
-def test_what_a_file_says_needs_no_torch(tmp_path, state, layout, monkeypatch):
+def test_file_info_needs_no_torch(tmp_path, state, layout, monkeypatch):
     """Nor its licence: the open weights' shape is theirs in any number of bits."""
     saved, _ = stored(state, layout)
     path = native(tmp_path, saved)
@@ -247,7 +247,7 @@ def test_what_a_file_says_needs_no_torch(tmp_path, state, layout, monkeypatch):
 # ---- files of ours ------------------------------------------------------------------------------
 
 
-def test_what_is_written_its_inventors_read(tmp_path, state):
+def test_written_files_are_read_by_comfy_kitchen(tmp_path, state):
     write_compact(native(tmp_path, state), tmp_path / "four.safetensors", "int4", None)
     tensors, held = load_file(tmp_path / "four.safetensors"), load_dit(tmp_path / "four.safetensors", precision="int4")
     with safe_open(tmp_path / "four.safetensors", "pt") as file:
@@ -269,7 +269,7 @@ def test_what_is_written_its_inventors_read(tmp_path, state):
     assert sum(tensors[name + end].nbytes for name in layers for end in ("", "_s_rel")) == wide * 9 / 32
 
 
-def test_a_matrix_is_coded_part_by_part(monkeypatch):
+def test_matrix_is_coded_in_parts(monkeypatch):
     matrix, format = torch.randn(37, 64), low_bit.FORMATS["int4"]._replace(rotation=16)
     whole = low_bit.pack(matrix, None, 0, format)
     monkeypatch.setattr("model.quantize._AT_ONCE", 64 * 5)
@@ -305,14 +305,14 @@ def without(name: str) -> Callable[[dict[str, Tensor]], dict[str, Tensor]]:
         (without("blocks.1.attn.wo.weight"), "scales without their weights"),
     ],
 )
-def test_what_would_mean_something_else(tmp_path, state, change, said):
+def test_misleading_files_are_refused(tmp_path, state, change, said):
     assert said in refused(native(tmp_path, change(stored(state)[0])))
 
 
 @pytest.mark.parametrize(
     "how", [{"group_size": 32}, {"group_size": "16"}, {"convrot_groupsize": 512}, {"bits": 6}, {"quant_group_size": 32}]
 )
-def test_other_groups(tmp_path, state, how):
+def test_other_group_sizes_are_refused(tmp_path, state, how):
     saved, _ = stored(state)
     mark = {"blocks.0.mlp.up.comfy_quant": raw(MARKS[W4A8] | {"convrot_groupsize": 256} | how)}
     message = refused(native(tmp_path, saved | mark))

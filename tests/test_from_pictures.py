@@ -18,7 +18,7 @@ from model import library
 from model.spec import raw_mu
 
 
-def test_prompts_keep_the_names_of_k2s_own_pictures(moody, k2, tmp_path):
+def test_prompts_keep_the_names_of_k2_pictures(moody, k2, tmp_path):
     """By which --only and the old files know them; where a matrix numbered its cells, without the number."""
     k2("render", "--only", "fox", "--batch", "2")
     k2("render", "--only", "fox", "--matrix", "sampler=euler,ab2")
@@ -29,7 +29,7 @@ def test_prompts_keep_the_names_of_k2s_own_pictures(moody, k2, tmp_path):
     assert len(pictures) == 4 and names == {"fox"}
 
 
-def test_a_new_project_from_pictures(moody, k2, tmp_path):
+def test_new_project_from_pictures(moody, k2, tmp_path):
     png(tmp_path / "a.png", parameters=PARAMETERS)
     png(tmp_path / "b.png", prompt=json.dumps(GRAPH))
 
@@ -48,7 +48,7 @@ def test_a_new_project_from_pictures(moody, k2, tmp_path):
     assert len(k2("render", tmp_path / "taken").stdout.splitlines()) == 2
 
 
-def test_a_project_that_no_command_would_read_is_not_made(k2, tmp_path):
+def test_unreadable_project_is_not_created(k2, tmp_path):
     (tmp_path / "many").mkdir()
     for index in range(60):
         png(tmp_path / "many" / f"{index}.png", parameters=f"a fox {index} " + "x" * 18_000 + "\nSteps: 4, Seed: 1")
@@ -60,7 +60,7 @@ def test_a_project_that_no_command_would_read_is_not_made(k2, tmp_path):
     assert not (tmp_path / "new").exists()
 
 
-def test_a_prompt_too_long_for_a_project_is_passed_over_in_a_folder(k2, tmp_path):
+def test_overlong_prompt_in_a_folder_is_skipped(k2, tmp_path):
     (tmp_path / "some").mkdir()
     png(tmp_path / "some" / "long.png", parameters="a fox " + "x" * 20_000 + "\nSteps: 4, Seed: 1")
     refused = k2("new", tmp_path / "new", "--from", tmp_path / "some", code=1).stderr
@@ -73,7 +73,7 @@ def test_a_prompt_too_long_for_a_project_is_passed_over_in_a_folder(k2, tmp_path
     assert [prompt.text for prompt in Project.open(tmp_path / "new").prompts] == ["an owl"]
 
 
-def test_a_folder_of_pictures_is_taken_with_its_batches(moody, k2, tmp_path):
+def test_folder_of_pictures_becomes_batches(moody, k2, tmp_path):
     """Seeds that follow one another are a batch; what says nothing is told; a run's contact sheet is no picture."""
     k2("render", "-p", "a fox", "--batch", "3", "--steps", "3")
     k2("render", "-p", "a fox", "--seed", "40", "--steps", "3")
@@ -102,7 +102,7 @@ def test_a_folder_of_pictures_is_taken_with_its_batches(moody, k2, tmp_path):
     assert "nothing holds no picture." in refused.stderr and not (tmp_path / "none").exists()
 
 
-def test_batches_are_of_pictures_alike_but_for_their_seeds():
+def test_batches_differ_only_in_seeds():
     def made(*seeds, **facts):
         return [origins.Origin("k2", prompt="fox", seed=seed, **facts) for seed in seeds]
 
@@ -111,7 +111,7 @@ def test_batches_are_of_pictures_alike_but_for_their_seeds():
     assert list(found.items()) == [(made(7)[0], 3), (made(40)[0], 1), (made(10, width=64)[0], 1), (made(None)[0], 1)]
 
 
-def test_prompts_that_would_be_called_alike():
+def test_equal_prompt_names_are_numbered():
     """However their own numbers fall."""
     named = from_pictures.name_prompts(
         [origins.Origin("k2", prompt=prompt) for prompt in ("fox", "fox 3", "fox", "fox")]
@@ -120,7 +120,7 @@ def test_prompts_that_would_be_called_alike():
 
 
 @pytest.mark.parametrize("keep", ["k2", "parameters"])
-def test_a_picture_of_k2_is_asked_for_again(moody, k2, tmp_path, keep):
+def test_k2_picture_is_requested_again(moody, k2, tmp_path, keep):
     numbers = ("--size", "64x96", "--steps", "5", "--guidance", "1.5")
     k2("render", "-p", r"a fox in \{a|b\}", *numbers, "--guidance-until", "0.5", "--sampler", "ab2")
     (made,) = moody.glob("outputs/*/*-7.png")
@@ -145,7 +145,7 @@ def test_a_picture_of_k2_is_asked_for_again(moody, k2, tmp_path, keep):
         (("--steps", "8", "--guidance", "2"), (None, 2)),
     ],
 )
-def test_a_picture_of_turbo_is_asked_for_of_turbo(moody, k2, tmp_path, keep, options, kept):
+def test_turbo_picture_requests_turbo(moody, k2, tmp_path, keep, options, kept):
     write_weights(library.BUNDLED / "mini-turbo.safetensors", {"kind": "dit", "variant": "turbo"})
     k2("render", "-p", "a fox", "--turbo", *options)
     (made,) = moody.glob("outputs/*/*-7.png")
@@ -159,7 +159,7 @@ def test_a_picture_of_turbo_is_asked_for_of_turbo(moody, k2, tmp_path, keep, opt
     assert (settings.model, settings.variant, settings.steps, settings.guidance) == ("mini", "turbo", *kept)
 
 
-def test_a_picture_of_turbo_brings_what_it_was_asked_for_besides(moody, k2, tmp_path):
+def test_turbo_picture_brings_its_other_settings(moody, k2, tmp_path):
     write_weights(library.BUNDLED / "mini-turbo.safetensors", {"kind": "dit", "variant": "turbo"})
     turbo = ("--turbo", "--steps", "8", "--guidance", "2")
     first = k2("render", "-p", "a fox", *turbo, "--guidance-until", "0.5", "--sampler", "ab2").stdout.strip()
@@ -177,7 +177,7 @@ def test_a_picture_of_turbo_brings_what_it_was_asked_for_besides(moody, k2, tmp_
     assert turned == {"seed": 7, "steps": 8, "guidance": 2}  # Turbo's own steps, too, as [render] has others
 
 
-def test_one_of_another_checkpoint_is_told_and_brings_no_settings(moody, k2, tmp_path):
+def test_other_checkpoints_settings_are_not_imported(moody, k2, tmp_path):
     write_weights(library.BUNDLED / "mini-turbo.safetensors", {"kind": "dit", "variant": "turbo"})
     ways = (("--turbo", "4"), ("--raw", "6"), ("--turbo", "6"))
     turbo, raw, moved = (k2("render", "-p", "a fox", way, "--steps", steps).stdout.strip() for way, steps in ways)
@@ -192,7 +192,7 @@ def test_one_of_another_checkpoint_is_told_and_brings_no_settings(moody, k2, tmp
     assert [prompt.settings for prompt in project.prompts] == [{"seed": 7}]
 
 
-def test_a_record_beside_a_picture_that_carries_none_is_read(moody, k2, tmp_path):
+def test_sidecar_record_is_read(moody, k2, tmp_path):
     made = k2("render", "-p", "a fox", "--seed", "40", "--size", "64x96", "--no-embed").stdout.strip()
 
     k2("new", tmp_path / "again", "--from", made)
@@ -202,7 +202,7 @@ def test_a_record_beside_a_picture_that_carries_none_is_read(moody, k2, tmp_path
 
 
 @pytest.mark.parametrize(("seed", "told"), [(2**63 - 1, False), (2**63, True), (2**64 - 1, True)])
-def test_a_seed_that_has_no_place_here_is_told(k2, fake, tmp_path, seed, told):
+def test_unusable_seed_is_reported(k2, fake, tmp_path, seed, told):
     graph = json.loads(json.dumps(GRAPH).replace("99", str(seed)))
     png(tmp_path / "a.png", prompt=json.dumps(graph))
 
@@ -212,7 +212,7 @@ def test_a_seed_that_has_no_place_here_is_told(k2, fake, tmp_path, seed, told):
     assert Project.open(tmp_path / "taken").prompts[0].settings.get("seed") == (None if told else seed)
 
 
-def test_pictures_may_follow_as_a_shell_lays_them_out(k2, fake, tmp_path):
+def test_from_takes_pictures_as_a_shell_expands_them(k2, fake, tmp_path):
     pictures = [
         png(tmp_path / f"{name}.png", parameters=f"a {name}\nSteps: 20, Seed: 3") for name in ("fox", "owl", "cup")
     ]
@@ -223,7 +223,7 @@ def test_pictures_may_follow_as_a_shell_lays_them_out(k2, fake, tmp_path):
     assert "pictures need --from" in k2("new", tmp_path / "my", "project", code=2).stderr
 
 
-def test_what_stays_behind_of_a_picture_of_k2_is_told(moody, k2, tmp_path):
+def test_unimported_settings_of_k2_pictures_are_reported(moody, k2, tmp_path):
     (moody / "styles").mkdir()
     (moody / "styles" / "dusk.toml").write_text('keywords = ["film grain"]\n')
     k2("render", "-p", "a fox", "--style", "dusk=0.5")
@@ -234,7 +234,7 @@ def test_what_stays_behind_of_a_picture_of_k2_is_told(moody, k2, tmp_path):
     assert f"Not imported from {made.name}: style dusk." in result.stderr and "&& k2 render\n" in result.stderr
 
 
-def test_what_a_style_avoids_stays_behind_with_it(moody, k2, tmp_path):
+def test_styles_avoids_are_not_imported(moody, k2, tmp_path):
     """A phrase that the prompt avoids as well as its styles stays, once."""
     (moody / "styles").mkdir()
     (moody / "styles" / "dusk.toml").write_text('keywords = ["grain"]\navoids = ["glossy, neon", "text"]\n')
@@ -258,7 +258,7 @@ def with_mu(moody, mu: float) -> None:
 
 
 @pytest.mark.parametrize("turbo", [False, True])
-def test_a_mu_is_taken_over_where_it_was_chosen(moody, k2, tmp_path, turbo):
+def test_chosen_mu_is_imported(moody, k2, tmp_path, turbo):
     """One that the model takes for the size by itself would be wrong for another size."""
     write_weights(library.BUNDLED / "mini-turbo.safetensors", {"kind": "dit", "variant": "turbo"})
     variant, own = (("--turbo",), "turbo") if turbo else ((), "raw")
@@ -276,7 +276,7 @@ def test_a_mu_is_taken_over_where_it_was_chosen(moody, k2, tmp_path, turbo):
     assert opened == [None, 0.875, None] and ": mu 0.875." in mixed
 
 
-def test_what_a_picture_left_to_the_model_is_told_where_the_first_did_not(moody, k2, tmp_path):
+def test_differing_defaults_are_reported(moody, k2, tmp_path):
     with_mu(moody, chosen := 2.123456789)
     dog = k2("render", "-p", "a dog", "--sampler", "ab2", "--guidance-until", "0.5", "--creativity", "low")
     other = k2("render", "-p", "an owl", "--sampler", "ab2", "--guidance-until", "0.5", "--creativity", "low")
@@ -294,7 +294,7 @@ def test_what_a_picture_left_to_the_model_is_told_where_the_first_did_not(moody,
 
 
 @pytest.mark.parametrize("model", ["krea/Krea-2-Raw", "/models/fox.safetensors", "models/fox"])
-def test_a_model_that_stays_behind_is_told(moody, k2, tmp_path, model):
+def test_unimported_model_is_reported(moody, k2, tmp_path, model):
     with_mu(moody, default_mu("mini", "raw", 64, 64))
     k2("render", "-p", "a fox")
     (made,) = moody.glob("outputs/*/*-7.png")
@@ -308,7 +308,7 @@ def test_a_model_that_stays_behind_is_told(moody, k2, tmp_path, model):
 
 
 @pytest.mark.parametrize(("model", "chosen"), [("nyx", None), ("krea-2-raw", None), ("krea-2-raw", 0.25)])
-def test_a_model_that_is_not_here_yet_is_taken_over_with_the_pictures_size(moody, k2, tmp_path, model, chosen):
+def test_missing_named_model_is_imported_with_the_size(moody, k2, tmp_path, model, chosen):
     """Weights of a name may be put here later; a project that asks for them says until then that they are missing."""
     with_mu(moody, raw_mu(6 * 4) if chosen is None else chosen)  # as the open weights take it for 96x64
     k2("render", "-p", "a fox", "--size", "96x64")
@@ -324,7 +324,7 @@ def test_a_model_that_is_not_here_yet_is_taken_over_with_the_pictures_size(moody
     assert model in k2("render", tmp_path / "again", code=1).stderr
 
 
-def test_settings_that_no_project_may_have_stay_behind(k2, fake, tmp_path):
+def test_invalid_settings_are_not_imported(k2, fake, tmp_path):
     text = "a fox\nSteps: 0, CFG scale: 500, Seed: 3, Size: 64x64, Model: mini-raw, Version: k2 0.1.0"
     png(tmp_path / "a.png", parameters=text)
 
@@ -335,7 +335,7 @@ def test_settings_that_no_project_may_have_stay_behind(k2, fake, tmp_path):
     assert len(k2("render", tmp_path / "taken").stdout.splitlines()) == 1
 
 
-def test_a_picture_of_k2_brings_its_creativity_and_leaves_its_ties(moody, k2, tmp_path):
+def test_creativity_is_imported_cohesion_is_not(moody, k2, tmp_path):
     k2("render", "-p", "a fox", "--batch", "2", "--cohesion", "0.5", "--creativity", "low", "--steps", "3")
     k2("render", "-p", "an owl", "--creativity", "high", "--steps", "4")
     led, owl = moody.glob("outputs/0001-*/*-8.png"), moody.glob("outputs/0002-*/*-7.png")
@@ -349,7 +349,7 @@ def test_a_picture_of_k2_brings_its_creativity_and_leaves_its_ties(moody, k2, tm
     assert "creativity" not in said and "steps" not in said
 
 
-def test_pictures_that_differ_in_what_stays_behind_alone_are_asked_for_once(moody, k2, tmp_path):
+def test_pictures_differing_only_in_unimported_settings_merge(moody, k2, tmp_path):
     (moody / "styles").mkdir()
     (moody / "styles" / "dusk.toml").write_text('keywords = ["film grain"]\n')
     axes = ("style.dusk=0,0.5,1", "sampler=euler,ab2", "seed=7,8,20")
@@ -363,7 +363,7 @@ def test_pictures_that_differ_in_what_stays_behind_alone_are_asked_for_once(mood
 
 
 @pytest.mark.parametrize(("shared", "told"), [("0.0", False), ("0.25", True)])
-def test_a_picture_that_led_others_leaves_no_tie_behind(moody, k2, tmp_path, shared, told):
+def test_cohesion_is_reported_only_if_something_was_shared(moody, k2, tmp_path, shared, told):
     k2("render", "-p", "a fox", "--cohesion", "0.5")
     (made,) = moody.glob("outputs/*/*-7.png")
     with Image.open(made) as image:
@@ -373,7 +373,7 @@ def test_a_picture_that_led_others_leaves_no_tie_behind(moody, k2, tmp_path, sha
     assert ("cohesion 0.5" in k2("new", tmp_path / "again", "--from", moved).stderr) is told
 
 
-def test_pictures_of_several_shapes_keep_each_its_own(moody, k2, tmp_path):
+def test_pictures_keep_their_own_shapes(moody, k2, tmp_path):
     k2("render", "-p", "a fox", "--size", "64x96")
     k2("render", "-p", "an owl", "--size", "96x64")
     png(tmp_path / "wide.png", parameters="tea\nSteps: 20, Size: 1024x512")

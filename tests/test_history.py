@@ -16,7 +16,7 @@ from k2cli.history import MadePicture, Selection, word_starts
 from model.errors import K2Error
 
 
-def test_pictures_come_in_the_order_in_which_they_were_made(tmp_path):
+def test_pictures_are_in_creation_order(tmp_path):
     many_pictures(tmp_path / "outputs", 24, per_run=12)
 
     made = list(history.read(tmp_path / "outputs"))
@@ -47,7 +47,7 @@ def test_filters(tmp_path, chosen, count):
     assert len(list(history.read(tmp_path, chosen))) == count
 
 
-def test_a_prompt_is_found_by_its_name_too(tmp_path):
+def test_prompts_are_found_by_name(tmp_path):
     many_pictures(tmp_path, 1, text="a tree")
 
     assert len(list(history.read(tmp_path, Selection(prompt="fox")))) == 1
@@ -67,7 +67,7 @@ def test_a_prompt_is_found_by_its_name_too(tmp_path):
         ("от", False),
     ],
 )
-def test_a_prompt_is_found_by_the_beginnings_of_its_words(word, found, tmp_path):
+def test_prompts_are_found_by_word_prefixes(word, found, tmp_path):
     """A bowl is no owl. Languages that do not part their words are searched as they are written."""
     many_pictures(tmp_path, 1, text="owls, 白雪, école, рыжий кот")
 
@@ -76,7 +76,7 @@ def test_a_prompt_is_found_by_the_beginnings_of_its_words(word, found, tmp_path)
 
 @pytest.mark.parametrize("form", ["NFC", "NFD"])
 @pytest.mark.parametrize(("word", "found"), [("école", True), ("ÉCOLE", True), ("cole", False), ("strasse", True)])
-def test_accents_are_of_their_letters_however_they_are_written(word, found, form, tmp_path):
+def test_composed_and_decomposed_accents_match(word, found, form, tmp_path):
     """Systems and keyboards write é in one sign or in two: prompts, runs and styles are found by either."""
     text, word = (unicodedata.normalize(form, each) for each in ("une école, Straße", word))
     other = unicodedata.normalize({"NFC": "NFD", "NFD": "NFC"}[form], word)
@@ -94,7 +94,7 @@ def test_accents_are_of_their_letters_however_they_are_written(word, found, form
     ("word", "found"),
     [("замок", True), ("за\u0301мок", True), ("ЗАМО\u0301К", True), ("мок", False), ("istanbul", True), ("кои", False)],
 )
-def test_accents_that_no_letter_is_joined_to_count_for_nothing(word, found, tmp_path):
+def test_stress_marks_are_ignored_in_searches(word, found, tmp_path):
     """Dictionaries set the stress of Russian words so; й is a letter of its own."""
     many_pictures(tmp_path, 1, text="за\u0301мок у озера, кои\u0306, İstanbul")
     (tmp_path / "0001-fox").rename(tmp_path / "0001-за\u0301мок-İstanbul")
@@ -119,11 +119,11 @@ def test_accents_that_no_letter_is_joined_to_count_for_nothing(word, found, tmp_
         ("red_fox", True),
     ],
 )
-def test_a_word_begins_behind_letters_that_are_not_parted_from_it(text, found):
+def test_words_are_found_in_scripts_without_spaces(text, found):
     assert word_starts("fox", text) == found
 
 
-def test_a_run_by_another_name_is_one_still(tmp_path):
+def test_renamed_run_is_still_read(tmp_path):
     many_pictures(tmp_path, 3, per_run=1)
     (tmp_path / "0002-owl").rename(tmp_path / "for the client")
     (tmp_path / ".trash").mkdir()
@@ -133,7 +133,7 @@ def test_a_run_by_another_name_is_one_still(tmp_path):
     assert [made.path.name for made in history.read(tmp_path, history.Selection(run="3"))] == ["teapot-2.png"]
 
 
-def test_damaged_and_foreign_files_are_passed_over(tmp_path):
+def test_damaged_and_foreign_files_are_skipped(tmp_path):
     many_pictures(tmp_path, 3, per_run=3)
     run = tmp_path / "0001-fox"
     (run / "fox-0.toml").write_bytes(b"\xff\x00")
@@ -152,7 +152,7 @@ def test_damaged_and_foreign_files_are_passed_over(tmp_path):
     assert sorted(path.name for path in unread) == ["alone.png", "fox-0.png", "fox-1.png"]
 
 
-def test_a_run_may_vanish_while_it_is_read(tmp_path, monkeypatch):
+def test_run_may_vanish_while_being_read(tmp_path, monkeypatch):
     """One that has only just begun gets its name, and one that came to nothing is removed."""
     many_pictures(tmp_path, 2, per_run=1)
     runs = history.run_folders(tmp_path)
@@ -170,7 +170,7 @@ def test_a_run_may_vanish_while_it_is_read(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("number", ["nan", "-inf", "1e999"])
-def test_a_record_with_a_number_that_is_not_finite_is_passed_over(tmp_path, number):
+def test_record_with_nan_or_inf_is_skipped(tmp_path, number):
     """JSON, of which the gallery and the log are made, has none."""
     many_pictures(tmp_path, 80)
     odd = tmp_path / "0002-owl" / "owl-40.toml"
@@ -181,7 +181,7 @@ def test_a_record_with_a_number_that_is_not_finite_is_passed_over(tmp_path, numb
     assert unread == [odd.with_suffix(".png")]
 
 
-def test_a_record_of_any_shape_can_be_looked_at(tmp_path):
+def test_record_of_any_shape_can_be_inspected(tmp_path):
     run = tmp_path / "0001-x"
     run.mkdir()
     (run / "x.png").write_bytes(b"")
@@ -211,7 +211,7 @@ def test_since(text, moment):
     assert history.parse_since(text, datetime(2026, 11, 24, 12, tzinfo=UTC)) == moment
 
 
-def test_since_days_of_people():
+def test_since_accepts_ages_and_dates():
     now = datetime.now(UTC)
 
     assert history.parse_since("yesterday", now) <= history.parse_since("today", now) - timedelta(hours=22)
@@ -219,7 +219,7 @@ def test_since_days_of_people():
         history.parse_since("soon", now)
 
 
-def test_a_run_that_may_not_be_read_hides_no_other(tmp_path, monkeypatch):
+def test_unreadable_run_does_not_hide_others(tmp_path, monkeypatch):
     for name in ("0001-fox", "0002-owl"):
         (tmp_path / name).mkdir()
     scan, skipped = history.os.scandir, []
@@ -234,7 +234,7 @@ def test_a_run_that_may_not_be_read_hides_no_other(tmp_path, monkeypatch):
     assert [path.name for path in skipped] == ["0001-fox"]
 
 
-def test_a_moment_that_the_clock_here_does_not_know_is_told_in_utc():
+def test_time_outside_the_local_range_is_shown_in_utc():
     """On Windows it begins in 1970, and pictures may come with any date."""
 
     class Early(datetime):

@@ -208,7 +208,7 @@ def cached(repo: str = REPO) -> list[str]:
     return sorted(path.name.partition(".")[2] for path in (library.folder_of(repo) / "blobs").iterdir())
 
 
-def test_a_pull_brings_what_is_needed_and_nothing_else(hf: Hub, k2):
+def test_pull_fetches_only_what_is_needed(hf: Hub, k2):
     result = k2("models", "pull", "krea-2-turbo")
 
     snapshot = Path(result.stdout.strip())
@@ -226,14 +226,14 @@ def test_a_pull_brings_what_is_needed_and_nothing_else(hf: Hub, k2):
     assert [each.name for each in library.list_models() if each.source == "hub"] == ["krea-2-turbo"]
 
 
-def test_the_token_goes_to_the_hub_and_nowhere_else(hf: Hub, k2):
+def test_token_goes_only_to_the_hub(hf: Hub, k2):
     k2("models", "pull", "krea-2-turbo")
 
     tokens = {path.startswith("/cdn/"): token for path, _, token in hf.asked}
     assert tokens == {False: "Bearer hf_secret", True: ""}
 
 
-def test_other_tools_find_what_was_pulled(hf: Hub, k2):
+def test_other_tools_find_pulled_files(hf: Hub, k2):
     k2("models", "pull", "krea-2-turbo")
 
     cache = library.hub_cache()
@@ -243,7 +243,7 @@ def test_other_tools_find_what_was_pulled(hf: Hub, k2):
     assert [(revision.commit_hash, revision.refs) for revision in repo.revisions] == [(MAIN, {"main"})]
 
 
-def test_what_another_tool_pulled_is_found(hf: Hub, k2):
+def test_files_pulled_by_other_tools_are_found(hf: Hub, k2):
     assert library.find(REPO) is None
     for name in ("model_index.json", SHARDS[0], SHARDS[1]):
         huggingface_hub.hf_hub_download(REPO, name, cache_dir=library.hub_cache())
@@ -254,7 +254,7 @@ def test_what_another_tool_pulled_is_found(hf: Hub, k2):
 
 @pytest.mark.parametrize("name", [library.MANIFEST, library.MANIFEST.upper().replace("JSON", "json")])
 @pytest.mark.parametrize("pulled", [True, False])
-def test_no_repository_brings_a_manifest(hf: Hub, k2, name, pulled):
+def test_manifest_in_a_repository_is_not_fetched(hf: Hub, k2, name, pulled):
     """It would say of itself which licence and which hashes it has."""
     forged = json.dumps({"repo": REPO, "commit": MAIN, "licence": "mit", "files": {}}).encode()
     hf.repos[REPO][MAIN][name] = forged
@@ -279,7 +279,7 @@ def test_the_bar_counts_bytes(monkeypatch):
     assert "1.0/2.0 MB" in screen.file.getvalue() and "[bold]turbo.safetensors" in screen.file.getvalue()
 
 
-def test_progress_is_of_the_whole_pull_byte_by_byte(hf: Hub):
+def test_progress_covers_the_whole_pull(hf: Hub):
     plan, seen = hub.plan_pull("krea-2-turbo"), []
     hub.fetch(plan, lambda what, done: seen.append(done))
 
@@ -287,7 +287,7 @@ def test_progress_is_of_the_whole_pull_byte_by_byte(hf: Hub):
     assert len(set(seen)) > 2 * len(NEEDED)  # not only where a file ends
 
 
-def test_a_second_pull_fetches_nothing_but_mends_what_rotted(hf: Hub, k2):
+def test_second_pull_only_repairs_damage(hf: Hub, k2):
     snapshot = Path(k2("models", "pull", "krea-2-turbo").stdout.strip())
     hf.asked.clear()
     assert k2("models", "pull", "krea-2-turbo").stdout.strip() == str(snapshot)
@@ -300,7 +300,7 @@ def test_a_second_pull_fetches_nothing_but_mends_what_rotted(hf: Hub, k2):
     assert (snapshot / SHARDS[0]).read_bytes() == PIPELINE[SHARDS[0]]
 
 
-def test_a_dropped_connection_is_picked_up_where_it_broke(hf: Hub, k2):
+def test_dropped_connection_is_resumed(hf: Hub, k2):
     hf.cut[SHARDS[0]] = 2
 
     k2("models", "pull", "krea-2-turbo")
@@ -310,7 +310,7 @@ def test_a_dropped_connection_is_picked_up_where_it_broke(hf: Hub, k2):
     assert library.locate("krea-2-turbo").joinpath(SHARDS[0]).read_bytes() == PIPELINE[SHARDS[0]]
 
 
-def test_a_pull_that_broke_off_goes_on_in_the_next_one(hf: Hub, k2):
+def test_interrupted_pull_is_resumed_by_the_next(hf: Hub, k2):
     hf.cut[SHARDS[1]] = 1
     hf.refuse = lambda path: (503, {}) if path.endswith(SHARDS[1]) and len(hf.gets(SHARDS[1])) > 1 else None
 
@@ -332,7 +332,7 @@ def test_a_pull_that_broke_off_goes_on_in_the_next_one(hf: Hub, k2):
     assert "incomplete" not in cached()
 
 
-def test_a_wrong_hash_is_thrown_away_and_said(hf: Hub, k2):
+def test_wrong_hash_is_discarded_and_reported(hf: Hub, k2):
     hf.damaged = {SHARDS[0]}
 
     result = k2("models", "pull", "krea-2-turbo", code=1)
@@ -344,7 +344,7 @@ def test_a_wrong_hash_is_thrown_away_and_said(hf: Hub, k2):
     assert library.locate("krea-2-turbo")
 
 
-def test_a_damaged_beginning_is_found_out(hf: Hub, k2):
+def test_damaged_partial_file_is_detected(hf: Hub, k2):
     """What lies there as .incomplete need not be the beginning of this file."""
     partial = library.folder_of(REPO) / "blobs" / f"{etag(PIPELINE[SHARDS[0]])}.incomplete"
     partial.parent.mkdir(parents=True)
@@ -355,7 +355,7 @@ def test_a_damaged_beginning_is_found_out(hf: Hub, k2):
     assert hf.gets(SHARDS[0]) == ["bytes=1000-", ""]
 
 
-def test_a_beginning_that_is_longer_than_the_file_is_none(hf: Hub, k2):
+def test_overlong_partial_file_is_discarded(hf: Hub, k2):
     partial = library.folder_of(REPO) / "blobs" / f"{etag(PIPELINE[SHARDS[0]])}.incomplete"
     partial.parent.mkdir(parents=True)
     partial.write_bytes(bytes(len(PIPELINE[SHARDS[0]]) + 1))
@@ -394,7 +394,7 @@ REFUSALS = {
 
 
 @pytest.mark.parametrize("case", REFUSALS)
-def test_refusals_are_said_in_one_sentence(hf: Hub, k2, case: str):
+def test_refusals_are_one_sentence(hf: Hub, k2, case: str):
     where, status, headers, sentence, hint = REFUSALS[case]
     hf.refuse = lambda path: (status, headers) if where in path else None
 
@@ -407,7 +407,7 @@ def test_refusals_are_said_in_one_sentence(hf: Hub, k2, case: str):
     assert library.locate("krea-2-turbo") is None
 
 
-def test_a_token_with_a_character_that_none_has_is_said_to_be_one(hf: Hub, k2, monkeypatch):
+def test_invalid_token_is_reported(hf: Hub, k2, monkeypatch):
     monkeypatch.setenv("HF_TOKEN", "hf_…")
 
     assert "HF_TOKEN contains a character that no token has." in k2("models", "pull", "krea-2-turbo", code=1).stderr
@@ -420,7 +420,7 @@ def test_unknown_names_and_revisions(hf: Hub, k2):
     assert k2("models", "pull", "krea-2-turbo", "--revision", "../../main", code=1)
 
 
-def test_a_revision_is_pinned(hf: Hub, k2):
+def test_revision_is_pinned(hf: Hub, k2):
     old = Path(k2("models", "pull", "krea-2-turbo", "--revision", "v1").stdout.strip())
     assert library.locate("krea-2-turbo") == old  # the only one there is
 
@@ -434,7 +434,7 @@ def test_a_revision_is_pinned(hf: Hub, k2):
     assert {each.name for each in library.list_models()} >= {"krea-2-turbo", f"krea-2-turbo@{OLD[:12]}"}
 
 
-def test_a_twin_in_another_repository_is_not_fetched_again(hf: Hub, k2):
+def test_same_file_in_another_repository_is_not_fetched_again(hf: Hub, k2):
     hf.repos["krea/Krea-2-Raw"] = {MAIN: PIPELINE | {SHARDS[0]: weights(4), SHARDS[1]: weights(5)}}
     k2("models", "pull", "krea-2-turbo")
     hf.asked.clear()
@@ -445,7 +445,7 @@ def test_a_twin_in_another_repository_is_not_fetched_again(hf: Hub, k2):
     assert library.locate("krea-2-raw").joinpath("text_encoder/model.safetensors").read_bytes() == weights(3)
 
 
-def test_room_is_looked_for_before_the_first_byte(hf: Hub, k2, monkeypatch):
+def test_disk_space_is_checked_before_the_first_byte(hf: Hub, k2, monkeypatch):
     monkeypatch.setattr(hub.shutil, "disk_usage", lambda path: SimpleNamespace(free=300_000_000))
     monkeypatch.setattr(hub, "MIN_FREE_BYTES", 300_000_000)
 
@@ -455,7 +455,7 @@ def test_room_is_looked_for_before_the_first_byte(hf: Hub, k2, monkeypatch):
     assert hf.files == set()
 
 
-def test_what_is_here_needs_no_room(hf: Hub, k2, monkeypatch):
+def test_present_files_need_no_space(hf: Hub, k2, monkeypatch):
     snapshot = k2("models", "pull", "krea-2-turbo").stdout
     monkeypatch.setattr(hub.shutil, "disk_usage", lambda path: SimpleNamespace(free=0))
     assert k2("models", "pull", "krea-2-turbo").stdout == snapshot
@@ -469,7 +469,7 @@ def test_what_is_here_needs_no_room(hf: Hub, k2, monkeypatch):
         (signal.SIGTERM, 143, "Interrupted; what has arrived is kept"),
     ],
 )
-def test_an_end_half_way_keeps_what_came(hf: Hub, k2, monkeypatch, trouble: Any, code: int, words: str):
+def test_interrupted_download_keeps_its_bytes(hf: Hub, k2, monkeypatch, trouble: Any, code: int, words: str):
     write = hub.ProgressFile.write
 
     def stop(self: Any, data: bytes) -> int:
@@ -490,7 +490,7 @@ def test_an_end_half_way_keeps_what_came(hf: Hub, k2, monkeypatch, trouble: Any,
 
 
 @pytest.mark.parametrize("written", [0, 1], ids=["manifest", "ref"])
-def test_a_disk_that_is_full_leaves_no_half_of_a_small_file(hf: Hub, k2, monkeypatch, written):
+def test_full_disk_leaves_no_partial_small_file(hf: Hub, k2, monkeypatch, written):
     """Neither of what lists the files nor of what pins a name to a commit."""
     write, before = Path.write_text, iter(range(10))
 
@@ -508,7 +508,7 @@ def test_a_disk_that_is_full_leaves_no_half_of_a_small_file(hf: Hub, k2, monkeyp
     assert not [path for path in library.hub_cache().rglob("refs/*") if path.is_file()]
 
 
-def test_offline_finds_what_is_here_and_says_what_is_not(hf: Hub, k2, monkeypatch):
+def test_offline_uses_local_files_and_reports_missing_ones(hf: Hub, k2, monkeypatch):
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     assert "HF_HUB_OFFLINE is set" in k2("models", "pull", "krea-2-turbo", code=1).stderr
 
@@ -528,7 +528,7 @@ def test_no_network(hf: Hub, k2, monkeypatch):
     assert "The connection to http://127.0.0.1:9 failed" in k2("models", "pull", "krea-2-turbo", code=1).stderr
 
 
-def test_what_is_no_hub_is_recognised(hf: Hub, k2, monkeypatch):
+def test_non_hub_server_is_recognised(hf: Hub, k2, monkeypatch):
     monkeypatch.setattr(Handler, "info", lambda self, *_: self.answer(200, b"<html>Welcome to this hotel</html>"))
 
     assert "does not answer like a hub" in k2("models", "pull", "krea-2-turbo", code=1).stderr
@@ -541,7 +541,7 @@ def test_pickles_are_never_pulled(hf: Hub, k2):
     assert hf.files == set()
 
 
-def test_of_several_models_one_is_chosen(hf: Hub, k2):
+def test_one_of_several_models_must_be_chosen(hf: Hub, k2):
     files = {f"models/k2_{name}.safetensors": weights(i) for i, name in enumerate(("fp8", "bf16"))}
     hf.repos["acme/all"] = {MAIN: files}
 
@@ -570,12 +570,12 @@ def test_files_stay_in_the_cache(hf: Hub, k2, name: str):
     assert hf.files == set()
 
 
-def test_two_pulls_do_not_write_one_file(hf: Hub, k2):
+def test_two_pulls_do_not_write_the_same_file(hf: Hub, k2):
     with hub.exclusive(hub.plan_pull("krea-2-turbo")):
         assert "Another process is pulling" in k2("models", "pull", "krea-2-turbo", code=1).stderr
 
 
-def test_the_licence_comes_first(hf: Hub, k2):
+def test_licence_comes_first(hf: Hub, k2):
     licence.record_file().unlink()
 
     result = k2("models", "pull", "krea-2-turbo", code=1)
@@ -589,7 +589,7 @@ def test_the_licence_comes_first(hf: Hub, k2):
     assert "Community License" not in k2("models", "pull", "krea-2-turbo").stderr
 
 
-def test_a_render_asks_for_the_licence_too(hf: Hub, moody: Path, k2):
+def test_render_requires_the_licence(hf: Hub, moody: Path, k2):
     k2("models", "pull", "krea-2-turbo")
     licence.record_file().unlink()
     command = ("render", "--model", "krea-2-turbo", "-p", "tea", "--no-embed")
@@ -603,7 +603,7 @@ def test_a_render_asks_for_the_licence_too(hf: Hub, moody: Path, k2):
     assert k2(*command).stdout == "outputs/0001-tea/tea-7.png\n"
 
 
-def test_an_export_asks_for_the_licence_too(hf: Hub, moody: Path, k2, fake):
+def test_export_requires_the_licence(hf: Hub, moody: Path, k2, fake):
     k2("models", "pull", "krea-2-turbo")
     licence.record_file().unlink()
 
@@ -611,7 +611,7 @@ def test_an_export_asks_for_the_licence_too(hf: Hub, moody: Path, k2, fake):
     assert not fake.loaded
 
 
-def test_the_language_side_speaks_under_an_accepted_licence_only(hf: Hub, moody: Path, k2, monkeypatch):
+def test_language_model_requires_the_licence(hf: Hub, moody: Path, k2, monkeypatch):
     k2("models", "pull", "krea-2-turbo")
     licence.record_file().unlink()
     loaded = []
@@ -636,7 +636,7 @@ def test_the_language_side_speaks_under_an_accepted_licence_only(hf: Hub, moody:
     expander.language_model_path.cache_clear()
 
 
-def test_what_was_made_from_the_weights_comes_under_their_licence(hf: Hub, k2):
+def test_derived_weights_require_the_licence(hf: Hub, k2):
     licence.record_file().unlink()
     hf.repos["acme/tuned"] = {MAIN: {"model.safetensors": weights(1)}}
 
@@ -648,7 +648,7 @@ def test_what_was_made_from_the_weights_comes_under_their_licence(hf: Hub, k2):
     assert "has not been accepted" in k2("models", "pull", "acme/tuned", code=1).stderr
 
 
-def test_what_was_pulled_renders(hf: Hub, k2, tiny, tmp_path: Path):  # noqa: F811
+def test_pulled_model_renders(hf: Hub, k2, tiny, tmp_path: Path):  # noqa: F811
     """A whole pipeline in diffusers' layout, from the hub to a picture: the same as from the box."""
     from model.pipeline import Pipeline
     from model.spec import RenderSpec
@@ -667,7 +667,7 @@ def test_what_was_pulled_renders(hf: Hub, k2, tiny, tmp_path: Path):  # noqa: F8
     assert pulled.recommended == library.RECOMMENDED["turbo"] | boxed.recommended
 
 
-def test_the_environment_is_honoured(server: Hub, tmp_path: Path):
+def test_environment_variables_are_honoured(server: Hub, tmp_path: Path):
     """HF_ENDPOINT, HF_HOME, HF_TOKEN as a user sets them; the process goes without torch."""
     env = {key: value for key, value in os.environ.items() if not key.startswith("HF_")} | environment(tmp_path)
     code = """if True:

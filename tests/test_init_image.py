@@ -56,7 +56,7 @@ def as_array(picture: Picture) -> np.ndarray:
 
 
 @pytest.mark.parametrize(("denoise", "taken"), [(0.5, 4), (0.3, 2), (0.01, 1), (0.99, 8)])
-def test_the_last_steps_are_taken_from_the_picture_with_as_much_noise(pipeline, sketch, denoise, taken):
+def test_denoise_takes_the_last_steps_from_the_noised_image(pipeline, sketch, denoise, taken):
     """Beside diffusers' own scheduler, which noises and steps by itself; to the nearest whole step, and at least one.
 
     Where guidance ends is counted over the steps that are taken.
@@ -89,14 +89,14 @@ def test_the_last_steps_are_taken_from_the_picture_with_as_much_noise(pipeline, 
     assert np.abs(np.asarray(expected, int) - as_array(picture)).max() <= 1
 
 
-def test_all_made_anew_is_the_picture_without(pipeline, sketch):
+def test_denoise_1_equals_no_init_image(pipeline, sketch):
     """Bit for bit; and less is something else."""
     whole, less = replace(FOX, init_image=sketch, denoise=1.0), replace(FOX, init_image=sketch, denoise=0.9)
     assert made(pipeline, whole) == made(pipeline, FOX) != made(pipeline, less)
 
 
 @pytest.mark.parametrize("sampler", ["euler", "ab2"])
-def test_pictures_that_begin_differently_keep_no_company(pipeline, sketch, tmp_path, sampler):
+def test_batches_share_denoise_and_pictures_are_independent(pipeline, sketch, tmp_path, sampler):
     """Two beginnings share a batch, another share has its own; none depends on the others. A changed file is read."""
     other = tmp_path / "other.png"
     Image.new("RGB", (50, 50), "teal").save(other)
@@ -116,13 +116,13 @@ def test_pictures_that_begin_differently_keep_no_company(pipeline, sketch, tmp_p
     assert made(pipeline, specs[0]) == made(pipeline, specs[1])
 
 
-def test_one_picture_begins_pictures_of_several_shapes(pipeline, sketch):
+def test_one_init_image_serves_several_sizes(pipeline, sketch):
     cell = pipeline.vae.factor
     for width, height in ((64, 64), (64, 96), (96, 64)):
         assert pipeline.init_images.latents(sketch, width, height).shape[2:] == (height // cell, width // cell)
 
 
-def test_the_first_of_a_batch_is_what_it_would_be_alone(pipeline, sketch):
+def test_lead_picture_is_what_it_would_be_alone(pipeline, sketch):
     """And the leader of the others begins as they do."""
     spec = replace(FOX, init_image=sketch, denoise=0.6)
     alone = [as_array(pipeline.render([each])[0]) for each in (spec, replace(spec, seed=8))]
@@ -130,7 +130,7 @@ def test_the_first_of_a_batch_is_what_it_would_be_alone(pipeline, sketch):
     assert np.abs(first - alone[0]).max() <= 1 < np.abs(second - alone[1]).max()
 
 
-def test_steps_are_told_as_they_are_taken(pipeline, sketch):
+def test_progress_counts_only_the_steps_taken(pipeline, sketch):
     told = []
     pipeline.render(
         [replace(FOX, init_image=sketch, denoise=0.5)], on_step=lambda done, steps: told.append((done, steps))
@@ -138,14 +138,14 @@ def test_steps_are_told_as_they_are_taken(pipeline, sketch):
     assert told == [(1, 4), (2, 4), (3, 4), (4, 4)]
 
 
-def test_a_record_names_the_picture_and_its_hash(pipeline, sketch):
+def test_record_holds_init_image_and_hash(pipeline, sketch):
     (picture,) = pipeline.render([replace(FOX, init_image=sketch)])
     assert picture.record["init_image"] == {"image": str(sketch), "sha256": sha256(sketch)}
     assert picture.record["denoise"] == DENOISE
     assert not {"init_image", "denoise"} & set(pipeline.render([FOX])[0].record)
 
 
-def test_what_no_picture_can_begin_with_is_refused(pipeline, sketch, tmp_path):
+def test_invalid_init_images_are_refused(pipeline, sketch, tmp_path):
     for denoise in (0.0, 0.009, -0.5, 1.01, float("nan")):
         with pytest.raises(K2Error, match="is out of range"):
             pipeline.resolve(replace(FOX, init_image=sketch, denoise=denoise))
@@ -173,7 +173,7 @@ def masked(path: Path, box: tuple[int, int, int, int], size: tuple[int, int]) ->
 
 @pytest.mark.parametrize("denoise", [None, 0.5])
 @pytest.mark.parametrize("sampler", ["euler", "ab2"])
-def test_around_a_mask_every_pixel_stays(pipeline, noisy, denoise, sampler):
+def test_pixels_outside_the_mask_stay(pipeline, noisy, denoise, sampler):
     """And within it, but for a margin that leads over, none does; by another seed it is another."""
     side = pipeline.native
     spec = replace(
@@ -188,14 +188,14 @@ def test_around_a_mask_every_pixel_stays(pipeline, noisy, denoise, sampler):
     assert (first != other)[inside].any() and pipeline.resolve(spec).denoise == (denoise or 1.0)
 
 
-def test_around_a_mask_every_pixel_stays_in_bf16(tiny, noisy):  # noqa: F811
+def test_pixels_outside_the_mask_stay_in_bf16(tiny, noisy):  # noqa: F811
     half = Pipeline.load("tiny", device="cpu", dtype="bfloat16")
     (picture,) = half.render([replace(FOX, init_image=noisy, mask=f"{half.native // 2}x{half.native}+0+0")])
     changed = (as_array(picture) != np.asarray(Image.open(noisy), int)).any(-1)
     assert not changed[:, half.native // 2 :].any() and changed[:, : half.native // 2].mean() > 0.8
 
 
-def test_what_stays_is_at_every_step_what_noise_has_left_of_it(pipeline, noisy, monkeypatch):
+def test_kept_tokens_follow_the_straight_path(pipeline, noisy, monkeypatch):
     """The network sees both at one noise level: the kept tokens lie on the straight way from picture to noise."""
     side, cell = pipeline.native, pipeline.vae.factor * pipeline.dit.config.patch
     spec = replace(FOX, init_image=noisy, mask=f"{cell}x{cell}+0+0")
@@ -218,7 +218,7 @@ def test_what_stays_is_at_every_step_what_noise_has_left_of_it(pipeline, noisy, 
         assert sigma == 1 or not torch.allclose(tokens[:, 0], ((1 - sigma) * image + sigma * fresh)[:, 0], atol=1e-2)
 
 
-def test_a_mask_may_be_a_picture(pipeline, noisy, tmp_path):
+def test_mask_picture_equals_its_region(pipeline, noisy, tmp_path):
     """White is made anew, black stays, as the region of the same pixels has it; pictures of a batch have their own."""
     side = pipeline.native
     box = (side // 4, 0, side // 2, side // 2)
@@ -235,7 +235,7 @@ def test_a_mask_may_be_a_picture(pipeline, noisy, tmp_path):
     assert pipeline.render([region])[0].record["mask"] == {"region": region.mask}
 
 
-def test_a_mask_of_another_shape_is_refused_before_anything_is_painted(pipeline, noisy, tmp_path):
+def test_mask_of_other_proportions_is_refused_first(pipeline, noisy, tmp_path):
     side = pipeline.native
     wide = masked(tmp_path / "wide.png", (0, 0, side, side // 2), (2 * side, side))
     specs = [FOX, replace(FOX, init_image=noisy, mask=wide)]
@@ -245,7 +245,7 @@ def test_a_mask_of_another_shape_is_refused_before_anything_is_painted(pipeline,
     assert pipeline.render([replace(FOX, init_image=noisy, mask=larger)])
 
 
-def test_where_a_mask_is_transparent_nothing_is_made_anew(tmp_path):
+def test_transparent_mask_areas_are_kept(tmp_path):
     """Painted white on a layer of its own, as it comes out of a drawing program."""
     layer = Image.new("RGBA", (32, 32), (255, 255, 255, 0))
     layer.paste("white", (8, 0, 16, 32))
@@ -262,14 +262,14 @@ def test_where_a_mask_is_transparent_nothing_is_made_anew(tmp_path):
         ("8x9999+0+0", "extends beyond the picture"),
     ],
 )
-def test_what_masks_nothing_is_refused(pipeline, noisy, mask, message):
+def test_empty_masks_are_refused(pipeline, noisy, mask, message):
     with pytest.raises(K2Error, match=message):
         pipeline.resolve(replace(FOX, init_image=noisy, mask=mask))
     with pytest.raises(K2Error, match="no picture to mask"):
         pipeline.resolve(replace(FOX, mask="8x8+0+0"))
 
 
-def test_a_region_may_touch_every_edge(pipeline, noisy):
+def test_region_may_touch_every_edge(pipeline, noisy):
     whole = replace(FOX, init_image=noisy, width=96, height=64, mask="96x64+0+0")
     assert pipeline.resolve(whole).mask == whole.mask
     for beyond in ("8x8+89+0", "8x8+0+57"):
@@ -277,7 +277,7 @@ def test_a_region_may_touch_every_edge(pipeline, noisy):
             pipeline.resolve(replace(whole, mask=beyond))
 
 
-def test_the_edge_of_a_mask_is_half_a_latent_cell_wide(pipeline, noisy):
+def test_mask_edge_is_half_a_latent_cell_wide(pipeline, noisy):
     """So far, within the mask, the initial picture and what is painted run into each other."""
     side, half = pipeline.native, pipeline.init_images.vae.factor // 2
     spec = pipeline.resolve(replace(FOX, init_image=noisy, mask=f"{side // 2}x{side}+0+0"))
@@ -288,7 +288,7 @@ def test_the_edge_of_a_mask_is_half_a_latent_cell_wide(pipeline, noisy):
     assert (found[..., :soft] == 3).all() and (found[..., soft] < 3).all()
 
 
-def test_a_cell_that_a_mask_cuts_is_made_anew_in_part(pipeline, noisy):
+def test_partly_masked_cell_is_repainted_in_part(pipeline, noisy):
     side, cell, config = pipeline.native, pipeline.vae.factor, pipeline.dit.config
     spec = pipeline.resolve(replace(FOX, init_image=noisy, mask=f"{cell + cell // 2}x{side}+0+0"))
     cells = side // cell
@@ -298,7 +298,7 @@ def test_a_cell_that_a_mask_cuts_is_made_anew_in_part(pipeline, noisy):
     assert unpatchify(way.repaint, config.patch, cells, cells)[0, 0, 0, :3].tolist() == [1.0, 0.5, 0.0]
 
 
-def test_files_may_change_and_go_once_a_picture_is_begun(pipeline, noisy, tmp_path):
+def test_files_may_change_once_rendering_has_started(pipeline, noisy, tmp_path):
     """What stays is what was there then, as the record's hash says."""
     part = Image.new("L", Image.open(noisy).size)
     part.paste(255, (0, 0, part.width // 2, part.height))
@@ -314,7 +314,7 @@ def test_files_may_change_and_go_once_a_picture_is_begun(pipeline, noisy, tmp_pa
     assert after.image.tobytes() == before.image.tobytes()
 
 
-def test_a_mask_comes_in_within_its_edge_and_not_at_the_pictures():
+def test_feathering_stays_inside_the_mask():
     mask = to_mask("20x40+0+0", 40, 40)
     soft = feather(mask, 4)
     assert (soft[..., 20:] == 0).all() and (soft[..., :16] == 1).all()
@@ -322,7 +322,7 @@ def test_a_mask_comes_in_within_its_edge_and_not_at_the_pictures():
     assert (ramp.diff() <= 0).all() and 0 < ramp[3] < 1
 
 
-def test_greys_lighter_than_half_lead_over_to_what_is_made_anew():
+def test_light_greys_blend_kept_and_repainted_areas():
     soft = [feather(torch.full((1, 1, 16, 16), grey), 4).unique().tolist() for grey in (0.0, 0.25, 0.5, 0.75, 1.0)]
     assert soft == [[0.0], [0.0], [0.0], [0.5], [1.0]]
     white = torch.ones(1, 1, 16, 16)
@@ -347,7 +347,7 @@ def plan(k2, *options: object) -> list[dict]:
     return [json.loads(line) for line in k2("render", "--dry-run", "--json", *options).stdout.splitlines()]
 
 
-def test_a_prompt_begins_with_its_own_picture_and_takes_its_shape(begun, k2):
+def test_prompt_uses_its_own_init_image_and_shape(begun, k2):
     fox = plan(k2, "--only", "fox")[0]
     assert fox["init_image"] == {"image": "refs/wide.png", "sha256": sha256(begun / "refs" / "wide.png")}
     assert (fox["settings"]["width"], fox["settings"]["height"]) == (160, 112)
@@ -368,7 +368,7 @@ def test_a_prompt_begins_with_its_own_picture_and_takes_its_shape(begun, k2):
         ((3000, 100), (256, 64)),
     ],
 )
-def test_a_picture_keeps_its_size_where_the_model_knows_such(begun, k2, monkeypatch, sides, rendered):
+def test_init_image_size_is_kept_if_the_model_supports_it(begun, k2, monkeypatch, sides, rendered):
     monkeypatch.setattr(models, "grid", lambda *_: models.Grid(128, 16, (120 * 120, 160 * 160)))
     Image.new("RGB", sides).save(begun / "refs" / "wide.png")
     fox = plan(k2, "--only", "fox")[0]["settings"]
@@ -377,7 +377,7 @@ def test_a_picture_keeps_its_size_where_the_model_knows_such(begun, k2, monkeypa
     assert (said["width"], said["height"]) == (128, 128)
 
 
-def test_a_picture_that_lies_on_its_side_is_taken_as_it_is_looked_at(begun, k2):
+def test_exif_orientation_is_applied(begun, k2):
     exif = Image.Exif()
     exif[0x0112] = 6
     Image.new("RGB", (300, 200)).save(begun / "refs" / "wide.png", exif=exif)
@@ -385,7 +385,7 @@ def test_a_picture_that_lies_on_its_side_is_taken_as_it_is_looked_at(begun, k2):
     assert (fox["settings"]["width"], fox["settings"]["height"]) == (112, 160)
 
 
-def test_the_shell_names_pictures_from_where_it_stands(begun, k2, monkeypatch, tmp_path):
+def test_option_paths_are_relative_to_the_current_folder(begun, k2, monkeypatch, tmp_path):
     """Anywhere: whoever types a path may use it. A record that leads out of the project asks first."""
     elsewhere = tmp_path / "elsewhere"
     elsewhere.mkdir()
@@ -406,7 +406,7 @@ def test_the_shell_names_pictures_from_where_it_stands(begun, k2, monkeypatch, t
 
 
 @pytest.mark.parametrize("what", ["init_image", "reference", "model"])
-def test_a_run_that_reaches_out_is_gone_on_with_by_the_line_that_k2_prints(begun, k2, fake, tmp_path, what):
+def test_printed_command_resumes_a_run_with_outside_files(begun, k2, fake, tmp_path, what):
     """Whose files are named in the run's plan: copies of them would be others."""
     Image.new("RGB", (64, 64), "navy").save(tmp_path / "dot.png")
     options: tuple[str, ...] = ("--init-image", str(tmp_path / "dot.png"))
@@ -431,7 +431,7 @@ def test_a_run_that_reaches_out_is_gone_on_with_by_the_line_that_k2_prints(begun
 
 
 @pytest.mark.parametrize("said", ["../dot.png", "refs/link.png", "refs/loop.png"])
-def test_what_lies_elsewhere_is_known_by_where_it_lies(begun, k2, said):
+def test_outside_files_are_recorded_by_real_path(begun, k2, said):
     """However the shell calls it, so that a rerun and the way to go on ask for what they need."""
     Image.new("RGB", (64, 64), "navy").save(begun.parent / "dot.png")
     (begun / "refs" / "link.png").symlink_to(begun.parent / "dot.png")
@@ -448,7 +448,7 @@ def test_what_lies_elsewhere_is_known_by_where_it_lies(begun, k2, said):
     assert resume_commands([asked]) == "k2 render --resume --run 1 --allow-outside"
 
 
-def test_a_project_is_a_link_to_one(begun, k2, tmp_path, monkeypatch):
+def test_project_may_be_a_link(begun, k2, tmp_path, monkeypatch):
     """What it is made with is named from where the link leads: ".." goes up from there."""
     (tmp_path / "deep").mkdir()
     (tmp_path / "deep" / "link").symlink_to(begun)
@@ -460,14 +460,14 @@ def test_a_project_is_a_link_to_one(begun, k2, tmp_path, monkeypatch):
         assert "Identical" in k2("rerun", made, "--project", "deep/link", "--allow-outside").stderr
 
 
-def test_a_run_of_pictures_begun_elsewhere_gets_its_sheet(begun, k2, tmp_path):
+def test_run_with_outside_init_images_gets_its_sheet(begun, k2, tmp_path):
     Image.new("RGB", (64, 64), "navy").save(tmp_path / "dot.png")
     made = k2("render", "--only", "fox", "--batch", "2", "--init-image", tmp_path / "dot.png").stdout.split()
     assert len(made) == 2 and Path(made[0]).with_name("sheet.png").is_file()
 
 
 @pytest.mark.parametrize("option", ["--init-image", "--mask"])
-def test_a_picture_that_is_cut_off_is_refused_before_anything_is_made(begun, k2, tmp_path, option):
+def test_truncated_init_image_is_refused_first(begun, k2, tmp_path, option):
     Image.effect_noise((300, 200), 90).save(tmp_path / "whole.png")
     (tmp_path / "cut.png").write_bytes((tmp_path / "whole.png").read_bytes()[:3000])
     refused = k2("render", "--only", "fox", option, tmp_path / "cut.png", code=2)
@@ -484,14 +484,14 @@ def test_a_picture_that_is_cut_off_is_refused_before_anything_is_made(begun, k2,
         ("k2.toml", "k2.toml is not a readable picture"),
     ],
 )
-def test_a_projects_picture_is_its_own_and_one(begun, k2, said, message):
+def test_invalid_project_init_image_is_blamed_on_its_line(begun, k2, said, message):
     (begun / "k2.toml").write_text((begun / "k2.toml").read_text().replace("refs/wide.png", said))
     refused = k2("render", "--only", "fox", code=1)
     assert re.match(r"Error: k2.toml, line \d+: ", refused.stderr) and message in refused.stderr
     assert not list((begun / "outputs").glob("*"))
 
 
-def test_a_mask_is_recorded_and_led_back_to(begun, k2):
+def test_mask_is_recorded_and_found_again(begun, k2):
     (region,) = k2("render", "--only", "fox", "--batch", "1", "--mask", "40x30+8+16").stdout.splitlines()
     assert "40x30+8+16" in k2("show", region).stdout
     masked(begun / "refs" / "mask.png", (0, 0, 50, 50), (150, 100))  # half as large, of the same proportions
@@ -508,7 +508,7 @@ def test_a_mask_is_recorded_and_led_back_to(begun, k2):
 
 
 @pytest.mark.parametrize("said", ["", 'image = ""', 'region = ""', 'region = "8x8+0+0"\nimage = "refs/wide.png"'])
-def test_a_record_whose_mask_is_none_or_two_is_refused(begun, k2, said):
+def test_record_with_an_invalid_mask_is_refused(begun, k2, said):
     """And not read as if all of the picture had been made anew."""
     (made,) = k2("render", "--only", "fox", "--batch", "1", "--mask", "40x30+8+16", "--no-embed").stdout.split()
     record = Path(made).with_suffix(".toml")
@@ -535,7 +535,7 @@ def test_a_record_whose_mask_is_none_or_two_is_refused(begun, k2, said):
         (("--only", "fox", "--mask", "refs/square.png"), "does not have the proportions of its init_image"),
     ],
 )
-def test_a_mask_lies_on_its_picture(begun, k2, options, message):
+def test_unusable_masks_are_usage_errors(begun, k2, options, message):
     masked(begun / "refs" / "square.png", (0, 0, 50, 50), (100, 100))
     masked(begun / "refs" / "dark.png", (0, 0, 0, 0), (300, 200))
     Image.new("RGB", (300, 200), "lime").save(begun / "refs" / "green.png")  # of three colours one: a third of white
@@ -543,7 +543,7 @@ def test_a_mask_lies_on_its_picture(begun, k2, options, message):
     assert not (begun / "outputs").exists()
 
 
-def test_none_is_none_whatever_was_said_before(begun, k2):
+def test_none_unsets_an_init_image(begun, k2):
     """And what hung on the picture goes with it; what was said of no picture is still told to change nothing."""
     text = (begun / "k2.toml").read_text().replace('name = "fox"\n', 'name = "fox"\ndenoise = 0.3\nmask = "8x8+0+0"\n')
     (begun / "k2.toml").write_text(text.replace("[render]", '[render]\ninit_image = "refs/wide.png"'))
@@ -563,7 +563,7 @@ def test_none_is_none_whatever_was_said_before(begun, k2):
     assert "denoise has no effect" in k2("render", "--only", "fox").stderr
 
 
-def test_none_makes_void_what_was_said_of_a_picture_and_no_more(begun, k2):
+def test_none_unsets_only_what_belongs_to_the_init_image(begun, k2):
     """One prompt may say it, and a command line the rest of all; a picture named over it brings all of it back."""
     said = '[render]\ninit_image = "refs/wide.png"\ndenoise = 0.4\nmask = "64x64+8+8"\n'
     text = (begun / "k2.toml").read_text().replace("[render]\n", said)
@@ -590,7 +590,7 @@ def test_none_makes_void_what_was_said_of_a_picture_and_no_more(begun, k2):
     assert 'Name the picture that "tea" starts from.' in refused
 
 
-def test_mixes_are_seen_on_one_picture(begun, k2):
+def test_mix_preview_uses_one_init_image(begun, k2):
     """The same without a style, in the parts and in the mix, whatever the project's own prompts begin with."""
     (begun / "styles").mkdir()
     for name in ("dusk", "ink"):
@@ -601,7 +601,7 @@ def test_mixes_are_seen_on_one_picture(begun, k2):
     assert len(made) == 4 and {each["init_image"]["image"] for each in made} == {"dot.png"}
 
 
-def test_a_share_of_no_picture_is_told_to_change_nothing(begun, k2):
+def test_denoise_without_init_image_warns(begun, k2):
     told = "No picture has an init image, so denoise has no effect."
     assert told in k2("render", "-p", "tea", "--denoise", "0.5", "--dry-run").stderr
     assert told in k2("render", "--only", "an-owl-at-night", "--matrix", "denoise=0.5,1", "--dry-run").stderr
@@ -610,7 +610,7 @@ def test_a_share_of_no_picture_is_told_to_change_nothing(begun, k2):
     assert told in k2("render", "-", "--init-image", "none", "--dry-run", input=line).stderr
 
 
-def test_what_may_not_be_meant_is_told(begun, k2):
+def test_doubtful_init_image_settings_warn(begun, k2):
     def told(*options: str) -> str:
         return k2("render", "--only", "fox", *options, "--dry-run").stderr
 
@@ -623,7 +623,7 @@ def test_what_may_not_be_meant_is_told(begun, k2):
     assert not any(each in quiet for each in (nothing, scaled, narrow))
 
 
-def test_shares_that_come_to_as_many_steps_are_told(begun, k2):
+def test_equal_step_counts_warn(begun, k2):
     def told(*options: str) -> str:
         said = k2("render", *options, "--dry-run").stderr
         return "".join(line for line in said.splitlines(True) if "are the same" in line)
@@ -659,7 +659,7 @@ def test_shares_that_come_to_as_many_steps_are_told(begun, k2):
         assert told("--only", "fox", "--steps", "8") == told("--only", "fox", "--steps", "4") == ""
 
 
-def test_that_much_of_an_initial_picture_is_cut_off_is_told(begun, k2):
+def test_heavy_cropping_warns(begun, k2):
     """A strip longer than pictures may be, and what a size that was said otherwise leaves of a picture."""
 
     def told(sides: tuple[int, int], *options: str) -> str:
@@ -672,7 +672,7 @@ def test_that_much_of_an_initial_picture_is_cut_off_is_told(begun, k2):
     assert "cropped" not in told((300, 200)) + told((640, 480))
 
 
-def test_other_tools_are_told_of_it_and_tell_of_it(begun, k2, tmp_path):
+def test_denoise_in_the_metadata_of_other_tools(begun, k2, tmp_path):
     made = k2("render", "--only", "fox", "--batch", "1", "--denoise", "0.4").stdout.split()[0]
     with Image.open(made) as image:
         assert "Denoising strength: 0.4, " in image.text["parameters"]
@@ -686,7 +686,7 @@ def test_other_tools_are_told_of_it_and_tell_of_it(begun, k2, tmp_path):
     assert mflux.left_out == ("its init image",)
 
 
-def test_a_cluster_gets_the_picture_too(tmp_path):
+def test_cluster_receives_the_init_image(tmp_path):
     spec = RenderSpec("a fox", init_image=tmp_path / "a.png", mask=tmp_path / "b.png")
     assert files_of(spec) == {tmp_path / "a.png", tmp_path / "b.png"}
     there = relocate(spec, lambda path: Path("/far") / path.name)
@@ -695,7 +695,7 @@ def test_a_cluster_gets_the_picture_too(tmp_path):
     assert files_of(region) == {tmp_path / "a.png"} and relocate(region, Path).mask == "8x8+0+0"
 
 
-def test_watch_sees_another_beginning(begun, k2):
+def test_watch_notices_a_changed_init_image(begun, k2):
     """What a picture is known by holds the hash of what it begins with."""
     settings = dict.fromkeys(("variant", "batch", "steps", "size", "device"))
     _, before, _ = plan_missing(Project.open(begun), ["fox"], settings, {}, {})

@@ -10,7 +10,7 @@ from model.latents import OUTER_SPACING, centre_on_square, noise, patchify, posi
 
 @pytest.mark.parametrize("shape", [(2, 16, 8, 8), (1, 4, 6, 10), (3, 3, 2, 4)])
 @pytest.mark.parametrize("patch", [1, 2])
-def test_there_and_back(shape, patch):
+def test_patchify_round_trip(shape, patch):
     latents = torch.randn(shape)
     tokens = patchify(latents, patch)
 
@@ -33,7 +33,7 @@ def test_positions():
     assert ids.tolist() == [[0, 0, 0]] * 2 + [[0, row, column] for row in range(2) for column in range(3)]
 
 
-def test_noise_is_the_seeds_alone():
+def test_noise_depends_only_on_the_seed():
     torch.manual_seed(1)
     first = noise(7, 16, 4, 6)
     state = torch.get_rng_state()
@@ -45,7 +45,7 @@ def test_noise_is_the_seeds_alone():
     assert torch.equal(first, torch.randn(1, 16, 4, 6, generator=torch.Generator().manual_seed(7)))
 
 
-def test_a_grid_lies_around_the_middle_of_a_square():
+def test_grid_is_centred_on_the_square():
     """A scale between that of equal areas and that of a square within the picture; beyond it, rows come close."""
     places = position_ids(0, 16, 4)[:, 1:].double()
 

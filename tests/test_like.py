@@ -38,7 +38,7 @@ def rendered(k2, *options: object) -> str:
     return k2("render", *options, "--batch", "1").stdout.split()[0]
 
 
-def test_another_of_the_kind_differs_by_its_seed_alone(dusky, k2):
+def test_like_changes_only_the_seed(dusky, k2):
     """The prompt as it was given, so that styles and what they avoid join once; seeds follow the picture's own."""
     asked = ("-p", r"a \{red|wet\} fox", "--style", "dusk=0.6", "--style", "ink=0", "--steps", "9", "--guidance", "3")
     made = rendered(k2, *asked, "--guidance-until", "0.5", "--sampler", "ab2", "--size", "64x96", "--seed", "40")
@@ -51,7 +51,7 @@ def test_another_of_the_kind_differs_by_its_seed_alone(dusky, k2):
     assert first["settings"]["mu"] == 0.5  # as it turned out
 
 
-def test_weights_in_few_bits_are_of_its_look(dusky, k2, fake):
+def test_precision_is_part_of_the_look(dusky, k2, fake):
     """They make another picture, so that of one seed too; with another model, or said, they are others."""
     made = rendered(k2, "-p", "tea", "--precision", "int8")
     (dusky / "k2.toml").write_text((dusky / "k2.toml").read_text().replace("[render]", '[render]\nprecision = "int4"'))
@@ -64,7 +64,7 @@ def test_weights_in_few_bits_are_of_its_look(dusky, k2, fake):
     assert [precision for precision, _ in fake.held] == ["int8", "int8", "fp8", "int4", "native", None]
 
 
-def test_what_is_said_goes_before_and_makes_void_what_hung_on_it(dusky, k2):
+def test_options_override_the_picture_and_what_depends_on_it(dusky, k2):
     asked = ("-p", "tea", "--steps", "9", "--guidance-until", "0.5", "--size", "64x96", "--seed", "40")
     made = rendered(k2, *asked)
     (other,) = plan(k2, "--like", made, "--batch", "1", "--raw", "--aspect", "1:1", "--seed", "3", "--style", "ink=0.5")
@@ -80,7 +80,7 @@ def test_what_is_said_goes_before_and_makes_void_what_hung_on_it(dusky, k2):
     assert [each["settings"]["seed"] for each in plan(k2, "--like", made, "--matrix", "seed=1,2")] == [1, 2]
 
 
-def test_what_its_prompt_avoided_counts_once(dusky, k2):
+def test_prompts_avoids_count_once(dusky, k2):
     """Though the project says it of every prompt, whatever it has come to say since."""
     toml = (dusky / "k2.toml").read_text()
     (dusky / "k2.toml").write_text(toml.replace("seed = 7", 'seed = 7\navoid = "snow"'))
@@ -94,7 +94,7 @@ def test_what_its_prompt_avoided_counts_once(dusky, k2):
     assert other["prompt"]["avoid"] == "fog, gloss"
 
 
-def test_what_a_style_mixes_counts_once(dusky, k2):
+def test_mixed_styles_count_once(dusky, k2):
     """A record names it beside the style, as what that came to."""
     (dusky / "styles" / "pale.toml").write_text('keywords = ["pale"]\n[mix]\ndusk = 0.5\n')
     (dusky / "styles" / "both.toml").write_text('keywords = ["both"]\n[mix]\npale = 0.5\ndusk = 0.25\n')
@@ -108,7 +108,7 @@ def test_what_a_style_mixes_counts_once(dusky, k2):
     assert {style["name"]: style["strength"] for style in without["style"]} == {"dusk": 0.3, "ink": 1.0}
 
 
-def test_other_prompts_share_the_look_of_the_picture_that_leads(dusky, k2):
+def test_other_prompts_follow_the_pictures_lead(dusky, k2):
     """As those of its own batch do: a picture that was led itself hands on what led it."""
     made = rendered(k2, "-p", "tea", "--seed", "40", "--style", "dusk=1")
     owl, tea = plan(k2, "--like", made, "-p", "an owl", "-p", "tea", "--cohesion", "0.8", "--batch", "1")
@@ -128,7 +128,7 @@ def test_other_prompts_share_the_look_of_the_picture_that_leads(dusky, k2):
     assert [style["strength"] for style in json.loads(line.stdout)["style"]] == [1.0, 0.5]
 
 
-def test_a_picture_that_began_with_another_goes_on_doing_so(dusky, k2):
+def test_init_image_is_kept(dusky, k2):
     (dusky / "refs").mkdir()
     Image.new("RGB", (64, 64), "teal").save(dusky / "refs" / "a.png")
     made = rendered(k2, "-p", "tea", "--init-image", "refs/a.png", "--denoise", "0.4")
@@ -145,7 +145,7 @@ def test_a_picture_that_began_with_another_goes_on_doing_so(dusky, k2):
     assert (without["init_image"], without["mask"]) == (None, None)
 
 
-def test_another_beginning_brings_its_shape_and_no_mask(dusky, k2):
+def test_another_init_image_brings_its_shape_and_no_mask(dusky, k2):
     """Within the mask all was made anew; of the other picture nothing would stay."""
     (dusky / "refs").mkdir()
     Image.new("RGB", (64, 64), "teal").save(dusky / "refs" / "a.png")
@@ -160,7 +160,7 @@ def test_another_beginning_brings_its_shape_and_no_mask(dusky, k2):
         assert (other["settings"]["width"], other["settings"]["height"]) == (176, 96)
 
 
-def test_what_a_line_says_makes_void_what_the_command_line_would_have(dusky, k2):
+def test_stream_line_overrides_the_pictures_settings(dusky, k2):
     """A size brings its own mu, another beginning its own shape and share and no mask; the project's frame counts."""
     (dusky / "refs").mkdir()
     Image.new("RGB", (64, 64), "teal").save(dusky / "refs" / "a.png")
@@ -185,7 +185,7 @@ def test_what_a_line_says_makes_void_what_the_command_line_would_have(dusky, k2)
             assert [json.loads(each) for each in piped.splitlines()] == typed
 
 
-def test_where_a_line_makes_void_what_the_picture_has_the_project_speaks_for_itself(dusky, k2):
+def test_overridden_settings_fall_back_to_the_project(dusky, k2):
     """What it says of its own picture is told no more than on a command line, and what is wrong is blamed on it."""
     (dusky / "refs").mkdir()
     Image.new("RGB", (64, 64), "teal").save(dusky / "refs" / "a.png")
@@ -202,7 +202,7 @@ def test_where_a_line_makes_void_what_the_picture_has_the_project_speaks_for_its
     assert "k2.toml, line 5: the sides of 96x97" in wrong
 
 
-def test_what_it_had_none_of_the_project_does_not_give_it(dusky, k2):
+def test_unset_settings_are_not_taken_from_the_project(dusky, k2):
     made = rendered(k2, "-p", "tea", "--guidance", "0")
     (dusky / "refs").mkdir()
     Image.new("RGB", (64, 64), "teal").save(dusky / "refs" / "a.png")
@@ -217,14 +217,14 @@ def test_what_it_had_none_of_the_project_does_not_give_it(dusky, k2):
     assert begun["settings"]["denoise"] == 0.3  # of which it says nothing
 
 
-def test_its_project_is_found_from_anywhere(dusky, k2, tmp_path, monkeypatch):
+def test_project_is_found_from_anywhere(dusky, k2, tmp_path, monkeypatch):
     made = dusky / rendered(k2, "-p", "tea").removeprefix(f"{dusky}/")
     monkeypatch.chdir(tmp_path)
     assert rendered(k2, "--like", made).endswith("tea-8.png")
     assert len(list((dusky / "outputs").iterdir())) == 2
 
 
-def test_a_project_elsewhere_is_named(dusky, k2, tmp_path, monkeypatch):
+def test_project_elsewhere_is_named(dusky, k2, tmp_path, monkeypatch):
     """Of two projects that one may be meant as well as the other."""
     made = dusky / rendered(k2, "-p", "tea", "--style", "dusk=1").removeprefix(f"{dusky}/")
     assert "another project" not in k2("render", "--like", made, "--dry-run").stderr
@@ -243,7 +243,7 @@ def test_a_project_elsewhere_is_named(dusky, k2, tmp_path, monkeypatch):
     assert 'other has no style "dusk".' in missing
 
 
-def test_a_look_that_is_another_by_now_is_told(dusky, k2):
+def test_changed_look_is_reported(dusky, k2):
     """Once, and with what is other: with cohesion the picture that leads is made anew, by the styles of today."""
     (dusky / "refs").mkdir()
     Image.new("RGB", (64, 64), "teal").save(dusky / "refs" / "a.png")
@@ -277,7 +277,7 @@ def test_a_look_that_is_another_by_now_is_told(dusky, k2):
     assert lines.count("The look has changed") == 1
 
 
-def test_a_style_that_a_mix_brings_and_that_it_had_not_is_told(dusky, k2):
+def test_style_newly_brought_by_a_mix_is_reported(dusky, k2):
     """Of a mix in a mix, too, or where it was weighed off, as no record says; but not one that is asked for."""
     blend = dusky / "styles" / "blend.toml"
     blend.write_text('keywords = ["soft"]\n[mix]\ndusk = 0.5\n')
@@ -298,7 +298,7 @@ def test_a_style_that_a_mix_brings_and_that_it_had_not_is_told(dusky, k2):
     assert "riso" not in k2("render", "--like", off, "--dry-run", "--style", "riso=-1").stderr
 
 
-def test_pictures_that_are_read_in_another_way_are_told(dusky, k2):
+def test_changed_method_is_reported(dusky, k2):
     """`auto` is the way that the model reads them in."""
     night = dusky / "styles" / "night.toml"
     Image.new("RGB", (64, 64), "teal").save(dusky / "a.png")
@@ -322,7 +322,7 @@ def test_pictures_that_are_read_in_another_way_are_told(dusky, k2):
     assert "night has different pictures and keywords.\n" in k2("render", "--like", record, "--dry-run").stderr
 
 
-def test_what_no_picture_can_be_like_is_refused(dusky, k2, tmp_path):
+def test_invalid_like_targets_are_refused(dusky, k2, tmp_path):
     made = rendered(k2, "-p", "tea", "--style", "dusk=1")
     Image.new("RGB", (8, 8)).save(dusky / "bare.png")
     assert "has no record" in k2("render", "--like", "bare.png", code=1).stderr
@@ -340,7 +340,7 @@ def test_what_no_picture_can_be_like_is_refused(dusky, k2, tmp_path):
     assert "one project at a time" in k2("render", dusky, tmp_path / "other", "--like", made, code=2).stderr
 
 
-def test_a_creativity_that_there_is_not_is_told_of_the_record(dusky, k2):
+def test_unknown_creativity_is_blamed_on_the_record(dusky, k2):
     record = Path(rendered(k2, "-p", "tea")).with_suffix(".toml")
     record.write_text(record.read_text().replace('creativity = "raw"', 'creativity = "hihg"'))
 
@@ -348,14 +348,14 @@ def test_a_creativity_that_there_is_not_is_told_of_the_record(dusky, k2):
     assert '"creativity" cannot be "hihg"' in said and "high" in said
 
 
-def test_a_model_that_is_gone_is_not_said_to_be_the_projects(dusky, k2):
+def test_missing_model_is_not_blamed_on_the_project(dusky, k2):
     record = Path(rendered(k2, "-p", "tea")).with_suffix(".toml")
     record.write_text(re.sub(r'(\[model\]\nname = )"\w+"', r'\1"gone"', record.read_text()))
 
     assert k2("render", "--like", record, code=2).stderr.startswith('Error: --like: There is no model "gone"')
 
 
-def test_a_moodboard_that_is_gone_may_be_left_out(dusky, k2, monkeypatch):
+def test_missing_moodboard_may_be_left_out(dusky, k2, monkeypatch):
     """As a style that is gone may."""
 
     def seen(board, *_):
@@ -379,7 +379,7 @@ def test_a_moodboard_that_is_gone_may_be_left_out(dusky, k2, monkeypatch):
     assert "moody has no moodboard." in k2("render", "--like", made, "--moodboard", "0.5", code=1).stderr
 
 
-def test_where_a_record_lacks_a_side_the_project_says_the_size(dusky, k2):
+def test_record_without_a_side_uses_the_projects_size(dusky, k2):
     made = dusky / rendered(k2, "-p", "tea", "--size", "64x96")
     record = made.with_suffix(".toml")
     record.write_text(record.read_text().replace("width = 64\n", ""))

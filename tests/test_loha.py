@@ -81,7 +81,7 @@ def test_every_layout_matches_every_layer(tmp_path, model, layout):
 
 @torch.no_grad()
 @pytest.mark.parametrize("rank", [1, 3, 20], ids=["one", "few", "more than the matrix has"])
-def test_on_each_layer_it_is_the_dense_product(tmp_path, model, rank):
+def test_each_layer_gets_the_dense_product(tmp_path, model, rank):
     found = hadamard_factors(model, rank)
     adapter = read_lora(write(tmp_path, written(found, "LyCORIS", alpha=2.0)), model)
     for name, layer in linears(model).items():
@@ -95,7 +95,7 @@ def test_on_each_layer_it_is_the_dense_product(tmp_path, model, rank):
 
 
 @pytest.mark.parametrize(("rank", "whole"), [(2, False), (20, True)])
-def test_the_cheaper_way_is_taken(monkeypatch, rank, whole):
+def test_cheaper_computation_is_chosen(monkeypatch, rank, whole):
     """A few ranks are a pair of their product; of many the whole matrix is less work."""
     update = Hadamard(torch.ones(64, rank), torch.ones(rank, 48), torch.ones(64, rank), torch.ones(rank, 48))
     made, dense = [], Hadamard.dense
@@ -105,7 +105,7 @@ def test_the_cheaper_way_is_taken(monkeypatch, rank, whole):
 
 
 @pytest.mark.parametrize("alpha", [None, 6.0])
-def test_beside_other_kinds_in_any_order(tmp_path, model, alpha):
+def test_combines_with_other_kinds_in_any_order(tmp_path, model, alpha):
     found, pairs = hadamard_factors(model), random_pairs(model)
     loha = read_lora(write(tmp_path, written(found, "bare", alpha)), model)
     lora = read_lora(write(tmp_path, LAYOUTS["ComfyUI"](pairs), "lora.safetensors"), model)
@@ -121,7 +121,7 @@ def test_beside_other_kinds_in_any_order(tmp_path, model, alpha):
     assert torch.equal(velocity(model, (loha, 0)), before) and torch.equal(velocity(model), before)
 
 
-def test_queries_keys_and_values_as_one(tmp_path, model):
+def test_fused_qkv(tmp_path, model):
     sizes = [getattr(model.blocks[0].attn, each).weight.shape[0] for each in ("wq", "wk", "wv")]
     shapes = {"w1_a": (sum(sizes), 2), "w1_b": (2, TINY.width), "w2_a": (sum(sizes), 2), "w2_b": (2, TINY.width)}
     part = {f"hada_{what}": torch.randn(shape) * 0.3 for what, shape in shapes.items()}
@@ -149,12 +149,12 @@ def test_queries_keys_and_values_as_one(tmp_path, model):
     ],
     ids=["a factor lacks", "two ranks", "no rank", "more rank than width", "a convolution", "in", "out"],
 )
-def test_absurd_factors(tmp_path, model, shapes, what):
+def test_invalid_factors_are_refused(tmp_path, model, shapes, what):
     state = {f"blocks.0.attn.wq.hada_{name}": torch.ones(shape) for name, shape in shapes.items()}
     assert what in refused(tmp_path, model, state)
 
 
-def test_what_is_no_linear_layers_takes_none(tmp_path, model):
+def test_parameters_outside_linear_layers_are_refused(tmp_path, model):
     name, scale = next(iter(bare_ones(model).items()))
     shapes = {"w1_a": (len(scale), 1), "w1_b": (1, 1), "w2_a": (len(scale), 1), "w2_b": (1, 1)}
     state = {f"{name}.hada_{what}": torch.ones(shape) for what, shape in shapes.items()}
@@ -164,7 +164,7 @@ def test_what_is_no_linear_layers_takes_none(tmp_path, model):
 # ---- beside PEFT --------------------------------------------------------------------------------
 
 
-def test_peft_answers_the_same_of_a_lokr(tmp_path: Path, model):
+def test_lokr_matches_peft(tmp_path: Path, model):
     """Its scale is by the rank that it states, for factors that have none of their own."""
     peft = pytest.importorskip("peft")
     settings = peft.LoKrConfig(
@@ -189,7 +189,7 @@ def test_peft_answers_the_same_of_a_lokr(tmp_path: Path, model):
     assert relative_error(velocity(model), answer_of(other)) > 0.01
 
 
-def test_peft_answers_the_same(tmp_path: Path, model):
+def test_loha_matches_peft(tmp_path: Path, model):
     """Over diffusers' network with the same weights; the folder that it saves, an alpha of one layer's own."""
     peft = pytest.importorskip("peft")
     settings = peft.LoHaConfig(

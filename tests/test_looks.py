@@ -32,7 +32,7 @@ def catalog(render):
 
 @pytest.mark.parametrize("medium", MEDIA)
 @pytest.mark.parametrize("ground", ["white", "flat", "gradient", "scene", "floor"])
-def test_a_picture_is_the_same_every_time(render, medium, ground):
+def test_pictures_are_deterministic(render, medium, ground):
     look = Look("noto", medium, ground, "teal")
 
     first, second = (compose(render, look, np.random.default_rng(3)) for _ in range(2))
@@ -41,7 +41,7 @@ def test_a_picture_is_the_same_every_time(render, medium, ground):
     np.testing.assert_array_equal(first, second)
 
 
-def test_every_medium_looks_different_and_keeps_the_subject_in_sight(render):
+def test_every_medium_differs_and_keeps_the_subject_visible(render):
     pictures = {m: compose(render, Look("noto", m, "flat", "cream"), np.random.default_rng(0)) for m in MEDIA}
 
     flat = [p.astype(float) for p in pictures.values()]
@@ -77,7 +77,7 @@ def test_splits_are_disjoint_and_complete(catalog):
     assert len(train | held) == sum(len(catalog.looks[d][0]) for d in DRAWINGS)
 
 
-def test_captions_say_what_is_there(catalog):
+def test_captions_describe_the_picture(catalog):
     rng = np.random.default_rng(0)
     for item in catalog.items("train"):
         for form in ("short", "medium", "long"):
@@ -103,12 +103,12 @@ def test_articles(name, expected):
     assert article(name) == expected
 
 
-def test_seeds_do_not_depend_on_the_process():
+def test_seeds_are_the_same_in_every_process():
     assert stable_seed("a", 1) == 0x60AC85A169C5A905
     assert stable_seed("a", 1) != stable_seed("a", 2)
 
 
-def test_subjects_are_many_and_named_once():
+def test_subjects_are_many_and_unique():
     subjects = read_subjects()
 
     assert len(subjects) >= 100
@@ -116,7 +116,7 @@ def test_subjects_are_many_and_named_once():
     assert all(name in PALETTES for name in ("cream", "teal"))
 
 
-def test_pictures_come_in_any_size_that_there_are_renders_of(tmp_path):
+def test_pictures_exist_in_every_rendered_size(tmp_path):
     """The same drawing on the same ground, in finer detail."""
     folder = tmp_path / "data"
     small = make_data(folder)
@@ -136,7 +136,7 @@ def test_pictures_come_in_any_size_that_there_are_renders_of(tmp_path):
     assert off < 3
 
 
-def test_icons_render_with_their_own_box_and_through_aliases():
+def test_icons_render_with_own_viewbox_and_aliases():
     pytest.importorskip("resvg_py")
     square = '<rect width="10" height="10" fill="#f00"/>'
     icons = {

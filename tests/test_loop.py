@@ -67,7 +67,7 @@ def columns(folder):
     return {k: v for k, v in Journal(folder / "log.csv", 10**9).read().items() if k != "seconds"}
 
 
-def test_averages_follow_closely_while_a_run_is_young(tmp_path):
+def test_averages_follow_closely_early_in_a_run(tmp_path):
     """Of five steps at 0.998 they would else be where they began: what a run leaves behind are they."""
     young = run(replace(RECIPE, steps=5, average=0.998), tmp_path)
     wanted = young.model["out"].weight.detach().clone()
@@ -79,7 +79,7 @@ def test_averages_follow_closely_while_a_run_is_young(tmp_path):
 
 
 @pytest.mark.parametrize("die_at", [4, 6, 11])
-def test_a_killed_run_ends_as_one_that_was_not(tmp_path, die_at):
+def test_killed_run_ends_like_an_uninterrupted_one(tmp_path, die_at):
     """Weights, averages, optimisers and log are the same to the last bit, wherever it was stopped."""
     train(run(RECIPE, tmp_path / "straight"), lambda line: None)
     with pytest.raises(KeyboardInterrupt):
@@ -103,7 +103,7 @@ class Watched(Line):
         return {"weight": float(self.model["out"].weight.detach().sum())}
 
 
-def test_the_log_ends_where_the_run_does(tmp_path):
+def test_log_covers_the_last_step(tmp_path):
     """Whatever is left since the last full line has one of its own, and the record says what was found in the end."""
     recipe = Recipe(**{**RECIPE.__dict__, "steps": 5})
     done = train(Run(Watched(recipe), tmp_path), lambda line: None)
@@ -117,7 +117,7 @@ def test_the_log_ends_where_the_run_does(tmp_path):
     assert columns(tmp_path)["step"] == [3, 5, 6, 9]
 
 
-def test_a_line_tells_means_and_the_rate_of_its_last_step(tmp_path):
+def test_log_line_holds_means_and_the_last_rate(tmp_path):
     done, rows = run(RECIPE, tmp_path), []
     advance = done.advance
     done.advance = lambda *batches: rows.append(advance(*batches)) or rows[-1]
@@ -142,7 +142,7 @@ class Pressed(Line):
 
 
 @pytest.mark.parametrize(("at", "saved"), [((4,), 6), ((5,), 6), ((4, 5), None)])
-def test_an_interrupted_run_is_saved_and_ends_as_one_that_was_not(tmp_path, monkeypatch, at, saved):
+def test_interrupted_run_is_saved_and_resumes_exactly(tmp_path, monkeypatch, at, saved):
     """It stops where a line of the log is full; Ctrl-C pressed again stops it at once."""
     monkeypatch.setattr(loop, "SAVE_EVERY", 1e9)
     train(run(RECIPE, tmp_path / "straight"), lambda line: None)
@@ -168,7 +168,7 @@ def test_an_interrupted_run_is_saved_and_ends_as_one_that_was_not(tmp_path, monk
         (10, 9, []),  # in the last step
     ],
 )
-def test_an_interrupted_run_that_ends_before_it_would_stop_says_so(tmp_path, steps, at, told):
+def test_interrupt_near_the_end_lets_the_run_finish(tmp_path, steps, at, told):
     """It is not cut short then: nothing is raised."""
     stage, said = Pressed(Recipe(**{**RECIPE.__dict__, "steps": steps, "every": 6})), []
     stage.at = (at,)
@@ -191,7 +191,7 @@ class Picture(Stage):
         return (self.model(batch["x"]) - 1).square().mean(), {}
 
 
-def test_a_run_goes_on_exactly_however_its_weights_lie_in_memory(tmp_path):
+def test_resume_is_exact_for_any_memory_layout(tmp_path):
     """Files hold numbers in the order of their axes; AdamW takes its moments in the order of memory."""
     straight, halved = Run(Picture(RECIPE), tmp_path / "a"), Run(Picture(RECIPE), tmp_path / "b")
     for step in range(8):
@@ -204,7 +204,7 @@ def test_a_run_goes_on_exactly_however_its_weights_lie_in_memory(tmp_path):
     assert same(straight.state(), halved.state())
 
 
-def test_lines_of_a_past_that_was_not_saved_are_cut(tmp_path):
+def test_unsaved_log_lines_are_cut_on_resume(tmp_path):
     log = Journal(tmp_path / "log.csv")
     for step in (3, 6, 9):
         log.add({"step": step, "loss": 1 / step})
@@ -212,7 +212,7 @@ def test_lines_of_a_past_that_was_not_saved_are_cut(tmp_path):
     assert Journal(tmp_path / "log.csv", 6).read()["step"] == [3, 6]
 
 
-def test_figures_that_join_late_have_columns_of_their_own(tmp_path):
+def test_late_figures_get_their_own_columns(tmp_path):
     log = Journal(tmp_path / "log.csv")
     log.add({"step": 1, "loss": 2.0, "align": 0.5, "norm": 7.0})
     log.add({"step": 2, "loss": 1.0, "norm": 6.0})
@@ -223,7 +223,7 @@ def test_figures_that_join_late_have_columns_of_their_own(tmp_path):
     assert [math.isnan(value) for value in read["align"]] == [False, True, True]
 
 
-def test_a_log_is_whole_whenever_a_run_is_killed(tmp_path, monkeypatch):
+def test_log_is_intact_whenever_a_run_is_killed(tmp_path, monkeypatch):
     """Lines are added to it; where a figure joins, another takes its place once that is written."""
     log = Journal(tmp_path / "log.csv")
     log.add({"step": 1, "loss": 2.0})
@@ -242,7 +242,7 @@ def test_a_log_is_whole_whenever_a_run_is_killed(tmp_path, monkeypatch):
     assert log.path.read_bytes().startswith(before) and log.read()["loss"] == [2, 1]
 
 
-def test_a_gradient_that_is_no_number_ends_the_run_and_leaves_what_was_saved(tmp_path):
+def test_nan_gradient_ends_the_run_and_keeps_the_state(tmp_path):
     one = run(RECIPE, tmp_path)
     one.advance(one.stage.batch(0))
     one.save()
@@ -257,7 +257,7 @@ def test_a_gradient_that_is_no_number_ends_the_run_and_leaves_what_was_saved(tmp
 
 
 @pytest.mark.parametrize("at", [6, 12])
-def test_weights_that_a_step_broke_end_the_run_and_leave_what_was_saved(tmp_path, at):
+def test_nan_weights_end_the_run_and_keep_the_state(tmp_path, at):
     """Of the last step no gradient is looked at any more."""
     one = run(RECIPE, tmp_path)
     step = one.optimisers["adamw"].step
@@ -290,7 +290,7 @@ class Wider(Line):
 
 
 @pytest.mark.parametrize(("before", "now"), [(Line, Narrower), (Narrower, Line), (Line, Wider), (Wider, Line)])
-def test_a_run_does_not_go_on_with_what_another_recipe_saved(tmp_path, before, now):
+def test_state_of_another_recipe_is_refused(tmp_path, before, now):
     """An optimiser's states are saved by number: they would be taken for those of other parameters."""
     train(Run(before(RECIPE), tmp_path), lambda line: None)
     kept = (tmp_path / "state.safetensors").read_bytes()
@@ -300,7 +300,7 @@ def test_a_run_does_not_go_on_with_what_another_recipe_saved(tmp_path, before, n
     assert (tmp_path / "state.safetensors").read_bytes() == kept
 
 
-def test_a_finished_run_is_left_as_it_is(tmp_path):
+def test_finished_run_is_left_alone(tmp_path):
     done = loop.train(run(RECIPE, tmp_path), lambda line: None)
     written = (tmp_path / "state.safetensors").read_bytes()
 
@@ -320,7 +320,7 @@ OTHER += "with run_lock(Path(sys.argv[1])): print('in', flush=True); sys.stdin.r
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="Windows has no such locks")
-def test_two_processes_do_not_train_in_one_folder(tmp_path):
+def test_two_processes_cannot_train_in_one_folder(tmp_path):
     train(run(RECIPE, tmp_path), lambda line: None)
     kept = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
     longer = Recipe(**{**RECIPE.__dict__, "steps": 15})
@@ -337,7 +337,7 @@ def test_two_processes_do_not_train_in_one_folder(tmp_path):
     assert train(run(longer, tmp_path), lambda line: None).step == 15
 
 
-def test_a_run_that_another_process_took_further_is_not_overwritten(tmp_path):
+def test_run_advanced_by_another_process_is_not_overwritten(tmp_path):
     """Between its reading and its lock another may come and go."""
     late = run(RECIPE, tmp_path)
     train(run(RECIPE, tmp_path), lambda line: None)
@@ -348,7 +348,7 @@ def test_a_run_that_another_process_took_further_is_not_overwritten(tmp_path):
     assert (tmp_path / "state.safetensors").read_bytes() == kept
 
 
-def test_parts_of_a_step_give_the_gradient_of_the_whole(tmp_path):
+def test_accumulated_gradient_equals_the_whole(tmp_path):
     whole, halves = run(RECIPE, tmp_path / "a"), run(RECIPE, tmp_path / "b")
     batch = whole.stage.batch(0)
     whole.bf16 = halves.bf16 = False
@@ -363,7 +363,7 @@ def test_parts_of_a_step_give_the_gradient_of_the_whole(tmp_path):
             torch.testing.assert_close(one[key], other[key])
 
 
-def test_a_run_of_parts_sees_each_part_once(tmp_path):
+def test_each_part_is_seen_once(tmp_path):
     seen = []
 
     class Watched(Line):
@@ -378,7 +378,7 @@ def test_a_run_of_parts_sees_each_part_once(tmp_path):
     assert done.record()["pictures"] == 3 * 2 * 8
 
 
-def test_a_rate_of_zero_freezes_and_another_scales(tmp_path):
+def test_rate_factor_freezes_or_scales(tmp_path):
     class Partly(Line):
         def rate(self, name):
             return {"blocks.0.weight": 0.0, "out.weight": 0.5}.get(name, 1.0)
@@ -395,7 +395,7 @@ def test_a_rate_of_zero_freezes_and_another_scales(tmp_path):
     assert moved["out.bias"] == pytest.approx(full["out.bias"], rel=1e-3)
 
 
-def test_the_first_steps_are_taken_at_a_part_of_the_rate(tmp_path):
+def test_warmup_scales_the_first_steps(tmp_path):
     """Both optimisers' first updates have the size of the rate, whatever the gradient's."""
     moved = []
     for warmup in (1, 4):
@@ -408,7 +408,7 @@ def test_the_first_steps_are_taken_at_a_part_of_the_rate(tmp_path):
         torch.testing.assert_close(moved[1][name], by / 4, rtol=1e-3, atol=1e-6)
 
 
-def test_a_gradient_is_clipped_to_the_recipes_norm(tmp_path):
+def test_gradient_is_clipped_to_the_recipes_norm(tmp_path):
     """What the optimisers were given is told by their first moments: a twentieth of it, and a tenth."""
     one = run(Recipe(**{**RECIPE.__dict__, "clip": 0.01}), tmp_path)
     norm = one.advance(one.stage.batch(0))["norm"]
@@ -422,7 +422,7 @@ def test_a_gradient_is_clipped_to_the_recipes_norm(tmp_path):
     assert norm > 0.1 and torch.cat(given).norm().item() == pytest.approx(0.01, rel=1e-3)
 
 
-def test_a_stage_of_which_nothing_learns_is_refused(tmp_path):
+def test_stage_without_trainable_parameters_is_refused(tmp_path):
     class Frozen(Line):
         def rate(self, name):
             return 0.0
@@ -431,7 +431,7 @@ def test_a_stage_of_which_nothing_learns_is_refused(tmp_path):
         Run(Frozen(RECIPE), tmp_path)
 
 
-def test_snapshots_stay_as_many_as_asked_for_and_only_of_the_stable_phase(tmp_path):
+def test_snapshots_are_limited_and_only_from_the_stable_phase(tmp_path):
     recipe = Recipe(**{**RECIPE.__dict__, "keep": 2, "keep_every": 2})
     train(run(recipe, tmp_path / "a"), lambda line: None)
 
@@ -442,7 +442,7 @@ def test_snapshots_stay_as_many_as_asked_for_and_only_of_the_stable_phase(tmp_pa
 
 
 @pytest.mark.parametrize("result", [True, False])
-def test_what_is_left_of_a_run_without_a_state_is_left_alone(tmp_path, result):
+def test_remains_of_a_run_without_a_state_are_left_alone(tmp_path, result):
     """A state that cannot be read is to be removed: its snapshots, and what it came to, are worth all the more."""
     recipe = Recipe(**{**RECIPE.__dict__, "keep": 2, "keep_every": 2})
     train(run(recipe, tmp_path / "a"), lambda line: None)
@@ -462,7 +462,7 @@ def test_what_is_left_of_a_run_without_a_state_is_left_alone(tmp_path, result):
     train(run(recipe, tmp_path / "a"), lambda line: None)
 
 
-def test_a_run_killed_before_it_was_first_saved_goes_on_whatever_snapshots_it_kept(tmp_path, monkeypatch):
+def test_run_killed_before_its_first_save_ends_the_same(tmp_path, monkeypatch):
     monkeypatch.setattr(loop, "SAVE_EVERY", 1e9)
     recipe = Recipe(**{**RECIPE.__dict__, "keep": 2, "keep_every": 2})
     train(run(recipe, tmp_path / "straight"), lambda line: None)
@@ -477,7 +477,7 @@ def test_a_run_killed_before_it_was_first_saved_goes_on_whatever_snapshots_it_ke
     assert columns(tmp_path / "straight") == columns(tmp_path / "killed")
 
 
-def test_a_run_killed_before_it_did_anything_begins_as_its_recipe_says_by_now(tmp_path):
+def test_run_killed_before_its_first_step_follows_the_current_recipe(tmp_path):
     recipe = Recipe(**{**RECIPE.__dict__, "keep": 2, "keep_every": 2})
     other = Recipe(**{**recipe.__dict__, "seed": 6})
     train(run(other, tmp_path / "straight"), lambda line: None)
@@ -491,7 +491,7 @@ def test_a_run_killed_before_it_did_anything_begins_as_its_recipe_says_by_now(tm
     assert same(*(load_file(tmp_path / name / "state.safetensors") for name in ("straight", "killed")))
 
 
-def test_snapshots_of_a_past_that_was_not_saved_are_no_part_of_the_run(tmp_path, monkeypatch):
+def test_unsaved_snapshots_are_dropped(tmp_path, monkeypatch):
     recipe = Recipe(**{**RECIPE.__dict__, "keep": 2, "keep_every": 2, "every": 100})
     monkeypatch.setattr(loop, "SAVE_EVERY", 1e9)
     with pytest.raises(KeyboardInterrupt):
@@ -508,13 +508,13 @@ def test_snapshots_of_a_past_that_was_not_saved_are_no_part_of_the_run(tmp_path,
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="needs /proc")
-def test_a_run_that_goes_on_holds_its_file_no_longer(tmp_path):
+def test_resumed_run_does_not_keep_its_state_file_open(tmp_path):
     train(run(RECIPE, tmp_path / "a"), lambda line: None)
     again = run(RECIPE, tmp_path / "a")
     assert again.step == 12 and str(tmp_path / "a") not in Path("/proc/self/maps").read_text()
 
 
-def test_the_checkpoint_says_how_it_came_about(tmp_path):
+def test_checkpoint_records_its_training(tmp_path):
     train(run(RECIPE, tmp_path / "a"), lambda line: None)
 
     with safe_open(tmp_path / "a" / "state.safetensors", "pt") as file:
@@ -525,7 +525,7 @@ def test_the_checkpoint_says_how_it_came_about(tmp_path):
     assert len(record["commit"].rstrip("+")) in (0, 40)
 
 
-def test_what_is_said_while_it_runs(tmp_path):
+def test_progress_messages(tmp_path):
     lines = []
     train(run(RECIPE, tmp_path / "a"), lines.append)
     goes_on = Recipe(**{**RECIPE.__dict__, "steps": 15})
@@ -536,7 +536,7 @@ def test_what_is_said_while_it_runs(tmp_path):
 
 
 @pytest.mark.parametrize("compiler", [True, False])
-def test_where_nothing_compiles_a_long_run_goes_on_all_the_same(tmp_path, monkeypatch, compiler):
+def test_long_run_continues_without_a_compiler(tmp_path, monkeypatch, compiler):
     """The first compiled block would end it, deep inside PyTorch."""
     compiled, lines = [], []
 
@@ -551,7 +551,7 @@ def test_where_nothing_compiles_a_long_run_goes_on_all_the_same(tmp_path, monkey
     assert ("no working compiler here" in lines[0]) != compiler
 
 
-def test_curves_are_drawn_where_the_log_says(tmp_path):
+def test_curves_match_the_log(tmp_path):
     """A figure that falls is a line that falls: the curve's own colour, higher on the left than on the right."""
     log = Journal(tmp_path / "log.csv")
     for step in range(1, 6):
@@ -563,7 +563,7 @@ def test_curves_are_drawn_where_the_log_says(tmp_path):
     assert blue[0] and blue[1] and max(blue[0]) < min(blue[1])
 
 
-def test_curves_are_drawn_of_every_figure(tmp_path):
+def test_every_figure_gets_a_curve(tmp_path):
     log = Journal(tmp_path / "log.csv")
     for step in range(1, 8):
         log.add(
@@ -577,7 +577,7 @@ def test_curves_are_drawn_of_every_figure(tmp_path):
     assert len(named) == 9 and named < colours
 
 
-def test_the_commit_is_that_of_the_codes_own_repository(tmp_path, monkeypatch):
+def test_commit_is_that_of_the_codes_repository(tmp_path, monkeypatch):
     """Installed in a folder of somebody's project, it would name their commit."""
     installed = tmp_path / ".venv" / "model" / "train" / "states.py"
     installed.parent.mkdir(parents=True)
@@ -611,12 +611,12 @@ def test_the_commit_is_that_of_the_codes_own_repository(tmp_path, monkeypatch):
         ({"keep_every": 2}, "keep and keep_every"),
     ],
 )
-def test_a_recipe_that_cannot_run_says_why(change, words):
+def test_impossible_recipe_says_why(change, words):
     with pytest.raises(K2Error, match=words):
         Recipe(**{**RECIPE.__dict__, **change})
 
 
-def test_a_parent_that_is_not_there_or_does_not_fit(tmp_path):
+def test_missing_or_misfitting_parent_is_refused(tmp_path):
     with pytest.raises(K2Error, match='no run "none"'):
         run(Recipe(**{**RECIPE.__dict__, "init": "none"}), tmp_path / "a")
     model = nn.Linear(2, 2)

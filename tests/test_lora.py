@@ -170,7 +170,7 @@ def test_every_layout_matches_every_layer(tmp_path, model, pairs, layout):
     assert relative_error(velocity(model, (adapter, 1)), velocity(dense(model, (pairs, 1)))) < 1e-5
 
 
-def test_one_that_changes_nothing_is_reported_so(tmp_path, model, pairs):
+def test_idle_lora_is_reported(tmp_path, model, pairs):
     """Saved before it was trained, or with alphas of 0."""
     state = LAYOUTS["ComfyUI"](pairs)
     untrained = {name: tensor * (0 if "lora_B" in name or "lora_up" in name else 1) for name, tensor in state.items()}
@@ -190,7 +190,7 @@ def test_one_that_changes_nothing_is_reported_so(tmp_path, model, pairs):
         ({"blocks.0.attn.wq.diff": (64, 64), "blocks.0.prenorm.scale.diff": (64,)}, True),
     ],
 )
-def test_what_changes_something_else_than_by_a_product_is_no_idle_one(tmp_path, model, added, idle):
+def test_other_changes_are_not_idle(tmp_path, model, added, idle):
     """A whole matrix, a bias, a norm's scale, a DoRA's lengths: where they are noughts they change nothing either."""
     state = {name: torch.full(shape, 0.0 if idle else 1.0) for name, shape in added.items()}
     if "blocks.0.attn.wq.lora_magnitude_vector" in added:
@@ -215,7 +215,7 @@ def test_no_two_layers_share_a_spelling(config):
 
 
 @torch.no_grad()
-def test_the_delta_of_each_layer_is_the_dense_product(model, pairs, adapter):
+def test_each_layers_change_is_the_dense_product(model, pairs, adapter):
     for name, layer in linears(model).items():
         down, up = pairs[name]
         x = torch.randn(5, layer.in_features)
@@ -227,7 +227,7 @@ def test_the_delta_of_each_layer_is_the_dense_product(model, pairs, adapter):
         assert torch.equal(layer(x), before)
 
 
-def test_two_add_in_any_order(tmp_path, model, pairs, adapter):
+def test_two_loras_add_in_any_order(tmp_path, model, pairs, adapter):
     others = random_pairs(model, seed=1, rank=3)
     other = read_lora(write(tmp_path, LAYOUTS["kohya"](others), "other.safetensors"), model)
 
@@ -240,14 +240,14 @@ def test_two_add_in_any_order(tmp_path, model, pairs, adapter):
         assert relative_error(velocity(model, (adapter, 0.8)), both) < 1e-5
 
 
-def test_one_at_several_weights_adds_in_any_order(model, adapter):
+def test_several_weights_of_one_lora_add_in_any_order(model, adapter):
     """To the bit, though sums round by their order."""
     orders = permutations([(adapter, weight) for weight in (0.5, -0.3, 0.7)])
     first, *others = (velocity(model, *each) for each in orders)
     assert all(torch.equal(other, first) for other in others)
 
 
-def test_weight_nought_and_taking_off_leave_no_trace(model, adapter):
+def test_weight_zero_and_removal_leave_no_trace(model, adapter):
     weights = {name: tensor.data_ptr() for name, tensor in model.state_dict().items()}
     before = velocity(model)
 
@@ -279,7 +279,7 @@ def scaled(pairs: Pairs, by: float) -> Pairs:
     [({"r": RANK, "lora_alpha": 8}, 2.0), ({"lora_alpha": 2, "use_rslora": True}, 1.0), ({"r": RANK}, 1.0)],
     ids=["alpha", "rank-stabilised", "none"],
 )
-def test_alpha_that_stands_beside_the_tensors(tmp_path, model, pairs, settings, scale):
+def test_alpha_beside_the_tensors(tmp_path, model, pairs, settings, scale):
     """diffusers writes it into the file's metadata, PEFT into a file of its own."""
     state = LAYOUTS["diffusers"](pairs)
     stated = json.dumps({f"transformer.{key}": value for key, value in settings.items()})
@@ -293,7 +293,7 @@ def test_alpha_that_stands_beside_the_tensors(tmp_path, model, pairs, settings, 
     assert relative_error(velocity(model, (inside, 1)), velocity(dense(model, (scaled(pairs, scale), 1)))) < 1e-5
 
 
-def test_alpha_of_single_layers(tmp_path, model, pairs):
+def test_alpha_per_layer(tmp_path, model, pairs):
     """PEFT's keys are regular expressions for the end of a name, as the file has it: "gate" is a part of attention
     natively, and in diffusers the feed-forward's alone."""
     theirs = ("transformer_blocks.1.attn.to_q", r"^transformer_blocks\.1\.attn\.to_(q|r)")
@@ -314,7 +314,7 @@ def test_alpha_of_single_layers(tmp_path, model, pairs):
 # ---- what is named, and what is refused ---------------------------------------------------------
 
 
-def test_layers_that_are_not_there_are_named(tmp_path, model, pairs):
+def test_missing_layers_are_named(tmp_path, model, pairs):
     """A LoRA of a deeper network, with a text encoder's part."""
     strange = {"blocks.7.attn.wq": pairs["blocks.0.attn.wq"], "text_encoder.layers.0.mlp": pairs["first"]}
     state = LAYOUTS["ComfyUI"](pairs) | LAYOUTS["ComfyUI"](strange)
@@ -325,7 +325,7 @@ def test_layers_that_are_not_there_are_named(tmp_path, model, pairs):
     assert report["unmatched"] == ["diffusion_model.blocks.7.attn.wq", "diffusion_model.text_encoder.layers.0.mlp"]
 
 
-def test_one_rank_for_all_may_exceed_the_smallest_layers_sides(tmp_path, model):
+def test_rank_may_exceed_the_smallest_layers_sides(tmp_path, model):
     """The text fusion's projector has one output and as many inputs as there are taps."""
     wide = random_pairs(model, rank=16)
     adapter = read_lora(write(tmp_path, LAYOUTS["diffusers"](wide)), model)
@@ -363,12 +363,12 @@ def pair(*modules: str, down: str = "lora_A", up: str = "lora_B", width: int = 3
     ],
     ids=["FLUX", "FLUX kohya", "Qwen-Image", "SDXL", "SD 3", "Wan", "Z-Image", "text encoder", "unknown"],
 )
-def test_made_for_another_model(tmp_path, model, modules, what):
+def test_lora_for_another_model_is_refused(tmp_path, model, modules, what):
     """Also where some names are also ours, as diffusers calls its blocks alike in every model."""
     assert what in refused(tmp_path, model, pair(*modules, width=64))
 
 
-def test_made_for_another_size(tmp_path, model):
+def test_lora_for_another_size_is_refused(tmp_path, model):
     state = pair("diffusion_model.blocks.0.attn.wq", width=6144)
     assert "maps 6144 numbers to 6144, this network's 64 to 64" in refused(tmp_path, model, state)
 
@@ -398,11 +398,11 @@ def test_made_for_another_size(tmp_path, model):
         ("blocks.0.attn.wq.weight", "not make up a low-rank pair or product: blocks.0.attn.wq.weight"),
     ],
 )
-def test_more_than_a_plain_lora(tmp_path, model, key, what):
+def test_other_adapter_kinds_are_refused(tmp_path, model, key, what):
     assert what in refused(tmp_path, model, pair("blocks.0.attn.wq", width=64) | {key: torch.ones(2, 2)})
 
 
-def test_halves_in_8_bits(tmp_path, model, pairs):
+def test_factors_in_8_bits(tmp_path, model, pairs):
     """With their scales they are read; without, the numbers are not what they seem."""
     stored, means = {}, {}
     for name, pair in pairs.items():
@@ -416,7 +416,7 @@ def test_halves_in_8_bits(tmp_path, model, pairs):
     assert "I8 without scales" in refused(tmp_path, model, stored)
 
 
-def test_a_layer_under_two_names(tmp_path, model):
+def test_layer_under_two_names_is_refused(tmp_path, model):
     state = pair("blocks.0.attn.wq", "transformer.transformer_blocks.0.attn.to_q", width=64)
     assert "same layer twice" in refused(tmp_path, model, state)
 
@@ -426,19 +426,19 @@ def test_a_layer_under_two_names(tmp_path, model):
     [((4, 64), (64, 5)), ((0, 64), (64, 0)), ((65, 64), (64, 65)), ((4, 64, 1), (64, 4)), ((256,), (64, 4))],
     ids=["two ranks", "no rank", "more rank than width", "three dims", "one dim"],
 )
-def test_absurd_shapes(tmp_path, model, down, up):
+def test_invalid_shapes_are_refused(tmp_path, model, down, up):
     state = {"blocks.0.attn.wq.lora_A.weight": torch.ones(down), "blocks.0.attn.wq.lora_B.weight": torch.ones(up)}
     assert "is damaged" in refused(tmp_path, model, state)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_numbers_that_are_none(tmp_path, model, value):
+def test_nan_and_inf_are_refused(tmp_path, model, value):
     state = pair("blocks.0.attn.wq", width=64)
     state["blocks.0.attn.wq.lora_B.weight"][3, 1] = value
     assert "NaN or infinite" in refused(tmp_path, model, state)
 
 
-def test_larger_than_any_of_this_network(tmp_path, model, monkeypatch):
+def test_oversized_file_is_refused(tmp_path, model, monkeypatch):
     """It is told by the file's size, before a tensor is read."""
     path = write(tmp_path, {"blocks.0.attn.wq.lora_A.weight": torch.ones(4, 64)})
     monkeypatch.setattr(lora_match, "MAX_EXTRA_BYTES", -8 * sum(weight.numel() for weight in model.parameters()))
@@ -452,12 +452,12 @@ def test_larger_than_any_of_this_network(tmp_path, model, monkeypatch):
     "text",
     ["{", "[1]", '{"lora_alpha": "much"}', '{"lora_alpha": NaN}', f'{{"lora_alpha": {"9" * 400}}}', "[" * 100_000],
 )
-def test_settings_that_cannot_be_read(tmp_path, model, text):
+def test_unreadable_peft_settings_are_refused(tmp_path, model, text):
     assert "settings" in refused(tmp_path, model, pair("blocks.0.attn.wq", width=64), lora_adapter_metadata=text)
 
 
 @pytest.mark.parametrize("begun", ["pissa", "pissa_niter_16", "olora", "corda", "loftq"])
-def test_made_for_a_base_that_was_changed_first(tmp_path, model, begun):
+def test_lora_that_changed_its_base_is_refused(tmp_path, model, begun):
     """What such an adapter begins with PEFT takes out of the base: on the base as it is, it would count twice."""
     for prefix in ("", "transformer."):
         stated = json.dumps({f"{prefix}init_lora_weights": begun})
@@ -467,7 +467,7 @@ def test_made_for_a_base_that_was_changed_first(tmp_path, model, begun):
         read_lora(write(tmp_path, pair("blocks.0.attn.wq", width=64), lora_adapter_metadata=stated), model)
 
 
-def test_files_that_hold_no_lora(tmp_path, model):
+def test_files_without_a_lora_are_refused(tmp_path, model):
     assert "is not a LoRA: it holds blocks.0.attn.wq.weight" in refused(
         tmp_path, model, {"blocks.0.attn.wq.weight": torch.ones(2)}
     )
@@ -482,7 +482,7 @@ def test_files_that_hold_no_lora(tmp_path, model):
 
 
 @torch.no_grad()
-def test_diffusers_answers_the_same(tmp_path, model, pairs):
+def test_matches_diffusers(tmp_path, model, pairs):
     """The file that its own loader takes, at a strength and with an alpha."""
     pytest.importorskip("peft", reason="diffusers loads LoRA through peft, which is not installed")
     settings = {"r": RANK, "lora_alpha": 2 * RANK, "target_modules": sorted({THEIRS[name] for name in pairs})}
@@ -531,7 +531,7 @@ def test_pictures_with_and_without(pipeline, path):
     assert pixels(pipeline, replace(FOX, styles=(Style("dusk", 0, lora=path),))) == [apart[0]]
 
 
-def test_pictures_say_which(pipeline, path, tmp_path):
+def test_records_name_the_loras(pipeline, path, tmp_path):
     style = Style("dusk", 0.5, lora=path, triggers=("dusk style",))
     record = pipeline.render([replace(FOX, loras=(Lora(path, 0.25), Lora(path, 0)), styles=(style,))])[0].record
 
@@ -541,14 +541,14 @@ def test_pictures_say_which(pipeline, path, tmp_path):
     assert entries[0.25]["matched"] == entries[0.25]["modules"] > 0
 
 
-def test_a_file_that_changes_is_read_again(pipeline, path, tmp_path):
+def test_changed_file_is_read_again(pipeline, path, tmp_path):
     spec = replace(FOX, loras=(Lora(path),))
     before = pixels(pipeline, spec)
     write(tmp_path, LAYOUTS["diffusers"](random_pairs(pipeline.dit, seed=5)))
     assert pixels(pipeline, spec) != before
 
 
-def test_however_many_a_picture_takes_each_is_read_once(pipeline, tmp_path, monkeypatch):
+def test_each_lora_is_read_once_however_many(pipeline, tmp_path, monkeypatch):
     """Where fewer were kept, each would throw out the one that is asked for next."""
     few = {"blocks.0.attn.wq": random_pairs(pipeline.dit)["blocks.0.attn.wq"]}
     paths = [write(tmp_path, LAYOUTS["kohya"](few), f"{i}.safetensors") for i in range(MAX_ADAPTERS + 1)]
@@ -560,7 +560,7 @@ def test_however_many_a_picture_takes_each_is_read_once(pipeline, tmp_path, monk
     assert sorted(asked) == sorted(paths)
 
 
-def test_what_was_read_stays_though_the_file_is_written_over(monkeypatch, model, pairs, tmp_path):
+def test_overwritten_file_does_not_change_a_loaded_lora(monkeypatch, model, pairs, tmp_path):
     """Large tensors of a file are views of its pages: an adapter is kept, and answers for what it was."""
     monkeypatch.setattr("model.safetensors_file.MAX_COPIED", 0)
     file = write(tmp_path, LAYOUTS["diffusers"](pairs))
@@ -573,7 +573,7 @@ def test_what_was_read_stays_though_the_file_is_written_over(monkeypatch, model,
     assert torch.equal(velocity(model, (adapter, 1.0)), before)
 
 
-def test_settings_beside_a_file_count_as_the_file_does(pipeline, tmp_path):
+def test_peft_settings_are_part_of_the_identity(pipeline, tmp_path):
     """PEFT's alpha stands in a file of its own: another alpha is another adapter, to caches and to records."""
     state = LAYOUTS["PEFT"](random_pairs(pipeline.dit))
     spec = replace(FOX, loras=(Lora(write(tmp_path, state, "adapter_model.safetensors")),))
@@ -587,7 +587,7 @@ def test_settings_beside_a_file_count_as_the_file_does(pipeline, tmp_path):
     assert len({picture.record["loras"][0]["sha256"] for picture in made}) == 2
 
 
-def test_the_texts_way_in_is_adapted_after_a_plain_picture_too(pipeline, tmp_path):
+def test_text_input_layers_are_adapted_after_a_plain_picture(pipeline, tmp_path):
     """Prompts are kept: with an adapter they are others."""
     inner = {name: pair for name, pair in random_pairs(pipeline.dit).items() if name.startswith("txt")}
     adapted = replace(FOX, loras=(Lora(write(tmp_path, LAYOUTS["kohya"](inner))),))
@@ -599,12 +599,12 @@ def test_the_texts_way_in_is_adapted_after_a_plain_picture_too(pipeline, tmp_pat
 
 
 @pytest.mark.parametrize("weight", [11, float("nan"), float("-inf")])
-def test_weights_that_lead_nowhere(pipeline, path, weight):
+def test_dangling_weights_path_is_refused(pipeline, path, weight):
     with pytest.raises(K2Error, match="weight"):
         pipeline.resolve(replace(FOX, loras=(Lora(path, weight),)))
 
 
-def test_refused_before_anything_is_painted(pipeline, tmp_path):
+def test_invalid_lora_is_refused_before_rendering(pipeline, tmp_path):
     specs = [FOX, replace(FOX, loras=(Lora(tmp_path / "missing.safetensors"),))]
     with pytest.raises(K2Error, match="missing"):
         next(pipeline.stream(specs))

@@ -83,7 +83,7 @@ def with_differences(model: Krea2, weight: float, found: dict[str, Tensor]) -> K
     ],
     ids=["ComfyUI", "diffusers", "kohya"],
 )
-def test_whole_matrices_and_biases_are_added_as_they_are(tmp_path, model, called):
+def test_full_matrices_and_biases_are_added_as_is(tmp_path, model, called):
     found = differences(model)
     state = {f"{called(name)}.{what}": t for key, t in found.items() for name, _, what in [key.rpartition(".")]}
     adapter = read_lora(write(tmp_path, state), model)
@@ -95,7 +95,7 @@ def test_whole_matrices_and_biases_are_added_as_they_are(tmp_path, model, called
     assert torch.equal(velocity(model, (adapter, 0)), velocity(model))
 
 
-def test_the_text_fusions_projector_alone(tmp_path, model):
+def test_text_fusion_projector_alone(tmp_path, model):
     """The widespread little files of one row, how much each layer of the text encoder is heard."""
     row = torch.randn(1, TINY.text_taps)
     adapter = read_lora(write(tmp_path, {"diffusion_model.txtfusion.projector.diff": row}), model)
@@ -105,7 +105,7 @@ def test_the_text_fusions_projector_alone(tmp_path, model):
     assert relative_error(velocity(model, (adapter, 4.0)), expected) < 1e-5
 
 
-def test_whole_matrices_beside_pairs(tmp_path, model, pairs):
+def test_full_matrices_combine_with_pairs(tmp_path, model, pairs):
     """In one file, and laid over one another."""
     row, bias = torch.randn(1, TINY.text_taps), torch.randn(TINY.width)
     few = {name: pair for name, pair in pairs.items() if name != "txtfusion.projector"}
@@ -129,7 +129,7 @@ def in_their_shape(name: str, tensor: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("called", ["native", "diffusers", "kohya"])
-def test_what_is_no_linear_layers_is_changed_too(tmp_path, model, called):
+def test_parameters_outside_linear_layers_are_changed(tmp_path, model, called):
     """As full fine-tunes that are published as differences change it, and turbo's distillations."""
     found = {name: torch.randn(each.shape) * 0.3 for name, each in bare_ones(model).items()}
     theirs = diffusers_names(TINY.blocks)
@@ -154,7 +154,7 @@ def test_what_is_no_linear_layers_is_changed_too(tmp_path, model, called):
     assert {name: id(each) for name, each in model.named_parameters()} == weights
 
 
-def test_pairs_for_what_is_no_linear_layers(tmp_path, model):
+def test_pairs_for_parameters_outside_linear_layers(tmp_path, model):
     """The last layer's modulation is two rows: a rank of 2 is all there is. A block's is one row, told by a product."""
     last = torch.randn(2, 2), torch.randn(2, TINY.width)
     block = torch.randn(6, 3), torch.randn(3, TINY.width)
@@ -171,7 +171,7 @@ def test_pairs_for_what_is_no_linear_layers(tmp_path, model):
     assert relative_error(velocity(model, (adapter, 1)), velocity(changed)) < 1e-5
 
 
-def test_a_change_that_failed_leaves_no_trace(tmp_path, model, monkeypatch):
+def test_failed_change_leaves_no_trace(tmp_path, model, monkeypatch):
     found = {f"{name}.diff": torch.ones(each.shape) for name, each in bare_ones(model).items()}
     adapter = read_lora(write(tmp_path, found), model)
     before, weights = velocity(model), {name: id(each) for name, each in model.named_parameters()}
@@ -186,7 +186,7 @@ def test_a_change_that_failed_leaves_no_trace(tmp_path, model, monkeypatch):
     assert {name: id(each) for name, each in model.named_parameters()} == weights
 
 
-def test_a_streamed_network_is_changed_as_a_resident_one(tmp_path, model, pairs):
+def test_streamed_network_changes_like_a_resident_one(tmp_path, model, pairs):
     found = {f"{name}.diff": torch.randn(each.shape) * 0.3 for name, each in bare_ones(model).items()}
     path = write(tmp_path, LAYOUTS["bare"](pairs) | found)
     save(tmp_path / "model.safetensors", model.state_dict(), {})
@@ -209,11 +209,11 @@ def test_a_streamed_network_is_changed_as_a_resident_one(tmp_path, model, pairs)
         ({"blocks.0.mod.lin.lora_A": (1, 1 << 18), "blocks.0.mod.lin.lora_B": (1 << 18, 1)}, "another size"),
     ],
 )
-def test_absurd_changes_of_what_is_no_linear_layers(tmp_path, model, state, what):
+def test_invalid_changes_outside_linear_layers_are_refused(tmp_path, model, state, what):
     assert what in refused(tmp_path, model, {name: torch.ones(shape) for name, shape in state.items()})
 
 
-def test_what_there_is_no_place_for_is_named(tmp_path, model):
+def test_unmatched_parts_are_named(tmp_path, model):
     """A bias of a layer that has none; what is added to a norm that is not there."""
     state = {
         "diffusion_model.first.diff": torch.zeros(TINY.width, 16),
@@ -234,7 +234,7 @@ def test_what_there_is_no_place_for_is_named(tmp_path, model):
     ("key", "shape"),
     [("first.diff", (64, 8)), ("first.diff", (16, 64)), ("first.diff_b", (65,)), ("txtfusion.projector.diff", (3,))],
 )
-def test_whole_matrices_of_another_size(tmp_path, model, key, shape):
+def test_full_matrices_of_another_size_are_refused(tmp_path, model, key, shape):
     message = refused(tmp_path, model, {key: torch.ones(shape)})
     assert f"another size: its {key} is {list(shape)}" in message
 
@@ -299,7 +299,7 @@ def test_kronecker_products(tmp_path, model, halves, scale, called):
 
 
 @torch.no_grad()
-def test_a_kronecker_product_on_one_layer_is_the_dense_one(tmp_path, model):
+def test_kronecker_product_equals_the_dense_one(tmp_path, model):
     found = {"blocks.0.mlp.up": factors(model, "w2")["blocks.0.mlp.up"]}
     adapter = read_lora(write(tmp_path, written(found, native, alpha=2.0)), model)
     layer, x = model.blocks[0].mlp.up, torch.randn(3, 5, TINY.width)
@@ -310,7 +310,7 @@ def test_a_kronecker_product_on_one_layer_is_the_dense_one(tmp_path, model):
     assert relative_error(delta.double(), expected) < 1e-5 and torch.equal(layer(x), before)
 
 
-def test_kronecker_products_and_pairs_lie_over_one_another(tmp_path, model, pairs, adapter):
+def test_kronecker_products_combine_with_pairs(tmp_path, model, pairs, adapter):
     found = factors(model, "w2")
     bias = torch.randn(TINY.width)
     state = written(found, native, alpha=2.0) | {"first.diff_b": bias}
@@ -324,7 +324,7 @@ def test_kronecker_products_and_pairs_lie_over_one_another(tmp_path, model, pair
 
 
 @pytest.mark.parametrize("halves", ["", "w2"])
-def test_queries_keys_and_values_as_one_kronecker_product(tmp_path, model, halves):
+def test_fused_qkv_as_one_kronecker_product(tmp_path, model, halves):
     """Its rows need not part where a factor's do: SimpleTuner's 9216 of 6144, 1536 and 1536 do not."""
     sizes = [getattr(model.blocks[0].attn, each).weight.shape[0] for each in ("wq", "wk", "wv")]
     found = factors(model, halves, {"transformer_blocks.0.attn.to_qkv": (sum(sizes), TINY.width)}, most=2)
@@ -354,7 +354,7 @@ def test_queries_keys_and_values_as_one_kronecker_product(tmp_path, model, halve
     ],
     ids=["size", "two ranks", "a convolution", "no rank", "one dim", "no dims", "a bomb"],
 )
-def test_absurd_factors(tmp_path, model, shapes, what):
+def test_invalid_factors_are_refused(tmp_path, model, shapes, what):
     state = {f"blocks.0.attn.wq.lokr_{name}": torch.ones(shape) for name, shape in shapes.items()}
     assert what in refused(tmp_path, model, state)
 
@@ -371,7 +371,7 @@ def fuse(pairs: Pairs, stem: str) -> Pairs:
 
 @pytest.mark.parametrize("prefix", ["diffusion_model.", "lycoris_"])
 @pytest.mark.parametrize("beside", ["nothing", "untrained"])
-def test_queries_keys_and_values_as_one(tmp_path, model, pairs, prefix, beside):
+def test_fused_qkv(tmp_path, model, pairs, prefix, beside):
     three = {
         name: pair for name, pair in pairs.items() if name.startswith("blocks") and name[-2:] in ("wq", "wk", "wv")
     }
@@ -390,12 +390,12 @@ def test_queries_keys_and_values_as_one(tmp_path, model, pairs, prefix, beside):
     assert "twice, on its own and in" in refused(tmp_path, model, state | trained)
 
 
-def test_queries_keys_and_values_of_another_size(tmp_path, model):
+def test_fused_qkv_of_another_size_is_refused(tmp_path, model):
     state = pair("transformer_blocks.0.attn.to_qkv", width=64)
     assert "another size" in refused(tmp_path, model, state)
 
 
-def test_alpha_of_queries_keys_and_values_as_one(tmp_path, model, pairs):
+def test_alpha_of_fused_qkv(tmp_path, model, pairs):
     stated = json.dumps({"lora_alpha": 1, "alpha_pattern": {"attn.to_qkv": 6}})
     three = {name: pair for name, pair in pairs.items() if name.startswith("blocks.0.attn.w")}
     (whole,) = fuse(three, "blocks.0.attn").values()
@@ -405,7 +405,7 @@ def test_alpha_of_queries_keys_and_values_as_one(tmp_path, model, pairs):
 
 
 @pytest.mark.parametrize("rank", [0, -1, None, "many", float("inf")])
-def test_a_kronecker_product_of_pefts_without_a_rank(tmp_path, model, rank):
+def test_peft_lokr_without_a_rank(tmp_path, model, rank):
     """It is divided by it where both factors are whole, too."""
     state = written({"blocks.0.attn.wq": factors(model, "")["blocks.0.attn.wq"]}, native, 1.0)
     del state["blocks.0.attn.wq.alpha"]
@@ -417,7 +417,7 @@ def test_a_kronecker_product_of_pefts_without_a_rank(tmp_path, model, rank):
 
 
 @pytest.mark.parametrize("kind", ["PeftType.OFT", "ADALORA", 3])
-def test_adapters_of_peft_that_are_no_lora(tmp_path, model, kind):
+def test_peft_adapters_of_other_kinds_are_refused(tmp_path, model, kind):
     state = written({"blocks.0.attn.wq": factors(model, "")["blocks.0.attn.wq"]}, native, 1.0)
     assert "is a PEFT" in refused(tmp_path, model, state, lora_adapter_metadata=json.dumps({"peft_type": kind}))
     for plain in ("LORA", "PeftType.LORA", None):

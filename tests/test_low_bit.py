@@ -48,7 +48,7 @@ def way(request, monkeypatch):
 
 @pytest.mark.parametrize(("precision", "most"), [("int8", 0.01), ("fp8", 0.03), ("int4", 0.06)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_answers_are_right_within_the_rounding(way, precision, most, dtype):
+def test_products_are_right_within_rounding(way, precision, most, dtype):
     """Rows and tokens of very different sizes: each has a scale of its own, by which its errors are measured."""
     matrix = torch.randn(96, 64) * torch.logspace(-3, 2, 96)[:, None]
     x = torch.randn(2, 21, 64) * torch.logspace(-2, 2, 21)[:, None]
@@ -62,7 +62,7 @@ def test_answers_are_right_within_the_rounding(way, precision, most, dtype):
     assert torch.equal(layer(matrix, precision, bias)(x.to(dtype)), answer + bias.to(dtype))
 
 
-def test_widened_products_are_those_of_the_rounded_matrix(monkeypatch):
+def test_dequantised_products_use_the_rounded_matrix(monkeypatch):
     monkeypatch.setattr(low_bit, "is_native", lambda number, device: False)
     matrix, x = torch.randn(48, 32), torch.randn(5, 32)
     for precision in FORMATS:
@@ -72,7 +72,7 @@ def test_widened_products_are_those_of_the_rounded_matrix(monkeypatch):
 
 
 @pytest.mark.parametrize("precision", ["int8", "int4"])
-def test_a_token_does_not_depend_on_its_company(way, precision):
+def test_token_does_not_depend_on_others(way, precision):
     small, tokens = layer(torch.randn(64, 128), precision), torch.randn(700, 128)
     alone = small(tokens[300:301])
     if small.multiplies(tokens):
@@ -81,7 +81,7 @@ def test_a_token_does_not_depend_on_its_company(way, precision):
 
 
 @pytest.mark.parametrize("precision", FORMATS)
-def test_gradients_are_those_of_the_rounded_matrix(way, precision):
+def test_gradients_use_the_rounded_matrix(way, precision):
     """Tokens that learn are not rounded, whatever this processor multiplies."""
     small, tokens = layer(torch.randn(48, 32), precision), torch.randn(5, 32, requires_grad=True)
     rounded, slope = small.matrix(), torch.randn(5, 48)
@@ -103,7 +103,7 @@ def test_gradients_are_those_of_the_rounded_matrix(way, precision):
         ("cuda", 17, 64, 72, False),
     ],
 )
-def test_cards_have_kernels_for_some_shapes_only(monkeypatch, device, tokens, inward, outward, expected):
+def test_gpus_have_kernels_for_some_shapes_only(monkeypatch, device, tokens, inward, outward, expected):
     rows = type("Rows", (list,), {"device": torch.device(device)})(range(tokens))
     monkeypatch.setattr(low_bit, "is_native", lambda number, device: number == torch.int8 and device != "mps")
     assert FewBitLinear(inward, outward, False, FORMATS["int8"]).multiplies(rows) is expected
@@ -132,7 +132,7 @@ def test_which_devices_multiply_in_8_bits(monkeypatch):
     assert both("cuda") == (False, False)
 
 
-def test_cards_of_different_kinds_are_asked_one_by_one(monkeypatch):
+def test_each_gpu_is_asked_separately(monkeypatch):
     hopper_and_ampere = [(9, 0), (8, 6)]
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda card: hopper_and_ampere[card])
     is_native_on.cache_clear()
@@ -143,7 +143,7 @@ def test_cards_of_different_kinds_are_asked_one_by_one(monkeypatch):
 
 
 @pytest.mark.parametrize("precision", FORMATS)
-def test_something_is_learned_on_top_after_a_picture_was_rendered(precision):
+def test_training_works_after_rendering(precision):
     """What was made while rendering is no inference tensor, which no gradient could pass."""
     few_bits_of_rows = layer(torch.randn(64, 64), precision)
     powers.cache_clear()
@@ -155,7 +155,7 @@ def test_something_is_learned_on_top_after_a_picture_was_rendered(precision):
 
 
 @pytest.mark.parametrize("precision", FORMATS)
-def test_nothing_and_silence(precision):
+def test_empty_and_zero_inputs(precision):
     small = layer(torch.zeros(16, 16), precision)
     assert small(torch.empty(0, 16)).shape == (0, 16)
     assert torch.equal(small(torch.zeros(3, 16)), torch.zeros(3, 16))
@@ -164,7 +164,7 @@ def test_nothing_and_silence(precision):
 
 @torch.no_grad()
 @pytest.mark.parametrize(("precision", "most"), [("int8", 0.02), ("fp8", 0.05), ("int4", 0.1)])
-def test_a_whole_network(tmp_path, precision, most):
+def test_rounded_network(tmp_path, precision, most):
     """From a wide file, whose matrices are rounded as they are read; only the blocks' are."""
     model = random_model(TINY)
     save(tmp_path / "wide.safetensors", model.state_dict(), {})
@@ -178,7 +178,7 @@ def test_a_whole_network(tmp_path, precision, most):
     assert list(dequantised_state(small, torch.float32)) == list(model.state_dict())
 
 
-def test_what_lies_in_8_bits_is_not_rounded_again(tmp_path):
+def test_stored_8_bits_are_not_rounded_again(tmp_path):
     """Ours has a scale a row, other tools' one a matrix, or none where fp8 was cast to."""
     state = random_model(TINY).state_dict()
     stored, name = quantise(state), "blocks.0.mlp.up.weight"
@@ -209,7 +209,7 @@ def test_what_lies_in_8_bits_is_not_rounded_again(tmp_path):
 
 
 @pytest.mark.parametrize("precision", ["int8", "fp8"])
-def test_what_lies_in_more_bits_than_most_is_left_so(tmp_path, precision):
+def test_matrices_stored_in_more_bits_stay_so(tmp_path, precision):
     """In memory, streamed and written again; in other numbers than the file's all are rounded alike."""
     state, plain = random_model(TINY).state_dict(), "blocks.0.attn.wq.weight"
     save(tmp_path / "wide.safetensors", state, {})
@@ -227,7 +227,7 @@ def test_what_lies_in_more_bits_than_most_is_left_so(tmp_path, precision):
     assert plain in few_bit_layers(other)
 
 
-def test_a_matrix_is_rounded_part_by_part(monkeypatch):
+def test_matrix_is_rounded_in_parts(monkeypatch):
     matrix = torch.randn(37, 64)
     whole = to_rows(matrix, torch.int8)
     monkeypatch.setattr("model.quantize._AT_ONCE", 64 * 5)
@@ -235,7 +235,7 @@ def test_a_matrix_is_rounded_part_by_part(monkeypatch):
         assert torch.equal(a, b)
 
 
-def test_stored_rows_keep_their_scales_part_by_part(monkeypatch):
+def test_stored_rows_keep_their_scales_in_parts(monkeypatch):
     rows, scales = to_int8(torch.randn(40, 64) * torch.logspace(-3, 2, 40)[:, None])
     whole = to_rows(rows, torch.float8_e4m3fn, scales)
     monkeypatch.setattr("model.quantize._AT_ONCE", 64 * 5)
@@ -245,7 +245,7 @@ def test_stored_rows_keep_their_scales_part_by_part(monkeypatch):
 
 @torch.no_grad()
 @pytest.mark.parametrize(("precision", "most"), [("int8", 0.05), ("int4", 0.1)])
-def test_adapters_lie_over_few_bits(tmp_path, precision, most):
+def test_adapters_work_on_few_bits(tmp_path, precision, most):
     model = random_model(TINY)
     save(tmp_path / "wide.safetensors", model.state_dict(), {})
     small, _ = load_dit(tmp_path / "wide.safetensors", precision=precision)
@@ -265,7 +265,7 @@ def test_adapters_lie_over_few_bits(tmp_path, precision, most):
     assert torch.equal(small(*given), before)
 
 
-def test_only_linear_layers_shrink():
+def test_only_linear_layers_are_converted():
     with torch.device("meta"):
         network = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.ReLU(), torch.nn.Linear(4, 2, bias=False))
     use_few_bits(network, lambda name, layer: FORMATS["int8"] if name == "2" else None)
@@ -280,7 +280,7 @@ def test_only_linear_layers_shrink():
 @pytest.mark.gpu
 @gpu
 @pytest.mark.parametrize(("precision", "most"), [("int8", 0.03), ("fp8", 0.05), ("int4", 0.1)])
-def test_on_a_card(precision, most):
+def test_on_a_gpu(precision, most):
     matrix, x = torch.randn(512, 256, device="cuda"), torch.randn(100, 256, device="cuda")
     small = layer(matrix, precision)
     for work in (small, torch.compile(small)):

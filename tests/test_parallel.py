@@ -58,7 +58,7 @@ def found(folder: Path) -> dict:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_two_processes_lose_as_much_as_one(by_two, kind, tmp_path):
+def test_two_processes_have_the_same_losses_as_one(by_two, kind, tmp_path):
     """20 steps of AdamW and Muon with the same global batch, to 1e-5."""
     alone, two = together.run(kind, tmp_path), found(by_two / kind)
     expected = together.losses(alone, STEPS)
@@ -71,7 +71,7 @@ def test_two_processes_lose_as_much_as_one(by_two, kind, tmp_path):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_one_process_goes_on_where_two_stopped(by_two, kind, tmp_path):
+def test_one_process_resumes_where_two_stopped(by_two, kind, tmp_path):
     """From the state that two wrote half way: every further loss is theirs, and so is all that is saved in the end."""
     folder = by_two / kind
     for saved in (*folder.glob("state-*"), *folder.glob("state.safetensors")):
@@ -89,12 +89,12 @@ def test_one_process_goes_on_where_two_stopped(by_two, kind, tmp_path):
     assert together.run(kind, tmp_path).step == STEPS
 
 
-def test_a_state_that_is_not_whole_is_left_alone(tmp_path):
+def test_incomplete_state_is_left_alone(tmp_path):
     (tmp_path / "state-00000010").mkdir()
     assert parallel.saved(tmp_path) == [] and states.newest_state(tmp_path) is None
 
 
-def test_parts_are_dealt_out_evenly():
+def test_parts_are_distributed_evenly():
     assert [list(World(rank, 2).parts(4)) for rank in range(2)] == [[0, 2], [1, 3]]
     assert list(World().parts(3)) == [0, 1, 2]
     with pytest.raises(K2Error, match="3 parts") as error:
@@ -102,6 +102,6 @@ def test_parts_are_dealt_out_evenly():
     assert "accumulate" in error.value.hint
 
 
-def test_without_torchrun_nothing_is_joined(monkeypatch):
+def test_without_torchrun_no_group_is_joined(monkeypatch):
     monkeypatch.delenv("WORLD_SIZE", raising=False)
     assert parallel.join("cpu") == "cpu" and parallel.world() == World()

@@ -29,7 +29,7 @@ def pipeline(request, tiny) -> Pipeline:  # noqa: F811
     return loaded
 
 
-def test_the_whole_picture(pipeline, tmp_path):
+def test_whole_picture_matches_diffusers(pipeline, tmp_path):
     diffusers = pytest.importorskip("diffusers")
     pipeline.export(tmp_path / "out")
     other = diffusers.Krea2Pipeline.from_pretrained(tmp_path / "out")
@@ -57,7 +57,7 @@ def test_the_whole_picture(pipeline, tmp_path):
         assert np.abs(ours - 255 * theirs).max() < 0.51, size  # half a step is what eight bits round away
 
 
-def test_every_layout_paints_it(pipeline, tmp_path):
+def test_every_layout_renders_the_same_picture(pipeline, tmp_path):
     """A lone transformer takes what stands beside it; rounded to nothing, it paints the very same pixels."""
     folder = tmp_path / "out"
     pipeline.export(folder)

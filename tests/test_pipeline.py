@@ -56,7 +56,7 @@ def red(tmp_path) -> Path:
     return tmp_path / "red.png"
 
 
-def test_again_is_the_same_bit_for_bit(tiny, pipeline):  # noqa: F811
+def test_rendering_twice_is_bit_identical(tiny, pipeline):  # noqa: F811
     first, again = pipeline.render([FOX])[0], pipeline.render([FOX])[0]
     anew = Pipeline.load("tiny", device="cpu").render([FOX])[0]
 
@@ -65,7 +65,7 @@ def test_again_is_the_same_bit_for_bit(tiny, pipeline):  # noqa: F811
     assert pixels(pipeline.render([replace(FOX, prompt="a blue owl")])[0]) != pixels(first)
 
 
-def test_a_picture_does_not_depend_on_its_company(pipeline):
+def test_picture_does_not_depend_on_its_batch(pipeline):
     """Different prompt lengths, seeds and negatives in one batch."""
     specs = [
         FOX,
@@ -81,7 +81,7 @@ def test_a_picture_does_not_depend_on_its_company(pipeline):
 
 
 @pytest.mark.parametrize("cohesion", [0.0, 0.6])
-def test_prompts_of_several_lengths_share_every_reading_of_the_weights(pipeline, monkeypatch, cohesion):
+def test_prompts_of_several_lengths_run_as_one_stream(pipeline, monkeypatch, cohesion):
     """One stream while that is small, a leader among them or not; the groups one by one give the same."""
     specs = [FOX, replace(FOX, prompt="an owl in flight over a dark forest at night", seed=8)]
     specs = tie_to_lead(specs, cohesion)
@@ -98,7 +98,7 @@ def test_prompts_of_several_lengths_share_every_reading_of_the_weights(pipeline,
     assert len(streams) == pipeline.resolve(FOX).steps
 
 
-def test_order_is_kept_whatever_is_batched(pipeline):
+def test_order_is_kept_across_batches(pipeline):
     sizes, steps = [(64, 64), (80, 64)], [1, 2]
     specs = [
         replace(FOX, width=w, height=h, steps=s, seed=i)
@@ -109,7 +109,7 @@ def test_order_is_kept_whatever_is_batched(pipeline):
         assert picture.record["seed"] == spec.seed
 
 
-def test_prompts_are_encoded_once_and_forgotten_in_time(pipeline, monkeypatch):
+def test_prompts_are_encoded_once_and_evicted(pipeline, monkeypatch):
     encoded = []
     encode = pipeline.text.encode
 
@@ -137,7 +137,7 @@ def test_prompts_are_encoded_once_and_forgotten_in_time(pipeline, monkeypatch):
     assert len(encoded) == len(set(encoded)) == 3 * 13 + 12  # what says nothing is known
 
 
-def test_a_reference_is_read_once_for_all_prompts_and_weights(pipeline, red, monkeypatch):
+def test_reference_is_read_once(pipeline, red, monkeypatch):
     read, seen = StyleEncoder.read, []
     monkeypatch.setattr(StyleEncoder, "read", lambda self, latents: seen.append(1) or read(self, latents))
     styles = [(Style("look", strength=s, references=(Reference(red),)),) for s in (0.5, 1.0)]
@@ -150,7 +150,7 @@ def test_a_reference_is_read_once_for_all_prompts_and_weights(pipeline, red, mon
     assert pixels(pipeline.render([several[3]])[0]) == pixels(together[3]) and len(seen) == 2
 
 
-def test_a_style_of_more_references_than_contexts_are_kept_is_read_once_too(pipeline, tmp_path, monkeypatch):
+def test_style_with_many_references_is_read_once(pipeline, tmp_path, monkeypatch):
     read, seen = StyleEncoder.read, []
     monkeypatch.setattr(StyleEncoder, "read", lambda self, latents: seen.append(1) or read(self, latents))
     for shade in range(MAX_CONTEXTS + 6):
@@ -162,7 +162,7 @@ def test_a_style_of_more_references_than_contexts_are_kept_is_read_once_too(pipe
     assert len(seen) == MAX_CONTEXTS + 6
 
 
-def test_streaming_asks_for_specs_only_as_it_goes(pipeline):
+def test_stream_consumes_specs_lazily(pipeline):
     """Memory cannot grow with the number of prompts, nor must there be an end to them."""
     count = itertools.count()
     pictures = list(itertools.islice(pipeline.stream(replace(FOX, seed=i, steps=1) for i in count), 3))
@@ -176,7 +176,7 @@ def test_steps_are_reported(pipeline):
     assert seen == [(1, 3), (2, 3), (3, 3)]
 
 
-def test_the_checkpoints_own_settings(tiny, pipeline):  # noqa: F811
+def test_checkpoint_defaults_are_used(tiny, pipeline):  # noqa: F811
     record = pipeline.render([FOX])[0].record
     assert (record["steps"], record["guidance"], record["width"], record["height"]) == (4, 2.0, 64, 64)
     assert record["mu"] == raw_mu(16)
@@ -198,7 +198,7 @@ def test_guidance(pipeline):
     assert difference(on[2], off[0]) <= 1  # away from itself leads nowhere else
 
 
-def test_the_record_says_everything(tiny, pipeline, red):  # noqa: F811
+def test_record_is_complete(tiny, pipeline, red):  # noqa: F811
     style = Style("dusk", 0.6, (Reference(red),), keywords=("warm",))
     record = pipeline.render([replace(FOX, styles=(style,))])[0].record
 
@@ -220,7 +220,7 @@ def test_the_record_says_everything(tiny, pipeline, red):  # noqa: F811
     assert record["versions"]["torch"] == torch.__version__
 
 
-def test_who_gets_a_record_from_another_process_imports_nothing_for_it(pipeline):
+def test_unpickling_a_record_imports_no_torch(pipeline):
     class Plain(pickle.Unpickler):
         def find_class(self, module: str, name: str) -> object:
             raise AssertionError(f"{name} of {module}")
@@ -250,7 +250,7 @@ def test_styles(pipeline, red, tmp_path):
 @pytest.mark.parametrize(
     "settings", [{}, {"guidance": 0.0}, {"style_guidance": 1.5}, {"guidance_until": 0.5, "sampler": "ab2"}], ids=str
 )
-def test_a_style_comes_in_without_a_jump(pipeline, red, settings):
+def test_style_strength_starts_continuously(pipeline, red, settings):
     """Rows that say nothing are rows all the same: next to 0 they must count for next to nothing."""
 
     def made(strength: float) -> np.ndarray:
@@ -324,7 +324,7 @@ class Talker:
 @pytest.mark.parametrize("style_guidance", [None, 1.5])
 @pytest.mark.parametrize("presence", [1.0, 0.25])
 @pytest.mark.parametrize("spliced", [True, False])
-def test_branches_add_up_to_the_formulas_of_guidance(style_guidance, presence, spliced):
+def test_branches_follow_the_guidance_formulas(style_guidance, presence, spliced):
     """Of two pictures, whose prompts differ in length, two wordings each and two negative ones. A splice enters every
     branch; where styles have a guidance of their own, those that have the style alone."""
     ways = ("styled", "lasting", *(("plain",) if style_guidance is not None else ()))
@@ -356,7 +356,7 @@ def test_branches_add_up_to_the_formulas_of_guidance(style_guidance, presence, s
         torch.testing.assert_close(picture, (expected + more).expand(4, 3))
 
 
-def test_a_sampler_of_the_second_order_begins_anew_where_the_field_changes(pipeline, red, tmp_path, monkeypatch):
+def test_ab2_restarts_where_the_field_changes(pipeline, red, tmp_path, monkeypatch):
     """Where guidance ends, and after pure noise, which holds nothing of a spliced reference."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     changes = []
@@ -372,7 +372,7 @@ def test_a_sampler_of_the_second_order_begins_anew_where_the_field_changes(pipel
     assert changes == [{3}, {3, 1}]
 
 
-def test_samplers_are_recorded_and_others_refused(pipeline):
+def test_sampler_is_recorded_and_unknown_ones_refused(pipeline):
     first, second = (pipeline.render([replace(FOX, sampler=sampler)])[0] for sampler in (None, "ab2"))
     assert (first.record["sampler"], second.record["sampler"]) == ("euler", "ab2")
     once = [pixels(pipeline.render([replace(FOX, sampler=sampler, steps=1)])[0]) for sampler in ("euler", "ab2")]
@@ -382,7 +382,7 @@ def test_samplers_are_recorded_and_others_refused(pipeline):
 
 
 @pytest.mark.parametrize("until", [0.0, 0.009, -0.5, 1.01, float("nan")])
-def test_guidance_ends_somewhere_on_the_way(pipeline, until):
+def test_guidance_until_is_validated(pipeline, until):
     with pytest.raises(K2Error, match="Guidance cannot end after"):
         pipeline.resolve(replace(FOX, guidance_until=until))
 
@@ -394,7 +394,7 @@ def worded(*styles: tuple[str, float, tuple[str, ...]], **changes) -> RenderSpec
     return replace(FOX, prompt=", ".join((FOX.prompt, *said)), styles=made, **changes)
 
 
-def test_a_style_of_words_takes_part_by_its_strength():
+def test_keyword_style_counts_by_its_strength():
     def found(*styles: tuple[str, float, tuple[str, ...]]) -> list[tuple[str, float]]:
         return [
             (prompt.removeprefix(FOX.prompt), pytest.approx(share))
@@ -425,7 +425,7 @@ def test_a_style_of_words_takes_part_by_its_strength():
     assert weighted_prompts(unsaid) == [(FOX.prompt, 0.5), (FOX.prompt, 0.5)]  # nothing to take away
 
 
-def test_pictures_and_adapters_carry_a_styles_strength_themselves():
+def test_references_and_loras_carry_the_strength():
     for carried in ({"references": (Reference(Path("a.png")),)}, {"lora": Path("a.safetensors")}):
         style = Style("wet", 0.5, keywords=("watercolour",), **carried)
         spec = replace(FOX, prompt=f"{FOX.prompt}, watercolour", styles=(style,))
@@ -441,14 +441,14 @@ def test_pictures_and_adapters_carry_a_styles_strength_themselves():
     ],
     ids=["pictures", "LoRA", "turned around"],
 )
-def test_a_style_of_words_takes_none_from_another_that_joins_whole(other):
+def test_shared_words_join_in_full(other):
     """The command line joins what two styles say once: turned up from nothing, one must not turn the other down."""
     spec = worded(("wet", 0.2, ("grain", "soft light")))
     said = weighted_prompts(replace(spec, styles=(*spec.styles, other)))
     assert [prompt for prompt, _ in said] == [f"{FOX.prompt}, grain, soft light", f"{FOX.prompt}, grain"]
 
 
-def test_a_style_of_words_is_turned_around_by_its_strength():
+def test_negative_keyword_style_swaps_its_words():
     """What it avoids joins the prompt, what it wants the negative one; and what is avoided weighs as its style does."""
     turned = Style("wet", -0.3, keywords=("watercolour, wet",), avoids=("grain",))
     spec = replace(FOX, prompt=f"{FOX.prompt}, grain", negative="rain, watercolour, wet", styles=(turned,))
@@ -473,7 +473,7 @@ def test_a_style_of_words_is_turned_around_by_its_strength():
 @pytest.mark.parametrize("side", ["keywords", "avoids"])
 @pytest.mark.parametrize("sign", [1, -1])
 @pytest.mark.parametrize("settings", [{"guidance": 2.0}, {"guidance": 0.0}, {"style_guidance": 1.5}], ids=str)
-def test_words_that_are_wanted_or_avoided_come_in_without_a_jump(pipeline, red, settings, side, sign):
+def test_keywords_and_avoids_start_continuously(pipeline, red, settings, side, sign):
     def made(strength: float) -> np.ndarray:
         style = Style("wet", sign * strength, **{side: ("watercolour",)})
         wanted, against = (("keywords", "avoids") if sign > 0 else ("avoids", "keywords")) if strength else ("", "")
@@ -491,7 +491,7 @@ def test_words_that_are_wanted_or_avoided_come_in_without_a_jump(pipeline, red, 
 
 @pytest.mark.parametrize("method", ["tokens", "splice"])
 @pytest.mark.parametrize("settings", [{}, {"guidance": 0.0}, {"style_guidance": 1.5}], ids=str)
-def test_words_are_turned_up_without_a_jump(pipeline, red, settings, method, tmp_path, monkeypatch):
+def test_keyword_strength_is_continuous(pipeline, red, settings, method, tmp_path, monkeypatch):
     """From the picture without the words to the one with them, bit for bit at both ends, styles of pictures beside."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     look = Style("red", 0.7, (Reference(red),), method=method)
@@ -509,7 +509,7 @@ def test_words_are_turned_up_without_a_jump(pipeline, red, settings, method, tmp
     assert np.array_equal(made(1.0), np.asarray(pipeline.render([said])[0].image))
 
 
-def test_a_file_and_a_fine_tune_find_the_rest(tiny, tmp_path, pipeline):  # noqa: F811
+def test_single_file_finds_its_other_parts(tiny, tmp_path, pipeline):  # noqa: F811
     """A lone transformer file is joined by the box's helpers where it fits them."""
     for part in ("text", "vae"):
         shutil.copy(tiny / f"tiny-{part}.safetensors", tiny / f"mini-{part}.safetensors")
@@ -523,7 +523,7 @@ def test_a_file_and_a_fine_tune_find_the_rest(tiny, tmp_path, pipeline):  # noqa
     assert pixels(mine.render([FOX])[0]) == pixels(pipeline.render([FOX])[0])
 
 
-def test_what_a_release_lends_is_named_apart_and_found_again(tiny, tmp_path, monkeypatch):  # noqa: F811
+def test_parts_from_a_release_are_named_and_found_again(tiny, tmp_path, monkeypatch):  # noqa: F811
     """A transformer's folder by itself, and a pulled release: their files have the same names."""
     commit = "a" * 40
     snapshot = tmp_path / "hub" / "models--krea--Krea-2-Turbo" / "snapshots" / commit
@@ -542,7 +542,7 @@ def test_what_a_release_lends_is_named_apart_and_found_again(tiny, tmp_path, mon
     assert all(sha256(models.file_of(str(tmp_path / "mine"), file)) == files[file] for file in files)
 
 
-def test_a_release_lends_nothing_that_the_box_has_fitting(tiny, tmp_path, monkeypatch):  # noqa: F811
+def test_bundled_parts_take_precedence_over_a_release(tiny, tmp_path, monkeypatch):  # noqa: F811
     """A checkpoint of the box's kind goes on rendering when another, larger model is pulled."""
     snapshot = tmp_path / "hub" / "models--krea--Krea-2-Raw" / "snapshots" / ("a" * 40)
     Pipeline.load("tiny", device="cpu").export(snapshot)
@@ -566,7 +566,7 @@ def test_a_release_lends_nothing_that_the_box_has_fitting(tiny, tmp_path, monkey
     assert lent() == snapshot
 
 
-def test_weights_that_name_a_side_have_other_shapes_laid_around_its_middle(tiny, tmp_path):  # noqa: F811
+def test_stated_side_centres_other_shapes(tiny, tmp_path):  # noqa: F811
     """The open weights name none: theirs begin at the corner, as everywhere."""
     assert Pipeline.load("tiny", device="cpu").dit.side == 4  # 64 px, of 16 a token
 
@@ -581,7 +581,7 @@ def test_weights_that_name_a_side_have_other_shapes_laid_around_its_middle(tiny,
         load_dit(tmp_path / "many.safetensors")
 
 
-def test_references_are_read_at_the_style_encoders_own_size(tiny, tmp_path, red):  # noqa: F811
+def test_references_are_read_at_the_style_encoders_size(tiny, tmp_path, red):  # noqa: F811
     """Whatever size the transformer is made for."""
     shutil.copytree(tiny, tmp_path / "box")
     state, about = read(tiny / "tiny-raw.safetensors")
@@ -596,14 +596,14 @@ def test_references_are_read_at_the_style_encoders_own_size(tiny, tmp_path, red)
     assert torch.equal(*rows)
 
 
-def test_the_record_is_of_the_files_that_the_picture_was_made_with(pipeline, red):
+def test_record_hashes_the_files_that_were_used(pipeline, red):
     spec, before = replace(FOX, styles=(Style("dusk", 0.6, (Reference(red),)),)), sha256(red)
 
     (picture,) = pipeline.render([spec], lambda done, steps: red.unlink(missing_ok=True))
     assert picture.record["styles"][0]["references"][0]["sha256"] == before
 
 
-def test_hashes_that_cannot_be_had_are_said(tiny, tmp_path, monkeypatch):  # noqa: F811
+def test_unavailable_hashes_are_reported(tiny, tmp_path, monkeypatch):  # noqa: F811
     def fails(path):
         raise K2Error(f"{path.name} cannot be read.")
 
@@ -612,7 +612,7 @@ def test_hashes_that_cannot_be_had_are_said(tiny, tmp_path, monkeypatch):  # noq
         Pipeline.load("tiny", device="cpu").render([FOX])
 
 
-def test_what_a_prompt_has_too_many_of_is_recorded(pipeline):
+def test_truncated_tokens_are_recorded(pipeline):
     words = " ".join(["fox"] * (PROMPT_TOKENS + 5))
     long, whole = pipeline.render([replace(FOX, prompt=words), replace(FOX, prompt=words[: -4 * 5])])
     assert long.record["unread"] == 5 and "unread" not in whole.record
@@ -641,14 +641,14 @@ def test_flux_latents(tiny, tmp_path, pipeline):  # noqa: F811
         flux.export(tmp_path / "out")
 
 
-def test_a_picture_that_a_filter_blocks_is_black(tiny):  # noqa: F811
+def test_blocked_picture_is_black(tiny):  # noqa: F811
     strict = Pipeline.load("tiny", device="cpu", filters=[lambda image, record: Verdict(record["seed"] != 7, "seven")])
     blocked, passed = strict.render([FOX, replace(FOX, seed=8)])
     assert not any(blocked.image.tobytes()) and blocked.record["blocked"]["reason"] == "seven"
     assert any(passed.image.tobytes()) and "blocked" not in passed.record
 
 
-def test_rendering_brings_in_no_heavy_library(tiny):  # noqa: F811
+def test_rendering_imports_no_heavy_library(tiny):  # noqa: F811
     """Each of them costs as much as the picture."""
     code = """
 import sys
@@ -668,7 +668,7 @@ print(*{"transformers", "diffusers", "sympy", "scipy", "torch._dynamo", "torch._
 
 
 @pytest.mark.parametrize(("width", "height"), [(100, 64), (63, 130), (0, 5000)])
-def test_a_size_that_cannot_be_made_is_answered_by_the_next_that_can(pipeline, width, height):
+def test_impossible_size_suggests_the_nearest_one(pipeline, width, height):
     with pytest.raises(K2Error) as error:
         pipeline.resolve(replace(FOX, width=width, height=height))
     sides = [int(side) for side in re.search(r"such as (\d+)x(\d+)", error.value.hint).groups()]
@@ -700,7 +700,7 @@ def test_a_size_that_cannot_be_made_is_answered_by_the_next_that_can(pipeline, w
     ],
     ids=str,
 )
-def test_absurd_specs(pipeline, wrong):
+def test_invalid_specs_are_refused(pipeline, wrong):
     """Refused before anything is rendered, wherever in the list it stands."""
     seen = []
     with pytest.raises(K2Error) as error:
@@ -720,13 +720,13 @@ def test_absurd_specs(pipeline, wrong):
     ],
     ids=str,
 )
-def test_absurd_models(tiny, asked, what):  # noqa: F811
+def test_invalid_models_are_refused(tiny, asked, what):  # noqa: F811
     with pytest.raises(K2Error, match=what) as error:
         Pipeline.load(**asked)
     assert error.value.hint
 
 
-def test_where_memory_is_short_for_a_batch_it_is_rendered_in_halves(pipeline, monkeypatch):
+def test_batch_is_halved_when_memory_is_short(pipeline, monkeypatch):
     """In the same order, and in the look of the same leader."""
     specs = tie_to_lead([replace(FOX, seed=seed) for seed in range(5)], 0.5)
     whole, tried, render = pipeline.render(specs), [], pipeline._render
@@ -747,7 +747,7 @@ def test_where_memory_is_short_for_a_batch_it_is_rendered_in_halves(pipeline, mo
     assert tried == [2, 1, 2]  # what was too much is not tried again
 
 
-def test_memory_that_runs_out_is_said(pipeline, monkeypatch):
+def test_out_of_memory_is_reported(pipeline, monkeypatch):
     def allocate(*_):
         raise RuntimeError("[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory")
 
@@ -757,7 +757,7 @@ def test_memory_that_runs_out_is_said(pipeline, monkeypatch):
     assert error.value.hint
 
 
-def test_memory_that_runs_out_over_the_weights_is_said(tiny, monkeypatch):  # noqa: F811
+def test_out_of_memory_while_loading_is_reported(tiny, monkeypatch):  # noqa: F811
     """What was free when it was asked may be taken since, and what somebody chose may never have fitted."""
 
     def allocate(*_, **__):
@@ -769,7 +769,7 @@ def test_memory_that_runs_out_over_the_weights_is_said(tiny, monkeypatch):  # no
     assert error.value.hint
 
 
-def test_weights_that_leave_out_what_suits_them_take_what_the_open_ones_do(tiny, tmp_path, monkeypatch):  # noqa: F811
+def test_weights_without_recommendations_use_the_open_ones(tiny, tmp_path, monkeypatch):  # noqa: F811
     """To say nothing, a file may also say `null`."""
     monkeypatch.setattr(library, "BUNDLED", Path(shutil.copytree(tiny, tmp_path / "box")))
     state, about = read(tiny / "tiny-turbo.safetensors")
@@ -788,7 +788,7 @@ def test_weights_that_leave_out_what_suits_them_take_what_the_open_ones_do(tiny,
     }
 
 
-def test_weights_are_what_is_asked_for_where_they_do_not_say(tiny, tmp_path):  # noqa: F811
+def test_weights_without_a_variant_are_what_was_requested(tiny, tmp_path):  # noqa: F811
     state, about = read(tiny / "tiny-turbo.safetensors")
     mine = tmp_path / "mine.safetensors"
     save(mine, state, {key: value for key, value in about.items() if key not in ("variant", "recommended")})
@@ -806,7 +806,7 @@ def test_weights_are_what_is_asked_for_where_they_do_not_say(tiny, tmp_path):  #
     assert library.find(str(tmp_path / "folder"), "turbo") and not library.find(str(tmp_path / "folder"), "raw")
 
 
-def test_a_variant_that_is_not_there(tiny, tmp_path, monkeypatch):  # noqa: F811
+def test_missing_variant_is_refused(tiny, tmp_path, monkeypatch):  # noqa: F811
     shutil.copytree(tiny, tmp_path / "box")
     (tmp_path / "box" / "tiny-turbo.safetensors").unlink()
     monkeypatch.setattr(library, "BUNDLED", tmp_path / "box")
@@ -823,7 +823,7 @@ def test_a_variant_that_is_not_there(tiny, tmp_path, monkeypatch):  # noqa: F811
         ("raw", {"patch": 2.0}, "has a shape no"),
     ],
 )
-def test_parts_that_do_not_belong_together(tiny, tmp_path, monkeypatch, part, config, what):  # noqa: F811
+def test_misfitting_parts_are_refused(tiny, tmp_path, monkeypatch, part, config, what):  # noqa: F811
     shutil.copytree(tiny, tmp_path / "box")
     file = tmp_path / "box" / f"tiny-{part}.safetensors"
     state, about = read(file)
@@ -834,7 +834,7 @@ def test_parts_that_do_not_belong_together(tiny, tmp_path, monkeypatch, part, co
     assert "models pull" not in refused.value.hint  # it brought its own
 
 
-def test_a_lone_file_that_the_boxs_text_encoder_does_not_fit_says_where_others_come_from(tiny, tmp_path, monkeypatch):  # noqa: F811
+def test_misfit_with_the_bundled_text_encoder_has_a_hint(tiny, tmp_path, monkeypatch):  # noqa: F811
     box = Path(shutil.copytree(tiny, tmp_path / "box"))
     for file in list(box.glob("tiny-*")):
         file.rename(file.with_name(file.name.replace("tiny", "mini")))
@@ -849,7 +849,7 @@ def test_a_lone_file_that_the_boxs_text_encoder_does_not_fit_says_where_others_c
     assert "k2 models pull krea-2-turbo" in refused.value.hint
 
 
-def test_references_that_cannot_be_read(pipeline, tmp_path):
+def test_unreadable_references_are_refused(pipeline, tmp_path):
     (tmp_path / "text.png").write_text("no picture")
     for path in (tmp_path / "text.png", tmp_path / "missing.png"):
         spec = replace(FOX, styles=(Style("x", 1.0, (Reference(path),)),))
@@ -857,7 +857,7 @@ def test_references_that_cannot_be_read(pipeline, tmp_path):
             pipeline.render([spec])
 
 
-def test_overflow_is_said_and_not_painted_black(pipeline, red):
+def test_overflow_is_an_error_not_a_black_picture(pipeline, red):
     with torch.no_grad():
         pipeline.dit.last.linear.bias.fill_(float("nan"))
     plain = replace(FOX, guidance=0.0)

@@ -59,7 +59,7 @@ def make_batch(seed: int, references: bool) -> dict:
     }
 
 
-def test_one_batch_is_learned(recipe):
+def test_overfits_one_batch(recipe):
     run = begin(recipe)
 
     losses = [run.advance(make_batch(0, references=True))["loss"] for _ in range(60)]
@@ -87,7 +87,7 @@ def test_resuming_is_exact(recipe):
         assert torch.equal(straight.ema[name], resumed.ema[name]), name
 
 
-def test_repeats_share_the_prompt_but_not_the_noise(recipe):
+def test_repeats_share_the_prompt_not_the_noise(recipe):
     run = begin(recipe)
     flow, sigma, *_ = run.model.losses(make_batch(0, references=False), recipe)
 
@@ -95,7 +95,7 @@ def test_repeats_share_the_prompt_but_not_the_noise(recipe):
     assert len(sigma.unique()) == 8
 
 
-def test_a_stage_starts_from_its_parents_average_but_for_what_is_fresh(recipe):
+def test_stage_starts_from_its_parents_averages(recipe):
     parent = begin(recipe)
     parent.advance(make_batch(0, references=True))
     parent.save()
@@ -115,7 +115,7 @@ def test_orthogonalised_matrices_have_singular_values_near_one():
     assert values.min() > 0.5 and values.max() < 1.4
 
 
-def test_nine_in_ten_singular_values_of_a_square_matrix_come_near_one():
+def test_most_singular_values_of_a_square_matrix_approach_one():
     """Its least are nearly nothing, and would take many steps more."""
     square = torch.randn(1, 384, 384, generator=torch.Generator().manual_seed(0))
     values = torch.linalg.svdvals(optim.orthogonalise(square))
@@ -155,7 +155,7 @@ def test_muon_lets_weights_decay():
     torch.testing.assert_close(weights[0] - weights[1], torch.full((4, 8), 0.5 * 0.1))
 
 
-def test_muon_has_the_matrices_of_blocks_and_of_the_text_and_adamw_the_rest(recipe):
+def test_muon_trains_block_and_text_matrices_adamw_the_rest(recipe):
     stage = PretrainStage(replace(recipe, lr=1e-3, muon_lr=2e-3, weight_decay=0.1), looks=3)
     names = {param: name for name, param in stage.model.named_parameters()}
     optimisers = optim.optimisers_of(stage.model, stage.recipe, stage.muon, stage.rate)
@@ -173,13 +173,13 @@ def test_muon_has_the_matrices_of_blocks_and_of_the_text_and_adamw_the_rest(reci
     assert found.keys() == set(names.values())
 
 
-def test_learning_rate_rises_stays_and_falls():
+def test_learning_rate_warms_up_holds_and_decays():
     course = [optim.warmup_stable_decay(step, 10, step / 100, decay=0.2) for step in (0, 4, 9, 50, 90, 100)]
 
     assert course == pytest.approx([0.1, 0.5, 1, 1, 0.5, 0])
 
 
-def test_8_bit_products_are_a_key_of_the_recipe(recipe):
+def test_recipe_can_ask_for_8_bit_products(recipe):
     """The same course, but for the rounding; state dicts are those of any run."""
     wide = begin(replace(recipe, name="wide"))
     small = begin(replace(recipe, name="small", products="int8-rowwise"))
@@ -198,7 +198,7 @@ def test_captions_of_several_lengths_are_padded_and_masked():
     assert mask.sum(1).tolist() == [3, 5] and mask[:, :3].all()
 
 
-def test_two_threads_draw_from_one_set(recipe, workshop):  # noqa: F811
+def test_two_threads_share_one_training_set(recipe, workshop):  # noqa: F811
     """They encode one after the other, each caption once, and forget no more than is to be forgotten."""
     data, encoded, busy = training_set(recipe, "cpu"), Counter(), threading.Lock()
     data.kept, encode = 8, data.text.encode
@@ -223,7 +223,7 @@ def test_two_threads_draw_from_one_set(recipe, workshop):  # noqa: F811
         assert torch.equal(row[: 6 - count % 6, : alone.shape[1]], alone[count % 6 :])
 
 
-def test_sheets_are_drawn_where_the_network_lies(recipe, monkeypatch):
+def test_sheets_are_rendered_on_the_networks_device(recipe, monkeypatch):
     stage, asked = begin(recipe).stage, []
     monkeypatch.setattr("model.train.samples.main", lambda *given: asked.append(given))
     for device in ("cpu", "meta"):
@@ -240,7 +240,7 @@ def aligned(step: int, first: bool = True) -> dict:
     return make_batch(step % 3, references=step % 2 == 0) | {"first": first}
 
 
-def test_the_pupil_comes_to_foretell_its_teacher(recipe):
+def test_pupil_learns_to_predict_its_teacher(recipe):
     run = begin(replace(recipe, align=0.5))
     rows = [run.advance(aligned(step)) for step in range(60)]
 
@@ -248,7 +248,7 @@ def test_the_pupil_comes_to_foretell_its_teacher(recipe):
     assert rows[-1]["loss"] < rows[0]["loss"]
 
 
-def test_the_teacher_is_the_average_of_the_weights_that_are_trained(recipe):
+def test_teacher_is_the_average_of_the_trained_weights(recipe):
     run = begin(replace(recipe, align=0.5))
     run.advance(aligned(0))
     teacher = run.stage.taught(aligned(1))
@@ -258,7 +258,7 @@ def test_the_teacher_is_the_average_of_the_weights_that_are_trained(recipe):
         assert torch.equal(param, run.ema[f"dit.{name}"]) and not param.requires_grad
 
 
-def test_the_teacher_sees_less_noise(recipe):
+def test_teacher_sees_less_noise(recipe):
     class Watched:
         def capture(self, tokens, sigma, *_):
             self.sigma = sigma
@@ -270,7 +270,7 @@ def test_the_teacher_sees_less_noise(recipe):
     assert ((less >= 0) & (less <= CLEANER)).all() and less.max() > 0.05
 
 
-def test_the_teacher_follows_once_a_step(recipe, monkeypatch):
+def test_teacher_is_updated_once_per_step(recipe, monkeypatch):
     followed, follow = [], Teacher.update
     monkeypatch.setattr(Teacher, "update", lambda self, averages: followed.append(1) or follow(self, averages))
     run = begin(replace(recipe, align=0.5))
@@ -288,7 +288,7 @@ def test_only_the_first_epoch_is_aligned(recipe):
     assert "align" not in begin(replace(recipe, name="other")).advance(aligned(0))
 
 
-def test_an_aligned_run_resumes_exactly_and_hands_on_no_head(recipe):
+def test_aligned_run_resumes_exactly_and_drops_its_head(recipe):
     recipe = replace(recipe, align=0.5)
     straight, broken = begin(recipe), begin(recipe)
     for step in range(4):
@@ -304,7 +304,7 @@ def test_an_aligned_run_resumes_exactly_and_hands_on_no_head(recipe):
     assert not any(name.startswith("pupil") for name in child.model.state_dict())
 
 
-def test_bare_words_may_mean_looks_of_good_taste_only(recipe):
+def test_bare_captions_show_only_chosen_looks(recipe):
     stencil, shaded = (Item(0, Pair("fox", name), Look(name)) for name in ("fluent-emoji-high-contrast", "noto"))
     grainy = Item(0, Pair("fox", "noto"), Look("noto", "film"))
     choosy = replace(recipe, unasked=("noto",))

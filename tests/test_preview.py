@@ -41,7 +41,7 @@ PICTURE = Image.merge("RGB", [Image.linear_gradient("L"), Image.radial_gradient(
         ({"TERM": "xterm-kitty", "K2_PREVIEW": "nonsense"}, False, "kitty"),
     ],
 )
-def test_the_way_is_what_the_terminal_knows(environ, sixel, way):
+def test_protocol_follows_the_terminal(environ, sixel, way):
     assert preview.choose(environ, lambda: sixel) == way
 
 
@@ -49,11 +49,11 @@ def test_the_way_is_what_the_terminal_knows(environ, sixel, way):
     ("size", "room", "fits"),
     [((256, 256), (40, 20), (40, 20)), ((512, 256), (40, 20), (40, 10)), ((256, 1024), (40, 20), (10, 20))],
 )
-def test_a_picture_keeps_its_shape(size, room, fits):
+def test_picture_keeps_its_proportions(size, room, fits):
     assert preview.cells(size, *room) == fits
 
 
-def test_kitty_gets_the_picture_in_pieces(monkeypatch):
+def test_kitty_gets_the_picture_in_chunks(monkeypatch):
     monkeypatch.setattr(preview, "cell_size", lambda: preview.CELL)
     noise = Image.frombytes("RGB", (80, 80), os.urandom(3 * 80 * 80))
     drawn = preview.draw(noise, "kitty", {})
@@ -69,7 +69,7 @@ def test_kitty_gets_the_picture_in_pieces(monkeypatch):
         assert columns == 2 * lines and image.size == (columns * preview.CELL[0], lines * preview.CELL[1])
 
 
-def test_several_pictures_stand_side_by_side_and_as_high_as_each_other(monkeypatch):
+def test_several_pictures_are_shown_side_by_side_at_one_height(monkeypatch):
     monkeypatch.setattr(preview.shutil, "get_terminal_size", lambda: (200, 50))
     row = preview.beside([Image.new("RGB", (64, 64), "red"), Image.new("RGB", (64, 128), "blue")])
     gap = 64 // preview.TALLEST
@@ -144,7 +144,7 @@ def test_half_blocks_draw_the_picture(true_colour, error):
     assert max(high for _, high in ImageChops.difference(shown, small).getextrema()) <= error
 
 
-def test_nothing_into_a_pipe(moody, k2):
+def test_no_preview_in_a_pipe(moody, k2):
     k2("render", "-p", "tea")
     shown = k2("show", "outputs/0001-tea/tea-7.png").stdout
 
@@ -174,7 +174,7 @@ def in_a_terminal(command: list[str], environ: dict[str, str], answer: bytes = b
 
 
 @pytest.mark.parametrize("name", ["tea-7.png", "tea-7.toml", "saved.jpeg", "saved.jfif"])
-def test_a_picture_is_drawn_however_it_is_called(moody, k2, name):
+def test_picture_with_any_name_is_drawn(moody, k2, name):
     """And none that only stands beside it."""
     picture = Path(k2("render", "-p", "tea", "--format", "jpeg" if "saved" in name else "png").stdout.strip())
     if "saved" in name:
@@ -191,7 +191,7 @@ def test_a_picture_is_drawn_however_it_is_called(moody, k2, name):
 @pytest.mark.parametrize(
     ("answer", "drawn"), [(b"\x1b[?62;4;22c", "\x1bPq"), (b"\x1b[?62;22c", "▀"), (b"", "▀"), (b"garbage", "▀")]
 )
-def test_a_real_terminal_is_asked(tmp_path, monkeypatch, answer, drawn):
+def test_real_terminal_is_queried(tmp_path, monkeypatch, answer, drawn):
     PICTURE.save(tmp_path / "x.png")
     code = "from pathlib import Path; from k2cli.preview import preview; preview([Path('x.png')]); print('after')"
     environ = {"TERM": "xterm-256color", "TERM_PROGRAM": "", "LC_TERMINAL": "", "NO_COLOR": "", "K2_PREVIEW": ""}

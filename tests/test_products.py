@@ -46,7 +46,7 @@ def test_answer_and_gradients(name):
 
 
 @pytest.mark.parametrize("end", ["int8", "fp8-emulated"])
-def test_rows_scales_bear_outliers_that_one_scale_does_not(end):
+def test_row_scales_tolerate_outliers(end):
     """One row a thousand times larger: with a scale of its own it costs the others nothing."""
     x, weight, gradient = torch.randn(64, 96), torch.randn(64, 96), torch.randn(64, 64)
     x[0] *= 1e3 if end == "int8" else 1e6  # e4m3 has an exponent of its own
@@ -63,7 +63,7 @@ def test_zeros_stay_zeros(name):
 
 
 @pytest.mark.parametrize("name", HERE)
-def test_a_turned_matrix_is_rounded_as_the_transposed_one(name):
+def test_transposed_rounding_equals_rounding_the_transpose(name):
     matrix, how = torch.randn(48, 32) * torch.logspace(-2, 2, 32), products(name)
     turned, plain = how.across(how.round(matrix), matrix), how.round(matrix.t())
     assert torch.equal(turned.numbers.float(), plain.numbers.float()) and torch.equal(turned.scale, plain.scale)
@@ -75,7 +75,7 @@ def test_int8s_weight_gradient_is_wide():
     assert torch.equal(ours, exact)
 
 
-def test_one_scale_keeps_8_bits_for_the_way_back():
+def test_tensor_scale_keeps_8_bits_for_the_backward_pass():
     """fp8 with one scale: the tokens themselves are not kept, their 8 bits are."""
     kept: list[Tensor] = []
     x, weight = torch.randn(64, 32, requires_grad=True), torch.randn(48, 32, requires_grad=True)
@@ -86,7 +86,7 @@ def test_one_scale_keeps_8_bits_for_the_way_back():
 
 
 @pytest.mark.parametrize("name", HERE)
-def test_a_whole_network(name):
+def test_whole_network(name):
     """Only the blocks' matrices change; the velocity and every gradient stay near the wide ones."""
     wide, small = (random_model(TINY).requires_grad_(True) for _ in range(2))
     state = {key: value.data_ptr() for key, value in small.state_dict().items()}
@@ -103,7 +103,7 @@ def test_a_whole_network(name):
     assert relative_error(ours, torch.cat([param.grad.flatten() for param in wide.parameters()])) < 0.2
 
 
-def test_under_autocast_it_answers_as_a_linear_layer_does():
+def test_autocast_dtype_matches_a_linear_layer():
     layer = nn.Sequential(nn.Linear(32, 48))
     convert(layer, products("int8-rowwise"))
     assert isinstance(layer[0], TrainedLinear)
@@ -116,7 +116,7 @@ def test_under_autocast_it_answers_as_a_linear_layer_does():
 
 
 @pytest.mark.parametrize("name", HERE)
-def test_any_number_of_tokens_will_do(name):
+def test_any_number_of_tokens_works(name):
     """Kernels take products whose every side but the first is a multiple of 16, and the tokens are one, turned."""
     how = products(name)
 
@@ -135,7 +135,7 @@ def test_any_number_of_tokens_will_do(name):
     assert relative_error(x.grad, wanted[0]) < 0.1 and relative_error(layer[0].weight.grad, wanted[1]) < 0.1
 
 
-def test_sides_that_do_not_fit_are_left_alone():
+def test_unsupported_sizes_are_left_alone():
     assert convert(nn.Sequential(nn.Linear(20, 32), nn.Linear(32, 20), nn.Linear(32, 64)), products(HERE[0])) == ["2"]
     assert convert(nn.Sequential(nn.Linear(32, 64)), None) == []
 
@@ -156,12 +156,12 @@ def descend(name: str, steps: int = 60) -> float:
     return loss.item()
 
 
-def test_it_learns_as_far():
+def test_trains_as_well_as_wide_products():
     wide = descend("wide")
     assert all(descend(name) < 1.1 * wide + 1e-3 for name in HERE)
 
 
-def test_what_a_recipe_may_say():
+def test_recipe_values():
     assert parse("wide") is None and set(HERE) < set(NAMES)
     with pytest.raises(K2Error, match="int4"):
         parse("int4-rowwise")
@@ -172,7 +172,7 @@ def test_what_a_recipe_may_say():
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("name", ["int8-tensorwise", "int8-rowwise", "fp8-tensorwise", "fp8-rowwise"])
-def test_on_a_card(name):
+def test_on_a_gpu(name):
     x, weight, gradient = (torch.randn(n, 128, device="cuda", dtype=torch.bfloat16) for n in (256, 128, 256))
     how = parse(name, "cuda")
     a, b = x.clone().requires_grad_(), weight.float().requires_grad_()

@@ -58,7 +58,7 @@ def shot(**changes) -> Shot:
     return Shot("fox-7", "fox", "a red fox", replace(spec, **changes))
 
 
-def test_a_record_leads_back_to_its_spec(moody):
+def test_record_leads_back_to_its_spec(moody):
     reference = moody / "refs" / "a.png"
     reference.parent.mkdir()
     picture().image.save(reference)
@@ -95,7 +95,7 @@ def test_a_record_leads_back_to_its_spec(moody):
 
 @settings(max_examples=100, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.text(st.characters(codec="utf-8"), min_size=1), st.text(st.characters(codec="utf-8")))
-def test_any_prompt_survives_a_record_and_a_picture(fake, tmp_path, prompt, avoid):
+def test_any_prompt_survives_record_and_picture(fake, tmp_path, prompt, avoid):
     asked = Shot("x-7", "x", prompt, RenderSpec(prompt, 64, 96, 7, avoid, 8, 2.5, 0.5))
     record = records.compose(asked, picture(), tmp_path)
     path = tmp_path / "x.png"
@@ -106,7 +106,7 @@ def test_any_prompt_survives_a_record_and_a_picture(fake, tmp_path, prompt, avoi
     assert (table["prompt"]["expanded"], table["prompt"]["avoid"]) == (prompt, avoid)
 
 
-def test_a_record_holds_the_hashes_of_what_was_read_though_it_is_gone(tmp_path):
+def test_record_holds_hashes_of_deleted_references(tmp_path):
     asked = shot(styles=(Style("dusk", 1.0, (Reference(tmp_path / "a.png"),), lora=tmp_path / "b.safetensors"),))
     made = MADE | {
         "styles": [
@@ -118,7 +118,7 @@ def test_a_record_holds_the_hashes_of_what_was_read_though_it_is_gone(tmp_path):
     assert style["reference"][0]["sha256"] == "aa" and style["lora"]["sha256"] == "bb"
 
 
-def test_pictures_say_what_other_tools_look_for(tmp_path):
+def test_metadata_for_other_tools(tmp_path):
     record = records.compose(shot(), picture(), tmp_path)
     path = tmp_path / "fox-7.png"
     path.write_bytes(metadata.encode(picture().image, record))
@@ -145,7 +145,7 @@ def test_pictures_say_what_other_tools_look_for(tmp_path):
     assert description.attrib[iptc + "AIPromptInformation"] == "a red fox, film"
 
 
-def test_a_record_behind_the_picture_is_found(tmp_path):
+def test_record_after_the_image_data_is_found(tmp_path):
     """Where some tools put texts."""
     record = records.compose(shot(), picture(), tmp_path)
     path = tmp_path / "fox-7.png"
@@ -158,7 +158,7 @@ def test_a_record_behind_the_picture_is_found(tmp_path):
     assert records.read(path).table["prompt"]["text"] == "a red fox"
 
 
-def test_a_record_in_a_picture_that_is_longer_than_any_is_not_read(tmp_path):
+def test_overlong_embedded_record_is_not_read(tmp_path):
     record = records.compose(shot(), picture(), tmp_path)
     path = tmp_path / "fox-7.png"
     path.write_bytes(metadata.encode(picture().image, record | {"more": "x" * LIMIT}))
@@ -167,13 +167,13 @@ def test_a_record_in_a_picture_that_is_longer_than_any_is_not_read(tmp_path):
         records.read(path)
 
 
-def test_a_model_within_the_project_moves_with_it(tmp_path):
+def test_model_inside_the_project_moves_with_it(tmp_path):
     assert records.portable(str(tmp_path / "models" / "ink.safetensors"), tmp_path) == "models/ink.safetensors"
     assert records.portable("/else/where.safetensors", tmp_path) == "/else/where.safetensors"
     assert records.portable("mini", tmp_path) == "mini"
 
 
-def test_a_project_that_holds_its_model_takes_plans_and_records_along(moody):
+def test_moved_project_keeps_plans_and_records_valid(moody):
     write_weights(moody / "ink.safetensors", {"kind": "dit", "native": 128})
     (moody / "k2.toml").write_text(PROJECT.replace("seed = 7", 'model = "ink.safetensors"'))
     project = Project.open(moody)
@@ -187,7 +187,7 @@ def test_a_project_that_holds_its_model_takes_plans_and_records_along(moody):
     assert records.compose(shot(), Picture(picture().image, made), moody)["model"]["name"] == "ink.safetensors"
 
 
-def test_a_record_from_before_samplers_was_made_with_eulers_and_guided_to_the_end(moody):
+def test_old_record_without_sampler_means_euler_guided_to_the_end(moody):
     table = records.compose(shot(), picture(), moody)
     assert {table["settings"]["sampler"], table["settings"]["guidance_until"]} == {None}
 
@@ -195,14 +195,14 @@ def test_a_record_from_before_samplers_was_made_with_eulers_and_guided_to_the_en
     assert (spec.sampler, spec.guidance_until) == ("euler", 1.0)
 
 
-def test_a_picture_without_guidance_was_guided_for_no_share_of_its_steps(moody):
+def test_unguided_picture_has_no_guidance_until(moody):
     """Nor is it said of the one that is made again."""
     made = Picture(picture().image, MADE | {"guidance": 0.0})
     table = records.compose(shot(guidance=0.0), made, moody)
     assert records.parse(Toml(dump(table).decode(), "fox-7.toml"), None).shot.spec.guidance_until is None
 
 
-def test_a_private_picture_says_nothing(tmp_path):
+def test_no_embed_leaves_no_metadata(tmp_path):
     record = records.compose(shot(), picture(), tmp_path)
     path = tmp_path / "fox-7.png"
     path.write_bytes(metadata.encode(picture().image, record, embed=False))
@@ -232,7 +232,7 @@ def test_a_private_picture_says_nothing(tmp_path):
         ('name = "fox"', 'name = "../fox"', "cannot be a file name"),
     ],
 )
-def test_a_changed_record_is_refused(moody, old, new, message):
+def test_altered_record_is_refused(moody, old, new, message):
     text = dump(records.compose(shot(), picture(), moody)).decode()
     assert old in text
 
@@ -242,7 +242,7 @@ def test_a_changed_record_is_refused(moody, old, new, message):
 
 
 @pytest.mark.parametrize("content", [b"", b"not a picture", b"\x89PNG\r\n\x1a\n" + bytes(50)])
-def test_what_is_no_picture_is_one_sentence(tmp_path, content):
+def test_non_picture_is_one_sentence(tmp_path, content):
     (tmp_path / "x.png").write_bytes(content)
 
     with pytest.raises(K2Error, match="not a readable picture"):
@@ -263,7 +263,7 @@ def test_show_reads_records_and_pictures_alike(moody, k2):
     assert not {*as_usual} & {line.split(" ")[0] for line in shown[0].splitlines()}
 
 
-def test_show_calls_settings_of_styles_by_their_names(moody, k2):
+def test_show_names_style_settings(moody, k2):
     k2("render", "-p", "tea")
     record = moody / "outputs" / "0001-tea" / "tea-7.toml"
     text = record.read_text()
@@ -285,7 +285,7 @@ def test_show_names_loras_and_their_weights(moody, k2):
 
 
 @pytest.mark.parametrize("command", ["show", "rerun"])
-def test_a_picture_may_be_named_as_its_project_has_it(moody, k2, tmp_path, monkeypatch, command):
+def test_picture_path_may_be_relative_to_the_project(moody, k2, tmp_path, monkeypatch, command):
     """And as it is named from the current folder first."""
     file = k2("render", "-p", "tea", "--quiet").stdout.strip()
     monkeypatch.chdir(tmp_path)
@@ -310,7 +310,7 @@ def test_show_of_a_style_file_names_the_command_for_styles(moody, k2):
 
 
 @pytest.mark.parametrize("file", ["k2.toml", "outputs/0001-tea/run.toml"])
-def test_what_is_no_record_is_not_shown(moody, k2, file):
+def test_non_records_are_refused(moody, k2, file):
     k2("render", "-p", "tea")
     (moody / "k2.toml").write_text(PROJECT + "[style]\ndusk = 1.0\n")
 
@@ -336,26 +336,26 @@ class TestRerun:
         return moody / "outputs" / "0001-fox" / "fox-7.png"
 
     @pytest.mark.parametrize("suffix", [".png", ".toml"])
-    def test_the_same_pixels_from_picture_or_record(self, made, k2, suffix):
+    def test_same_pixels_from_picture_or_record(self, made, k2, suffix):
         result = k2("rerun", made.with_suffix(suffix))
 
         assert result.stdout == "outputs/0002-fox/fox-7.png\n"
         assert "Identical, pixel for pixel." in result.stderr
         assert Path("outputs/0002-fox/fox-7.png").read_bytes()[:4] == b"\x89PNG"
 
-    def test_whatever_the_project_says_by_now(self, made, k2):
+    def test_current_project_settings_do_not_matter(self, made, k2):
         Path("k2.toml").write_text("[render\n")
 
         assert "Identical, pixel for pixel." in k2("rerun", made).stderr
 
     @pytest.mark.parametrize(("kind", "suffix"), [("webp", "webp"), ("jpeg", "jpg")])
-    def test_a_record_is_rerun_into_the_kind_of_its_picture(self, moody, k2, kind, suffix):
+    def test_rerun_keeps_the_pictures_format(self, moody, k2, kind, suffix):
         (moody / "k2.toml").write_text(PROJECT.replace("seed = 7", f'seed = 7\nformat = "{kind}"'))
         k2("render", "--only", "fox")
 
         assert k2("rerun", "outputs/0001-fox/fox-7.toml").stdout == f"outputs/0002-fox/fox-7.{suffix}\n"
 
-    def test_a_jpeg_may_be_called_as_browsers_call_it(self, moody, k2):
+    def test_jpeg_suffixes_of_browsers_are_accepted(self, moody, k2):
         k2("render", "--only", "fox", "--format", "jpeg")
         Path("outputs/0001-fox/fox-7.jpg").rename("saved.jfif")
 
@@ -364,7 +364,7 @@ class TestRerun:
         assert Image.open("again.jfif").format == "JPEG"
 
     @pytest.mark.parametrize(("kind", "suffix"), [("png", "png"), ("webp", "webp"), ("jpeg", "jpg")])
-    def test_a_picture_that_was_changed_by_hand_is_told(self, moody, k2, kind, suffix):
+    def test_edited_picture_is_reported(self, moody, k2, kind, suffix):
         k2("render", "--only", "fox", "--format", kind)
         file = Path(f"outputs/0001-fox/fox-7.{suffix}")
         assert "was changed" not in k2("rerun", file).stderr
@@ -374,7 +374,7 @@ class TestRerun:
         assert "Identical, pixel for pixel." in said and f"{file} was changed after it" in said
         assert f"{file} was changed after it" in k2("rerun", file.with_suffix(".toml")).stderr
 
-    def test_a_jpeg_is_compared_with_what_a_jpeg_leaves_of_a_picture(self, moody, k2):
+    def test_jpeg_is_compared_after_encoding(self, moody, k2):
         """Its pixels are never the recorded ones: of another that carries its record, or of a smaller one, it is told
         all the same; where it is not made again as it was nobody can say."""
         k2("render", "--only", "fox", "--format", "jpeg")
@@ -393,7 +393,7 @@ class TestRerun:
         differs = json.loads(k2("rerun", record, "--check", "--json", code=1).stdout)
         assert (differs["levels_off"], differs["changed"]) == (None, False)
 
-    def test_a_jpeg_of_another_encoder_may_be_a_little_off(self, moody, k2, fake, monkeypatch):
+    def test_jpeg_of_another_encoder_may_differ_slightly(self, moody, k2, fake, monkeypatch):
         k2("render", "--only", "fox", "--format", "jpeg")
         file = Path("outputs/0001-fox/fox-7.jpg")
         with Image.open(file) as made:
@@ -412,7 +412,7 @@ class TestRerun:
         check(painted, 1)
 
     @pytest.mark.parametrize(("kind", "suffix"), [("png", "png"), ("webp", "webp"), ("jpeg", "jpg")])
-    def test_a_record_that_says_otherwise_than_its_picture_is_told(self, moody, k2, fake, kind, suffix):
+    def test_record_differing_from_its_picture_is_reported(self, moody, k2, fake, kind, suffix):
         """The picture's own is followed; which is the truth nobody else can say."""
         k2("render", "--only", "fox", "--format", kind)
         file = Path(f"outputs/0001-fox/fox-7.{suffix}")
@@ -428,7 +428,7 @@ class TestRerun:
         assert "Identical, pixel for pixel." in told and fake.seen[-1].seed == 7
         assert "differs from" not in k2("rerun", record, code=1).stderr and fake.seen[-1].seed == 8
 
-    def test_the_device_is_the_recorded_one_unless_another_is_named(self, made, k2, fake, monkeypatch):
+    def test_recorded_device_is_used_unless_another_is_given(self, made, k2, fake, monkeypatch):
         """And threads are as many as then where it is a processor, which alone rounds by them."""
         counts: list[int] = []
         monkeypatch.setattr(rerun, "use_threads", counts.append)
@@ -442,7 +442,7 @@ class TestRerun:
         monkeypatch.setattr(rerun, "load_pipeline", lambda held: card)
         assert "Identical" in k2("rerun", record).stderr and counts == [3]
 
-    def test_a_bare_picture_is_enough(self, made, k2, tmp_path, fake):
+    def test_picture_alone_is_enough(self, made, k2, tmp_path, fake):
         """Moved out of the project, without its record: the project is named, the picture says the rest."""
         bare = Path(shutil.copy(made, tmp_path / "moved.png"))
 
@@ -450,7 +450,7 @@ class TestRerun:
         asked, again = fake.seen
         assert replace(again, **{key: getattr(asked, key) for key in records.SPEC_KEYS}) == asked
 
-    def test_several_are_made_again_in_one_run(self, moody, k2):
+    def test_several_pictures_are_reproduced_in_one_run(self, moody, k2):
         """A run's folder is all of it; where a name comes twice there is another run."""
         k2("render", "--only", "fox", "--batch", "2")
         k2("render", "--only", "fox", "--batch", "1")
@@ -469,7 +469,7 @@ class TestRerun:
             ("outputs/0005-fox/fox-8.png", True),
         ]
 
-    def test_a_check_compares_and_writes_nothing(self, moody, k2, tmp_path, monkeypatch):
+    def test_check_compares_and_writes_nothing(self, moody, k2, tmp_path, monkeypatch):
         """Not even where there is no project to write into."""
         k2("render", "--only", "fox", "--batch", "2")
         before = tree(moody)
@@ -497,7 +497,7 @@ class TestRerun:
         ("named", "by"),
         [("png", "white"), ("folder", "white"), *(("toml", by) for by in ("white", "another", "smaller"))],
     )
-    def test_a_check_of_a_picture_that_was_changed_fails(self, moody, k2, named, by):
+    def test_check_of_an_edited_picture_fails(self, moody, k2, named, by):
         """Be it another one of k2's, which brings a record along that it agrees with."""
         k2("render", "--only", "fox", "--batch", "2")
         file, other = Path("outputs/0001-fox/fox-7.png"), Path("outputs/0001-fox/fox-8.png")
@@ -522,7 +522,7 @@ class TestRerun:
             ("owner", "may not be read"),
         ],
     )
-    def test_a_check_of_a_picture_that_cannot_be_read_says_so(self, moody, k2, monkeypatch, by, said):
+    def test_check_of_an_unreadable_picture_says_so(self, moody, k2, monkeypatch, by, said):
         """Nobody knows whether its pixels are others."""
         k2("render", "--only", "fox")
         file = Path("outputs/0001-fox/fox-7.png")
@@ -542,14 +542,14 @@ class TestRerun:
         assert f"{file} {said}" in told and "only its record was compared." in told and "was changed" not in told
         assert [found[key] for key in ("identical", "changed", "gone", "unreadable")] == [False, False, False, True]
 
-    def test_a_check_takes_no_part_for_the_whole(self, made, k2):
+    def test_check_of_another_recorded_size_fails(self, made, k2):
         """A record that asks for another size by now, of one colour as the picture is."""
         record = made.with_suffix(".toml")
         record.write_text(record.read_text().replace("width = 64", "width = 96"))
 
         assert "The pixels differ from the recorded ones.\n" in k2("rerun", record, "--check", code=1).stderr
 
-    def test_a_check_of_a_picture_that_is_gone_fails(self, made, k2):
+    def test_check_of_a_missing_picture_fails(self, made, k2):
         """Without one, what is gone is brought back by its record."""
         made.unlink()
         record, picture = "outputs/0001-fox/fox-7.toml", "outputs/0001-fox/fox-7.png"
@@ -560,7 +560,7 @@ class TestRerun:
         assert (told["file"], told["identical"], told["gone"], told["changed"]) == (picture, False, True, False)
         assert k2("rerun", record).stderr == "Identical, pixel for pixel.\n"
 
-    def test_a_check_of_a_run_misses_no_picture_that_is_gone(self, moody, k2):
+    def test_check_of_a_run_includes_missing_pictures(self, moody, k2):
         """Without one, what was thrown away is not made again unless it is named, which is told."""
         k2("render", "--only", "fox", "--batch", "2")
         Path("outputs/0001-fox/fox-7.png").unlink()
@@ -580,7 +580,7 @@ class TestRerun:
         record.write_text(record.read_text() + "[settings\n")
         assert "fox-7.toml is not valid TOML" in k2("rerun", "outputs/0001-fox", "--check", code=1).stderr
 
-    def test_a_check_takes_no_other_file_for_a_record(self, made, k2):
+    def test_check_ignores_files_that_are_no_records(self, made, k2):
         """Notes beside pictures, the plan of a run set aside, what was blocked, a project, styles."""
         shutil.copy(made.with_name("run.toml"), made.with_name("run-old.toml"))
         shutil.copy(made.with_suffix(".toml"), made.with_name("fox-8.blocked.toml"))
@@ -592,7 +592,7 @@ class TestRerun:
         for folder in (".", "styles"):
             assert "There are no k2 pictures in" in k2("rerun", folder, "--check", code=1).stderr
 
-    def test_of_a_runs_folder_no_picture_is_left_out(self, moody, k2):
+    def test_every_picture_of_a_run_folder_is_included(self, moody, k2):
         """The record beside one is gone, and that in it says the same; of another nothing is known, which is told."""
         k2("render", "--only", "fox", "--batch", "2")
         Path("outputs/0001-fox/fox-7.toml").unlink()
@@ -604,7 +604,7 @@ class TestRerun:
         said = k2("rerun", "outputs/0003-fox", code=1).stderr
         assert "fox-7.png has no record" in said and "1 of 2 are identical" in said
 
-    def test_each_is_made_again_in_its_own_project(self, moody, k2, tmp_path):
+    def test_each_picture_is_reproduced_in_its_own_project(self, moody, k2, tmp_path):
         (tmp_path / "other").mkdir()
         (tmp_path / "other" / "k2.toml").write_text('[[prompt]]\ntext = "tea"\n')
         made = k2("render", "../other", moody).stdout.split()
@@ -615,7 +615,7 @@ class TestRerun:
             "outputs/0002-fox/an-owl-at-night-7.png",
         ]
 
-    def test_of_several_each_is_told(self, moody, k2):
+    def test_each_of_several_is_reported(self, moody, k2):
         """One that differs, one that is none, and one that is as it was; and nothing is lost."""
         k2("render", "--only", "fox", "--batch", "2")
         record = Path("outputs/0001-fox/fox-7.toml")
@@ -644,7 +644,7 @@ class TestRerun:
         assert "There are no k2 pictures in empty." in k2("rerun", "empty", code=1).stderr
 
     @pytest.mark.parametrize("check", [[], ["--check"]])
-    def test_whatever_is_wrong_with_one_of_several_a_script_is_told_of_each(self, made, k2, monkeypatch, check):
+    def test_json_reports_every_failing_file(self, made, k2, monkeypatch, check):
         """A name that no file can have, a folder without pictures, and one whose owner keeps it to himself."""
         long = f"{'x' * 300}.png"
         for folder in ("empty", "shut"):
@@ -674,7 +674,7 @@ class TestRerun:
         alone = k2("rerun", "empty", *check, "--json", code=1)
         assert json.loads(alone.stdout) == wrong[1] and alone.stderr.count("Error: ") == 1
 
-    def test_what_keeps_all_from_being_made_again_is_told_once(self, moody, k2, monkeypatch):
+    def test_common_error_is_shown_once(self, moody, k2, monkeypatch):
         """But to a script for each; and what was not compared is not said to differ."""
         k2("render", "--only", "fox", "--batch", "3")
 
@@ -688,18 +688,18 @@ class TestRerun:
         assert first.endswith("outputs cannot be written: the file system is read-only.") and "another disk" in hint
         assert last == "None of 3 could be reproduced."
 
-    def test_the_project_may_have_moved_on(self, made, k2, moody):
+    def test_project_may_have_moved_on(self, made, k2, moody):
         (moody / "k2.toml").write_text(PROJECT.replace("seed = 7", "seed = 99"))
 
         assert "Identical" in k2("rerun", made).stderr
 
-    def test_output_goes_where_it_is_told(self, made, k2, tmp_path):
+    def test_output_goes_to_the_given_file(self, made, k2, tmp_path):
         k2("rerun", made, "--output", tmp_path / "again.png")
 
         assert (tmp_path / "again.png").exists() and (tmp_path / "again.toml").exists()
         k2("rerun", made, "--output", tmp_path / "again.png", code=1)
 
-    def test_output_replaces_nothing_that_came_meanwhile(self, made, k2, tmp_path, fake, monkeypatch):
+    def test_output_does_not_replace_a_file_created_meanwhile(self, made, k2, tmp_path, fake, monkeypatch):
         monkeypatch.setattr(fake, "stop", lambda index: (tmp_path / "again.png").write_bytes(b"another's"))
 
         assert "again.png exists already." in k2("rerun", made, "--output", tmp_path / "again.png", code=1).stderr
@@ -707,7 +707,7 @@ class TestRerun:
 
     @pytest.mark.parametrize("victim", ["refs/a.png", "../box/mini-vae.safetensors"])
     @pytest.mark.parametrize("gone", [True, False])
-    def test_it_refuses_when_a_file_is_not_what_it_was(self, made, k2, moody, victim, gone):
+    def test_changed_files_are_refused(self, made, k2, moody, victim, gone):
         (moody / victim).unlink() if gone else (moody / victim).write_bytes((moody / victim).read_bytes() + b" ")
         before = tree(moody)
 
@@ -716,7 +716,7 @@ class TestRerun:
         assert Path(victim).name in result.stderr and ("is gone" if gone else "has changed since") in result.stderr
         assert tree(moody) == before
 
-    def test_other_pixels_are_told_and_exit_with_1(self, made, k2):
+    def test_different_pixels_exit_with_1(self, made, k2):
         record = made.with_suffix(".toml")
         record.write_text(record.read_text().replace("a red fox", "a blue fox"))
 
@@ -725,7 +725,7 @@ class TestRerun:
         assert "The pixels differ" in result.stderr
         assert result.stdout == "outputs/0002-fox/fox-7.png\n"
 
-    def test_one_that_lies_among_those_of_another_run_is_made_by_itself(self, made, k2, fake):
+    def test_picture_moved_into_another_run_is_rendered_alone(self, made, k2, fake):
         """Moved there by hand, its plan says nothing of it."""
         k2("render", "--only", "an-owl-at-night", "--batch", "2")
         record = made.with_suffix(".toml")
@@ -735,7 +735,7 @@ class TestRerun:
         assert "The pixels differ" in k2("rerun", moved, code=1).stderr
         assert [spec.prompt for spec in fake.seen[3:]] == ["a blue fox"]
 
-    def test_a_recorded_picture_that_is_no_picture_is_not_compared(self, made, k2, monkeypatch):
+    def test_non_picture_original_is_not_compared(self, made, k2, monkeypatch):
         """Pillow would hand PostScript to Ghostscript, whatever its file is called."""
         record = made.with_suffix(".toml")
         record.write_text(record.read_text().replace("a red fox", "a blue fox"))
@@ -748,7 +748,7 @@ class TestRerun:
         assert "The pixels differ from the recorded ones." in result.stderr and not started
 
     @pytest.mark.parametrize("beside", [True, False])
-    def test_what_company_rounds_otherwise_is_made_in_it(self, moody, k2, fake, tmp_path, monkeypatch, beside):
+    def test_batch_is_reproduced_if_rounding_depends_on_it(self, moody, k2, fake, tmp_path, monkeypatch, beside):
         """Numbers that a batch rounds otherwise than a picture by itself, by one level here."""
         alone = fake.stream
 
@@ -769,7 +769,7 @@ class TestRerun:
         result = k2("rerun", shutil.copy(made, tmp_path / "moved.png"), "--project", ".", code=1)
         assert "by at most 1 of 255 levels. That is rounding" in result.stderr
 
-    def test_it_works_where_it_is_told_by_as_many_threads_as_before(self, made, k2, monkeypatch):
+    def test_recorded_device_and_threads_are_used(self, made, k2, monkeypatch):
         used = []
         monkeypatch.setattr("k2cli.rerun.use_threads", used.append)
         record = made.with_suffix(".toml")
@@ -779,20 +779,20 @@ class TestRerun:
         assert used == [3]
         assert 'There is no device "tpu".' in k2("rerun", record, "--device", "tpu", code=1).stderr
 
-    def test_it_is_as_private_as_it_is_told(self, made, k2, tmp_path):
+    def test_no_embed_applies_to_reruns(self, made, k2, tmp_path):
         k2("rerun", made, "--no-embed", "--output", tmp_path / "again.png")
 
         with Image.open(tmp_path / "again.png") as image:
             assert image.text == {}
 
-    def test_without_a_seed_there_is_nothing_to_make_again(self, made, k2, fake):
+    def test_record_without_a_seed_is_refused(self, made, k2, fake):
         record = made.with_suffix(".toml")
         record.write_text(record.read_text().replace("seed = 7\n", ""))
 
         refused = k2("rerun", record, "--check", code=1)
         assert f"The record of {record} has no seed." in refused.stderr and len(fake.seen) == 1
 
-    def test_where_nothing_can_be_written_nothing_is_rendered(self, made, k2, moody, fake):
+    def test_nothing_is_rendered_if_nothing_can_be_written(self, made, k2, moody, fake):
         picture = made.rename(moody / made.name)
         shutil.rmtree(moody / "outputs")
         (moody / "outputs").write_text("a file")
@@ -801,7 +801,7 @@ class TestRerun:
 
         assert len(fake.seen) == 1
 
-    def test_one_that_a_render_fails_of_leaves_no_run(self, moody, k2, fake, monkeypatch):
+    def test_failed_reproduction_leaves_no_run(self, moody, k2, fake, monkeypatch):
         """Alone or beside others: the run is that of the first picture that is made."""
         k2("render")
         fox, owl = (
@@ -831,7 +831,7 @@ class TestRerun:
         assert "refs/a.png from its project" in result.stderr and "--project" in result.stderr
 
 
-def test_an_adapter_is_verified_with_the_settings_beside_it(tmp_path):
+def test_adapter_is_verified_with_its_settings(tmp_path):
     """Records that knew of no settings still name the weights alone."""
     weights, settings = tmp_path / "adapter_model.safetensors", tmp_path / "adapter_config.json"
     weights.write_text("weights")
@@ -847,7 +847,7 @@ def test_an_adapter_is_verified_with_the_settings_beside_it(tmp_path):
     assert alone == sha256(weights) != both
 
 
-def test_paths_are_written_from_the_project_on_with_slashes_and_whole_on_another_drive(tmp_path, monkeypatch):
+def test_recorded_paths_are_relative_with_slashes(tmp_path, monkeypatch):
     assert relative(tmp_path / "moody" / "refs" / "a.png", tmp_path / "moody") == "refs/a.png"
     assert relative(tmp_path / "a.png", tmp_path / "moody") == "../a.png"
 

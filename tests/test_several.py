@@ -39,7 +39,7 @@ def three(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fake: Any) -> Path:
     return folder
 
 
-def test_a_device_that_is_not_here_is_told_once_and_before(three, k2, fake):
+def test_missing_device_is_reported_once_before_rendering(three, k2, fake):
     """Also where one project alone names it: what is known to be wrong keeps all from being rendered."""
     before = tree(three)
 
@@ -97,7 +97,7 @@ def made_in(folder: Path) -> list[str]:
         ("{root}-models/x.safetensors cannot be read.", False),
     ],
 )
-def test_an_error_that_does_not_name_its_project_gets_its_name(three, said, whole):
+def test_errors_get_their_projects_name(three, said, whole):
     home = Folder(root=three / "s", allow_outside=False)
     error = K2Error(said.format(root=home.root), hint="Mend it.")
 
@@ -106,7 +106,7 @@ def test_an_error_that_does_not_name_its_project_gets_its_name(three, said, whol
     assert str(told) == (str(error) if whole else f"s: {error}") and told.hint == error.hint
 
 
-def test_an_option_that_one_project_cannot_do_is_told_of_that_one(three, k2):
+def test_option_invalid_for_one_project_names_it(three, k2):
     (three / "one" / "styles").mkdir()
     (three / "one" / "styles" / "dusk.toml").write_text('keywords = ["dusk"]\n')
 
@@ -117,7 +117,7 @@ def test_an_option_that_one_project_cannot_do_is_told_of_that_one(three, k2):
     assert "one: " not in said
 
 
-def test_so_is_the_project_in_which_one_stands(three, k2, monkeypatch):
+def test_error_names_the_current_project_by_its_folder(three, k2, monkeypatch):
     (three / "one" / "styles").mkdir()
     (three / "one" / "styles" / "dusk.toml").write_text('keywords = ["dusk"]\n')
     monkeypatch.chdir(three / "two")
@@ -127,7 +127,7 @@ def test_so_is_the_project_in_which_one_stands(three, k2, monkeypatch):
     assert said.startswith('Error: two: --style: there is no style "dusk".') and "one: " not in said
 
 
-def test_what_helps_one_project_is_not_told_of_another(three, k2):
+def test_hint_belongs_to_its_own_project(three, k2):
     for name, style in zip(NAMES, ("dusk", "ink", "dusk"), strict=True):
         (three / name / "styles").mkdir()
         (three / name / "styles" / f"{style}.toml").write_text('keywords = ["x"]\n')
@@ -137,13 +137,13 @@ def test_what_helps_one_project_is_not_told_of_another(three, k2):
     assert [said.count(f"Known: {style}.") for style in ("dusk", "ink")] == [2, 1]
 
 
-def test_an_option_that_none_can_do_is_told_once(three, k2):
+def test_option_invalid_for_all_is_reported_once(three, k2):
     said = k2("render", *NAMES, "--size", "1x1", code=2).stderr
 
     assert said.count("Error: ") == 1 and "Error: --size: " in said
 
 
-def test_the_same_fault_of_each_is_told_of_each(three, k2):
+def test_same_error_in_each_project_is_reported_for_each(three, k2):
     """As of a project and its copies, whose references are named alike."""
     for name in NAMES:
         (three / name / "styles").mkdir()
@@ -159,7 +159,7 @@ def test_the_same_fault_of_each_is_told_of_each(three, k2):
     ]
 
 
-def test_projects_are_told_apart_by_their_folders(three, k2):
+def test_projects_are_named_by_their_folders(three, k2):
     """What is copied, or renamed, keeps the name in its k2.toml; of folders called alike the path stands in front."""
     (three / "two" / "k2.toml").write_text('[project]\nname = "one"\n\n' + PLAIN)
     (three / "old").mkdir()
@@ -173,7 +173,7 @@ def test_projects_are_told_apart_by_their_folders(three, k2):
     assert told == [f"--only: one {wrong}", f"--only: two {wrong}", *alike]
 
 
-def test_a_command_that_is_killed_is_finished_in_all_its_projects(three, k2, fake):
+def test_killed_command_is_resumed_in_all_projects(three, k2, fake):
     """Those whose turn had not come, too, and not by the runs that they had before."""
     k2("render", "two", "three", "--only", "fox", "-q")
     stop_at(fake, 1, fail(KeyboardInterrupt()))
@@ -190,7 +190,7 @@ def test_a_command_that_is_killed_is_finished_in_all_its_projects(three, k2, fak
     }
 
 
-def test_runs_whose_turn_has_not_come_are_planned_and_nobody_elses(three, k2, fake):
+def test_waiting_runs_are_planned_and_locked(three, k2, fake):
     seen: list[Any] = []
 
     def look() -> None:
@@ -206,7 +206,7 @@ def test_runs_whose_turn_has_not_come_are_planned_and_nobody_elses(three, k2, fa
     assert not any(run.is_busy for name in NAMES for run in Run.planned_in(three / name / "outputs"))
 
 
-def test_a_dry_run_and_a_refused_one_claim_nothing(three, k2, monkeypatch):
+def test_dry_and_refused_runs_claim_nothing(three, k2, monkeypatch):
     before = tree(three)
     k2("render", *NAMES, "--dry-run")
 
@@ -219,7 +219,7 @@ def test_a_dry_run_and_a_refused_one_claim_nothing(three, k2, monkeypatch):
     assert tree(three) == before
 
 
-def test_very_many_are_locked_only_when_their_turn_comes(three, k2, fake, monkeypatch):
+def test_many_runs_are_locked_only_at_their_turn(three, k2, fake, monkeypatch):
     """Each lock is an open file. One that another process took up meanwhile is left to it, and told."""
     monkeypatch.setattr(several, "MAX_LOCKED", 1)
     taken = Run(three / "two" / "outputs" / "0001-fox-and-1-more")
@@ -233,7 +233,7 @@ def test_very_many_are_locked_only_when_their_turn_comes(three, k2, fake, monkey
     assert len(k2("render", "--resume", "two").stdout.splitlines()) == 2
 
 
-def test_of_those_that_are_finished_one_without_a_run_is_told(three, k2, fake):
+def test_project_without_a_run_to_resume_is_reported(three, k2, fake):
     stop_at(fake, 0, fail(KeyboardInterrupt()))
     k2("render", "one", "three", code=130)
 
@@ -245,7 +245,7 @@ def test_of_those_that_are_finished_one_without_a_run_is_told(three, k2, fake):
 
 
 @pytest.mark.parametrize("more", [(), ("--json",)])
-def test_a_picture_that_disappears_meanwhile_is_left_to_the_next_command(three, k2, fake, more):
+def test_picture_deleted_meanwhile_is_left_for_the_next_command(three, k2, fake, more):
     """Those that were left are numbered; none of the others has its turn without one, or with another's."""
     for name in NAMES:
         stop_at(fake, 1, fail(KeyboardInterrupt()))
@@ -260,7 +260,7 @@ def test_a_picture_that_disappears_meanwhile_is_left_to_the_next_command(three, 
     assert len(k2("render", "--resume", *NAMES, "-q").stdout.splitlines()) == 1 and there.exists()
 
 
-def test_a_run_that_is_not_the_last_any_more_has_a_command_of_its_own(three, k2, fake):
+def test_older_run_gets_its_own_resume_command(three, k2, fake):
     def act() -> None:
         later = three / "two" / "outputs" / "0009-later"
         later.mkdir()
@@ -275,7 +275,7 @@ def test_a_run_that_is_not_the_last_any_more_has_a_command_of_its_own(three, k2,
 
 
 @pytest.mark.parametrize("turn", [0, 1])
-def test_what_is_wrong_with_one_leaves_the_others_their_turn(three, k2, fake, turn):
+def test_error_in_one_project_leaves_the_others(three, k2, fake, turn):
     stop_at(fake, 2 + turn, fail(K2Error("The lamp is out.", hint="Light it.")))
 
     result = k2("render", *NAMES, "--json", code=1)
@@ -293,7 +293,7 @@ def test_what_is_wrong_with_one_leaves_the_others_their_turn(three, k2, fake, tu
         assert len(k2(*shlex.split(line)[1:], "-q").stdout.splitlines()) == 1 and len(made_in(three)) == 6
 
 
-def test_where_all_fail_no_others_are_said_to_be_done(three, k2):
+def test_message_when_all_projects_fail(three, k2):
     for name in NAMES:
         (three / name / "outputs").write_text("in the way")
 
@@ -302,7 +302,7 @@ def test_where_all_fail_no_others_are_said_to_be_done(three, k2):
     assert "3 of 3 projects failed: one, two, three.\nHint:  The errors are above.\n" in said
 
 
-def test_a_project_that_cannot_be_written_to_is_told_and_passed(three, k2):
+def test_unwritable_project_is_reported_and_skipped(three, k2):
     (three / "two" / "outputs").write_text("in the way")
 
     result = k2("render", *NAMES, "-q", code=1)
@@ -311,7 +311,7 @@ def test_a_project_that_cannot_be_written_to_is_told_and_passed(three, k2):
     assert len(made_in(three)) == 4 and {Path(path).parts[0] for path in made_in(three)} == {"one", "three"}
 
 
-def test_of_a_stream_each_project_has_its_turn_too(three, k2):
+def test_stream_renders_every_project(three, k2):
     """And whoever reads its objects alone hears what is wrong with one, and what helps."""
     (three / "one" / "outputs").write_text("in the way")
 
@@ -325,7 +325,7 @@ def test_of_a_stream_each_project_has_its_turn_too(three, k2):
     assert hints[-1] == "The errors are above; the others are done." and all(each in result.stderr for each in hints)
 
 
-def test_of_a_line_that_no_project_can_plan_all_is_in_its_object(three, k2):
+def test_unplannable_line_reports_all_errors_in_its_object(three, k2):
     """What is the same is said once."""
     (three / "two" / "styles").mkdir()
     (three / "two" / "styles" / "dusk.toml").write_text("keywords = 1\n")
@@ -339,7 +339,7 @@ def test_of_a_line_that_no_project_can_plan_all_is_in_its_object(three, k2):
 
 
 @pytest.mark.parametrize("whole", [0, 1])
-def test_a_full_disk_ends_all_and_they_are_gone_on_with(three, k2, monkeypatch, whole):
+def test_full_disk_ends_all_and_they_can_be_resumed(three, k2, monkeypatch, whole):
     before, write = tree(three), os.fsync
 
     def fsync(handle: int) -> None:
@@ -361,7 +361,7 @@ def test_a_full_disk_ends_all_and_they_are_gone_on_with(three, k2, monkeypatch, 
     assert len(made_in(three)) == 6
 
 
-def test_where_nobody_reads_on_all_are_gone_on_with(three, k2, monkeypatch):
+def test_closed_pipe_ends_all_and_they_can_be_resumed(three, k2, monkeypatch):
     def leave(line: str) -> None:
         raise BrokenPipeError(errno.EPIPE, "Broken pipe")
 
@@ -370,7 +370,7 @@ def test_where_nobody_reads_on_all_are_gone_on_with(three, k2, monkeypatch):
     assert "Resume with: k2 render --resume one two three\n" in k2("render", *NAMES, code=1).stderr
 
 
-def test_an_unforeseen_error_keeps_what_can_be_gone_on_with(three, k2, fake):
+def test_unforeseen_error_keeps_resumable_runs(three, k2, fake):
     stop_at(fake, 2, fail(MemoryError()))
     with pytest.raises(MemoryError):
         k2("render", *NAMES, "-q")
@@ -379,7 +379,7 @@ def test_an_unforeseen_error_keeps_what_can_be_gone_on_with(three, k2, fake):
     assert len(k2("render", "--resume", *NAMES, "-q").stdout.splitlines()) == 4
 
 
-def test_all_that_is_wrong_is_told_before_anything_is_made(three, k2):
+def test_all_errors_are_reported_before_rendering(three, k2):
     (three / "one" / "k2.toml").write_text("[[prompt]\n")
     (three / "three" / "k2.toml").write_text(PLAIN.replace("seed = 7", "sed = 7"))
     before = tree(three)
@@ -401,7 +401,7 @@ def test_all_that_is_wrong_is_told_before_anything_is_made(three, k2):
 
 
 @pytest.mark.parametrize("more", [("--dry-run",), ()])
-def test_a_doubt_says_which_project_it_is_about(three, k2, more):
+def test_warning_names_its_project(three, k2, more):
     """Whether the plan is doubted, or what is made by it; of one project there is no question."""
     two = PLAIN.replace("seed = 7", "seed = 7\ndenoise = 0.5").replace("a red fox", "a ((red)) fox")
     (three / "two" / "k2.toml").write_text(two)
@@ -413,7 +413,7 @@ def test_a_doubt_says_which_project_it_is_about(three, k2, more):
     assert idle in one and signs in one and "two: " not in one
 
 
-def test_pictures_as_before_are_told_of_their_project(three, k2):
+def test_unchanged_pictures_are_reported_with_their_project(three, k2):
     k2("render", *NAMES)
     (three / "two" / "k2.toml").write_text(PLAIN.replace("seed = 7", "seed = 8"))
 
@@ -453,7 +453,7 @@ def spoilt(three: Path) -> Callable[[str], None]:
         ("flux.safetensors", "is made for FLUX: it has layers like transformer.single_transformer_blocks.0.attn.to_q"),
     ],
 )
-def test_what_styles_name_is_looked_at_before_the_first_run(three, k2, spoilt, what, said, more):
+def test_style_files_are_checked_before_the_first_run(three, k2, spoilt, what, said, more):
     spoilt(what)
     before = tree(three)
 
@@ -466,7 +466,7 @@ def test_what_styles_name_is_looked_at_before_the_first_run(three, k2, spoilt, w
     k2("render", "three", "--style", "dusk=0", *more)  # what is off is not looked at
 
 
-def test_a_reference_is_decoded_once(three, k2, spoilt, monkeypatch):
+def test_reference_is_decoded_once(three, k2, spoilt, monkeypatch):
     spoilt("a.png")
     begun: list[Image.Image] = []
     monkeypatch.setattr(Image.Image, "draft", lambda image, *_: begun.append(image))

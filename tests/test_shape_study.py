@@ -25,7 +25,7 @@ class Square(Painter):
         return made
 
 
-def test_what_is_recognised_is_counted_size_by_size(tmp_path, monkeypatch):
+def test_recognition_is_counted_per_size(tmp_path, monkeypatch):
     monkeypatch.setattr(shape_study, "SIZES", ("64x64", "96x64"))
     study = Study(Square(), Rims(), list(Drawings().subjects), tmp_path, None, 3)
 
@@ -46,7 +46,7 @@ class Framed(Drawings):
         return np.asarray(Image.fromarray(super().picture(item)).resize(shape[::-1], Image.Resampling.NEAREST))
 
 
-def test_pictures_as_the_real_ones_are_at_no_distance(tmp_path, monkeypatch):
+def test_real_pictures_have_zero_distance(tmp_path, monkeypatch):
     monkeypatch.setattr(shape_study, "SIZES", ("64x64", "96x64"))
     monkeypatch.setattr(shape_study, "Catalog", Framed)
     items = Framed().items("styles")[:60]
@@ -67,7 +67,7 @@ def test_pictures_as_the_real_ones_are_at_no_distance(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("shape", [(4, 7), (7, 4), (5, 5)])
-def test_a_square_holds_the_picture_in_its_middle(shape):
+def test_square_holds_the_picture_centred(shape):
     picture = np.arange(np.prod(shape) * 3, dtype=np.uint8).reshape(*shape, 3)
 
     square = squared(picture)

@@ -41,7 +41,7 @@ def twice(vae: QwenImageVAE) -> QwenImageVAE:
 
 
 @torch.no_grad()
-def test_a_wider_autoencoder_says_and_draws_the_same(vae):
+def test_widened_autoencoder_encodes_and_decodes_the_same(vae):
     wide, images, latents = twice(vae), torch.randn(2, 3, 64, 64), torch.randn(2, 4, 8, 8)
 
     assert wide.config.base_dim == 8 and wide.config.dim_mult == (1, 1, 2, 3)
@@ -50,7 +50,7 @@ def test_a_wider_autoencoder_says_and_draws_the_same(vae):
 
 
 @torch.no_grad()
-def test_its_encoder_is_as_exact_in_bf16_and_the_decoders_twins_differ(vae):
+def test_widened_encoder_is_exact_in_bf16_and_decoder_twins_differ(vae):
     for tensor in vae.state_dict().values():
         tensor.copy_(tensor.bfloat16())
 
@@ -61,7 +61,7 @@ def test_its_encoder_is_as_exact_in_bf16_and_the_decoders_twins_differ(vae):
     assert not torch.isclose(first, second).any()
 
 
-def test_as_wide_as_it_was_it_is_what_it_was(vae):
+def test_same_width_changes_nothing(vae):
     same = widen(vae, (4, 4, 8, 24))
 
     assert all(torch.equal(tensor, same.state_dict()[name]) for name, tensor in vae.state_dict().items())
@@ -71,13 +71,13 @@ def test_as_wide_as_it_was_it_is_what_it_was(vae):
     "widths",
     [(), (8, 8, 16), (2, 4, 8, 24), (8, 8, 8, 24), (6, 6, 12, 24), (12, 12, 24, 24), (16, 16, 32, 24), (8, 8, 16, 48)],
 )
-def test_widths_by_which_it_would_be_another_are_refused(vae, widths):
+def test_incompatible_widths_are_refused(vae, widths):
     with pytest.raises(K2Error, match=r"Scales of \[4, 4, 8, 24\] channels cannot be widened"):
         widen(vae, widths)
 
 
 @torch.no_grad()
-def test_the_critic_does_not_see_large_forms():
+def test_critic_does_not_see_large_forms():
     critic, picture = Critic(8), torch.randn(1, 3, 128, 128)
     ramp = torch.linspace(-1, 1, 128).expand(1, 3, 128, 128)
 
@@ -88,7 +88,7 @@ def test_the_critic_does_not_see_large_forms():
     assert not torch.isclose(seen(0.5 * picture), seen(picture), rtol=1e-3).any()
 
 
-def test_a_sample_begins_with_what_it_is_given():
+def test_sample_starts_from_the_given_latents():
     """By none of the steps it stays that, by all it is what noise comes to."""
     dit, features = Krea2(DIT).eval(), torch.randn(2, 7, DIT.text_taps, DIT.text_width)
     dit.initialise()
@@ -136,7 +136,7 @@ def gradients(stage: SharpenStage, step: int) -> dict[str, Tensor]:
     return {name: p.grad for name, p in stage.model.named_parameters() if p.grad is not None}
 
 
-def test_the_critic_is_not_moved_to_please_the_decoder(stage):
+def test_critic_is_not_trained_by_the_decoders_loss(stage):
     """Whatever its opinion weighs, it learns the same."""
     deaf, heeding = (gradients(stage(critic=weight), step=1000) for weight in (0.0, 10.0))
 
@@ -144,7 +144,7 @@ def test_the_critic_is_not_moved_to_please_the_decoder(stage):
     assert "vae.decoder.conv_out.weight" in moved and not any(name.startswith("critic.") for name in moved)
 
 
-def test_a_critic_that_knows_nothing_yet_is_not_heeded(stage):
+def test_untrained_critic_is_ignored(stage):
     deaf, first = (gradients(stage(critic=weight), step=0) for weight in (0.0, 10.0))
 
     assert all(torch.allclose(gradient, first[name], rtol=1e-4, atol=1e-6) for name, gradient in deaf.items())
@@ -165,7 +165,7 @@ def descend(stage: SharpenStage, batch, which: str, rate: float, steps: int = 1)
                 param.data -= rate * grad / (grad.norm() + 1e-8)
 
 
-def test_the_critic_learns_which_are_real(stage):
+def test_critic_learns_which_are_real(stage):
     made = stage(critic=0.0)
     batch = made.batch(0)
 
@@ -177,7 +177,7 @@ def test_the_critic_learns_which_are_real(stage):
     assert real() - figures(made, batch)["opinion"] > apart + 0.1
 
 
-def test_the_decoder_follows_the_critics_opinion(stage):
+def test_decoder_follows_the_critic(stage):
     def rise(weight: float) -> float:
         made = stage(critic=weight)
         batch = made.batch(1000)
@@ -188,7 +188,7 @@ def test_the_decoder_follows_the_critics_opinion(stage):
     assert rise(1e4) > 2 * abs(rise(0.0))
 
 
-def test_begun_pictures_count_by_their_weight(stage):
+def test_started_pictures_count_by_their_weight(stage):
     none, some = (gradients(stage(begun=weight, critic=0.0), step=0) for weight in (0.0, 1.0))
 
     assert not torch.allclose(*(each["vae.decoder.conv_out.weight"] for each in (none, some)), rtol=0.01)
@@ -206,7 +206,7 @@ def test_large_forms_of_free_pictures_are_held(stage):
     assert figures(made, batch)["moved"] < 0.9 * before
 
 
-def test_of_what_was_asked_for_the_critic_is_not_asked(stage):
+def test_wanted_latents_count_only_in_the_distance(stage):
     made = stage()
     batch = made.batch(0)
     other = dict(batch, latents=batch["latents"].clone())
@@ -216,7 +216,7 @@ def test_of_what_was_asked_for_the_critic_is_not_asked(stage):
     assert {name for name in first if first[name] != second[name]} == {"off"}
 
 
-def test_pictures_and_latents_are_cut_out_of_one_place(stage):
+def test_pictures_and_latents_are_cropped_alike(stage):
     """Cells of factor 8: a picture's crop, encoded, is about the crop of its latents."""
     made = stage(crop=32)
     y, x = np.mgrid[:64, :64]
@@ -231,7 +231,7 @@ def test_pictures_and_latents_are_cut_out_of_one_place(stage):
 
 
 @pytest.mark.parametrize(("share", "least", "most"), [(0.0, 0, 40), (0.5, 130, 230), (1.0, 300, 300)])
-def test_as_many_are_grainy_as_the_recipe_says(stage, share, least, most):
+def test_share_of_grainy_pictures_follows_the_recipe(stage, share, least, most):
     """Of all three kinds, however few there are among the pictures."""
     made = stage(grainy=share, batch=100)
     made.pool = made.pool._replace(grainy=np.arange(16) == 3)
@@ -240,7 +240,7 @@ def test_as_many_are_grainy_as_the_recipe_says(stage, share, least, most):
     assert all(share == 0 or part.any() for part in grainy.chunk(3))
 
 
-def test_latents_are_drawn_in_parts_and_those_that_are_there_stay(tmp_path, monkeypatch):
+def test_latents_are_drawn_in_parts_and_kept(tmp_path, monkeypatch):
     """Each of its own pictures, and all in their order."""
     make_data(tmp_path / "data")
     enlarge(tmp_path / "data")
@@ -269,7 +269,7 @@ def test_latents_are_drawn_in_parts_and_those_that_are_there_stay(tmp_path, monk
         ({"widths": (16, 16)}, "channels cannot be widened"),
     ],
 )
-def test_what_cannot_be_trained_is_refused_before_anything_is_drawn(tmp_path, monkeypatch, settings, message):
+def test_untrainable_recipe_is_refused_before_drawing(tmp_path, monkeypatch, settings, message):
     monkeypatch.chdir(tmp_path)
     make_data(tmp_path / DATA)
     enlarge(tmp_path / DATA)
@@ -284,7 +284,7 @@ def box_widths() -> tuple[int, ...]:
     return tuple(config.base_dim * times for times in config.dim_mult)
 
 
-def test_it_draws_begun_pictures_more_nearly_and_leaves_the_encoder(stage, tmp_path):
+def test_training_improves_started_pictures_not_the_encoder(stage, tmp_path):
     made = stage(steps=60, critic=0.0, batch=4, every=1000, warmup_steps=5, average=0.9)
     before = {name: value.clone() for name, value in made.model.state_dict().items()}
 

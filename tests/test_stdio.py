@@ -22,7 +22,7 @@ pytestmark = pytest.mark.skipif(not Path("/dev/full").exists(), reason="a device
         ("show nothing.png", 1, ""),
     ],
 )
-def test_words_that_find_no_room_keep_nothing_from_being_done(moody, words, code, results, buffered):
+def test_full_stderr_does_not_stop_the_work(moody, words, code, results, buffered):
     line = [sys.executable, "-m", "k2cli", *words.split()]
     environment = os.environ | {"PYTHONUNBUFFERED": buffered}
     with open("/dev/full", "w") as full:
@@ -33,7 +33,7 @@ def test_words_that_find_no_room_keep_nothing_from_being_done(moody, words, code
 
 
 @pytest.mark.parametrize("read", [True, False])
-def test_words_that_nobody_reads_keep_nothing_from_being_done(moody, read):
+def test_closed_stderr_does_not_stop_the_work(moody, read):
     reader, writer = os.pipe()
     os.set_blocking(writer, False)
     if read:  # by somebody who is slow
@@ -49,7 +49,7 @@ def test_words_that_nobody_reads_keep_nothing_from_being_done(moody, read):
         os.close(end)
 
 
-def test_words_come_as_they_are(moody):
+def test_output_is_written_unchanged(moody):
     line = [sys.executable, "-m", "k2cli", "render", "--only", "füx"]
     done = subprocess.run(line, capture_output=True, env=os.environ | {"PYTHONIOENCODING": "latin-1"})
 

@@ -72,7 +72,7 @@ def test_add_copies_pictures_and_writes_a_style_that_renders(moody, photos, k2):
     assert len(style.references) == 2 and style.keywords == ("low key",)
 
 
-def test_add_refuses_to_overwrite_and_loses_no_picture_when_forced(moody, photos, k2):
+def test_add_does_not_overwrite_and_force_loses_no_picture(moody, photos, k2):
     k2("style", "add", "dusk", photos / "a.png")
     before = tree(moody)
 
@@ -87,7 +87,7 @@ def test_add_refuses_to_overwrite_and_loses_no_picture_when_forced(moody, photos
 
 
 @pytest.mark.parametrize("command", ["style add dusk {}/a.png", "mix-styles ink=1 --save-as dusk"])
-def test_a_style_that_came_while_another_was_made_stays(looks, photos, k2, monkeypatch, command):
+def test_concurrently_created_style_stays(looks, photos, k2, monkeypatch, command):
     """As of two commands at once: what was not there when one of them looked."""
     file = looks / "styles" / "dusk.toml"
     file.unlink()
@@ -104,7 +104,7 @@ def test_a_style_that_came_while_another_was_made_stays(looks, photos, k2, monke
     assert file.read_text() == 'keywords = ["mine"]\n'
 
 
-def test_add_takes_pictures_that_are_there_already_as_they_lie(moody, photos, k2):
+def test_add_reuses_pictures_already_in_the_project(moody, photos, k2):
     folder = moody / "refs" / "dusk"
     folder.mkdir(parents=True)
     for index, source in enumerate((photos / "a.png", photos / "more" / "a.jpg")):
@@ -120,7 +120,7 @@ def test_add_takes_pictures_that_are_there_already_as_they_lie(moody, photos, k2
     assert [reference.image.name for reference in spec_of(moody, dusk=1).styles[0].references] == ["[0].png"]
 
 
-def test_of_a_run_its_pictures_are_taken_and_its_contact_sheets_are_not(moody, k2, monkeypatch):
+def test_contact_sheets_of_a_run_are_skipped(moody, k2, monkeypatch):
     """Whether its folder is named, or what a shell's * finds in it."""
     monkeypatch.setattr(sheet, "PER_SHEET", 2)
     k2("render", "--batch", "2")
@@ -141,7 +141,7 @@ def test_of_a_run_its_pictures_are_taken_and_its_contact_sheets_are_not(moody, k
     assert len(board) == 4 and not any("sheet" in path.name for path in board)
 
 
-def test_a_contact_sheet_is_known_without_its_run(moody, k2):
+def test_contact_sheet_is_recognised_without_its_run(moody, k2):
     """By whatever name it is copied; a picture that is called so is one."""
     k2("render")
     run = next((moody / "outputs").iterdir())
@@ -156,7 +156,7 @@ def test_a_contact_sheet_is_known_without_its_run(moody, k2):
     k2("style", "add", "own", moody / "sheet.png")
 
 
-def test_a_picture_may_have_any_name(moody, photos, k2):
+def test_picture_may_have_any_name(moody, photos, k2):
     """Even one that is no text, or that a terminal would obey: the copy gets another."""
     accent_apart = "cu\u0308r.png"  # as Macs write ü
     for name in (b"a\xe9.png", b"b\n\x1b[2J.png", accent_apart.encode(), "लोमड़ी.png".encode()):
@@ -169,7 +169,7 @@ def test_a_picture_may_have_any_name(moody, photos, k2):
     assert "There is no c?[2J.png." in k2("style", "add", "night", "c\x1b[2J.png", code=1).stderr
 
 
-def test_of_a_folder_what_is_hidden_stays_out(moody, photos, k2):
+def test_hidden_files_in_folders_are_skipped(moody, photos, k2):
     """A Mac lays ._a.jpg, which is no picture, beside each that it copies to a stick or a share."""
     (photos / "more" / "._a.jpg").write_bytes(b"\0\5\x16\7\0\2\0\0Mac OS X")
 
@@ -178,7 +178,7 @@ def test_of_a_folder_what_is_hidden_stays_out(moody, photos, k2):
     assert sorted(path.name for path in (moody / "refs" / "dusk").iterdir()) == ["a.jpg", "copy-of-a.png"]
 
 
-def test_of_a_folder_pictures_that_are_not_read_are_told_of(moody, photos, k2):
+def test_unsupported_pictures_in_folders_are_reported(moody, photos, k2):
     """A phone's HEIC beside its JPEGs; what is no picture is no news."""
     (photos / "more" / "IMG_1.HEIC").write_bytes(b"")
     (photos / "more" / "a.txt").write_bytes(b"")
@@ -195,13 +195,13 @@ def test_of_a_folder_pictures_that_are_not_read_are_told_of(moody, photos, k2):
     assert said.format("2 pictures (tif, tiff)") in none.stderr
 
 
-def test_a_picture_is_found_however_its_accents_are_written(moody, photos, k2):
+def test_picture_is_found_with_any_accent_form(moody, photos, k2):
     (photos / "a.png").rename(photos / "cu\u0308r.png")
     k2("style", "add", "dusk", photos / "c\u00fcr.png")
     assert spec_of(moody, dusk=1).styles[0].references
 
 
-def test_of_a_folder_pictures_that_cannot_be_read_are_left_out_and_told_of(moody, photos, k2):
+def test_unreadable_pictures_in_folders_are_skipped_and_reported(moody, photos, k2):
     """All at once; who types the name of one means it, and of others there must be some."""
     more = photos / "more"
     for name in ("broken.png", "cut.jpg"):
@@ -219,7 +219,7 @@ def test_of_a_folder_pictures_that_cannot_be_read_are_left_out_and_told_of(moody
     assert "dot.png has 4 x 4 pixels." in none and not (moody / "styles" / "night.toml").exists()
 
 
-def test_pictures_in_folders_within_are_told_of_unless_they_are_named_too(moody, photos, k2):
+def test_pictures_in_subfolders_are_reported(moody, photos, k2):
     within = photos / "more" / "at night"
     within.mkdir()
     Image.new("RGB", (32, 32), "navy").save(within / "c.png")
@@ -241,7 +241,7 @@ def test_pictures_in_folders_within_are_told_of_unless_they_are_named_too(moody,
         assert (said in k2("render", "--dry-run").stderr) is told
 
 
-def test_a_render_tells_once_of_references_that_are_not_read(looks, photos, k2):
+def test_render_reports_unread_references_once(looks, photos, k2):
     (looks / "refs" / "board").mkdir(parents=True)
     for name in ("a.png", "b.HEIC", "c.avif", "notes.txt"):
         Image.new("RGB", (32, 32), "teal").save(looks / "refs" / "board" / name, "PNG")
@@ -259,7 +259,7 @@ def test_a_render_tells_once_of_references_that_are_not_read(looks, photos, k2):
     assert f"matches no picture.\nHint:  {over}" in k2("render", code=1).stderr
 
 
-def test_copies_are_called_as_their_pictures_or_numbered(moody, photos, k2):
+def test_copies_keep_their_names_or_are_numbered(moody, photos, k2):
     """And by nothing that a shell or a file list would take for something else."""
     (photos / "b").mkdir()
     for name, colour in (("a.png", "navy"), ("-a-.png", "teal"), ("!!!.png", "black")):
@@ -275,7 +275,7 @@ def test_copies_are_called_as_their_pictures_or_numbered(moody, photos, k2):
     ]
 
 
-def test_a_jpeg_may_be_called_as_browsers_call_it(moody, photos, k2):
+def test_jpeg_suffixes_of_browsers_are_accepted(moody, photos, k2):
     """Windows knows image/jpeg as .jfif."""
     (photos / "more" / "a.jpg").rename(photos / "more" / "a.JFIF")
     (moody / "refs" / "sea").mkdir(parents=True)
@@ -308,13 +308,13 @@ def write_lora(path: Path, layer: str = "blocks.0.attn.wq", about: dict[str, str
     return path
 
 
-def test_a_lora_is_found_however_its_accents_are_written(moody, photos, k2):
+def test_lora_is_found_with_any_accent_form(moody, photos, k2):
     write_lora(photos / "gru\u0308n.safetensors")
     k2("style", "add", "ink", photos / "gr\u00fcn.safetensors")
     assert spec_of(moody, ink=1).adapters
 
 
-def test_a_lora_in_a_folder_or_of_another_format_is_told_of(moody, photos, k2):
+def test_lora_in_a_folder_or_another_format_is_reported(moody, photos, k2):
     """Beside its preview, as collectors keep them, it is no picture of the style's."""
     lora = write_lora(photos / "more" / "ink.safetensors")
     said = "Passed over: weights (ink.safetensors); to use a LoRA, name its file."
@@ -329,7 +329,7 @@ def test_a_lora_in_a_folder_or_of_another_format_is_told_of(moody, photos, k2):
     assert "a LoRA is a .safetensors file.\nHint:  Rename it." in k2("style", "add", "night", renamed, code=1).stderr
 
 
-def test_a_lora_is_copied_into_the_project_and_becomes_a_style(moody, photos, k2):
+def test_lora_is_copied_and_becomes_a_style(moody, photos, k2):
     """With its words, and pictures beside it where such are named."""
     lora = write_lora(photos / "Ink v2.safetensors")
     added = k2("style", "add", "ink", lora, "--trigger", "in the inkk style", "-k", "bold")
@@ -365,7 +365,7 @@ def test_a_lora_is_copied_into_the_project_and_becomes_a_style(moody, photos, k2
         ({"k2": '{"triggers": [7, ["a"]]}', "modelspec.trigger_phrase": "a\x1b[31m"}, ["a?[31m"]),
     ],
 )
-def test_what_a_lora_says_that_it_answers_to_joins_the_prompt(moody, photos, k2, about, triggers):
+def test_stated_triggers_join_the_prompt(moody, photos, k2, about, triggers):
     """And is told; what was typed goes before."""
     lora = write_lora(photos / "ink.safetensors", about=about)
 
@@ -389,7 +389,7 @@ def test_what_a_lora_says_that_it_answers_to_joins_the_prompt(moody, photos, k2,
         ([f"word {number}" for number in range(99_999)], "", 16, 99_983),
     ],
 )
-def test_what_a_lora_states_at_length_joins_no_prompt(moody, photos, k2, own, phrase, taken, over):
+def test_overlong_stated_triggers_are_ignored(moody, photos, k2, own, phrase, taken, over):
     """The style file that it would be written to could not be read."""
     about = {"k2": json.dumps({"triggers": own}), "modelspec.trigger_phrase": phrase}
 
@@ -403,7 +403,7 @@ def test_what_a_lora_states_at_length_joins_no_prompt(moody, photos, k2, own, ph
     assert (f"Passed over: {over} trigger" in told) == bool(over) and len(told) < 1000
 
 
-def test_settings_that_lie_beside_a_lora_come_along(moody, photos, k2):
+def test_peft_settings_are_copied_with_the_lora(moody, photos, k2):
     """PEFT's say how strong the weights are, and are found by the name that these have."""
     lora = write_lora(photos / "adapter_model.safetensors")
     (photos / "adapter_config.json").write_text('{"lora_alpha": 8}')
@@ -417,7 +417,7 @@ def test_settings_that_lie_beside_a_lora_come_along(moody, photos, k2):
     assert "loras/ink holds a different LoRA." in k2("style", "add", "ink", lora, "--force", code=1).stderr
 
 
-def test_what_is_no_lora_makes_no_style(moody, photos, k2, tmp_path):
+def test_non_lora_makes_no_style(moody, photos, k2, tmp_path):
     lora = write_lora(photos / "ink.safetensors")
     write_weights(photos / "model.safetensors", {"kind": "dit"})
     write_lora(photos / "sdxl.safetensors", "lora_unet_down_blocks_0_attentions_0_proj_in")
@@ -477,7 +477,7 @@ def test_add_refuses_in_one_sentence_and_writes_nothing(moody, photos, k2, name,
 
 
 @pytest.mark.parametrize("file", ["styles", "refs"])
-def test_add_names_the_file_that_is_in_its_way(moody, photos, k2, file):
+def test_add_names_the_file_in_its_way(moody, photos, k2, file):
     (moody / file).write_text("a file")
 
     result = k2("style", "add", "dusk", photos / "a.png", code=1)
@@ -495,7 +495,7 @@ def test_add_writes_no_empty_word(moody, photos, k2, option):
 
 
 @pytest.mark.parametrize("method", ["splice", "vision"])
-def test_more_pictures_than_a_method_takes_at_once_are_refused_at_once(moody, photos, k2, method):
+def test_too_many_pictures_for_a_method_are_refused_at_once(moody, photos, k2, method):
     many = [photos / f"{index}.png" for index in range(17)]
     for index, path in enumerate(many):
         Image.new("RGB", (32, 32), (index, 0, 0)).save(path)
@@ -508,7 +508,7 @@ def test_more_pictures_than_a_method_takes_at_once_are_refused_at_once(moody, ph
 
 
 @pytest.mark.parametrize("dry", [(), ("--dry-run",)])
-def test_more_pictures_than_all_styles_may_have_at_once_are_told_without_weights(moody, photos, k2, fake, dry):
+def test_too_many_references_over_all_styles_are_reported_early(moody, photos, k2, fake, dry):
     """Nine and eight of them are spliced where the model has no style encoder; shares of the same add up."""
     for index in range(17):
         Image.new("RGB", (32, 32), (index, 0, 0)).save(photos / f"{index}.png")
@@ -570,7 +570,7 @@ def test_list_and_show(looks, photos, k2):
     assert 'Did you mean "dusk"?' in k2("style", "show", "disk", code=1).stderr
 
 
-def test_the_list_on_a_terminal_is_a_table_that_says_what_is_worn(looks, k2, monkeypatch, capsys):
+def test_list_on_a_terminal_shows_which_styles_are_on(looks, k2, monkeypatch, capsys):
     """In cells, of which a Chinese letter takes two."""
     (looks / "styles" / "夜の色.toml").write_text('keywords = ["night blue", "a sky of very many stars"]\n')
     (looks / "styles" / "riso.toml").write_text("[mix]\nink = 1\n")
@@ -599,7 +599,7 @@ def test_the_list_on_a_terminal_is_a_table_that_says_what_is_worn(looks, k2, mon
 # ---- mix-styles -------------------------------------------------------------------------------------------------
 
 
-def test_a_mix_is_saved_and_looked_at(looks, fake, k2):
+def test_mix_is_saved_and_previewed(looks, fake, k2):
     lines = k2("mix-styles", "dusk=0.7", "riso=0.3", "--save-as", "blend", "--quiet").stdout.splitlines()
 
     assert lines == [
@@ -619,7 +619,7 @@ def test_a_mix_is_saved_and_looked_at(looks, fake, k2):
     assert record["prompt"]["caption"] == "mix"
 
 
-def test_the_projects_own_styles_stay_out_of_a_mix(looks, fake, k2):
+def test_project_styles_stay_out_of_a_mix(looks, fake, k2):
     with (looks / "k2.toml").open("a") as file:
         file.write('\n[style]\nneon = 1.0\ndusk = 1.0\n[moodboard]\nimages = ["refs/not-even-there.png"]\n')
 
@@ -630,7 +630,7 @@ def test_the_projects_own_styles_stay_out_of_a_mix(looks, fake, k2):
     assert fake.seen[0].prompt == "a lighthouse"
 
 
-def test_a_sweep_is_a_labelled_path(looks, fake, k2):
+def test_sweep_is_a_labelled_path(looks, fake, k2):
     lines = k2("mix-styles", "dusk=1", "riso=0.8", "--sweep", "5", "--json").stdout.splitlines()
 
     assert json.loads(lines[-1]) == {"kind": "sheet", "file": "outputs/0001-mix-dusk-riso/sheet.png"}
@@ -659,19 +659,19 @@ def test_three_styles_are_a_triangle_and_four_are_pairs(looks):
     assert len(mix.sweep({"dusk": 1.0, "riso": 1.0}, sheet.PER_GRID).points) == sheet.PER_GRID
 
 
-def test_weights_of_a_sweep_are_told_to_two_places():
+def test_sweep_weights_have_two_decimals():
     captions = [point.caption for point in mix.sweep({"dusk": 1.25, "riso": 1.5}, 3).points]
     assert captions == ["dusk 1.25", "dusk 0.62 · riso 0.75", "riso 1.5"]
 
 
-def test_pictures_of_a_sweep_sort_as_they_are_numbered(looks):
+def test_sweep_files_sort_in_order(looks):
     project, layout = Project.open(looks), mix.sweep({"dusk": 1.0, "riso": 1.0}, 100)
     made = mix.plan(project, project.resolve_settings(), project.prompts[0], layout).shots
 
     assert [shot.stem.split("-")[-2] for shot in made] == [f"{i:03}" for i in range(1, 101)]
 
 
-def test_over_the_strips_of_a_sweep_stands_what_was_painted(looks, k2, monkeypatch):
+def test_sweep_strips_are_labelled_with_weights_and_prompt(looks, k2, monkeypatch):
     """Where from and where to first, as a long prompt is cut at its end."""
     told = []
     monkeypatch.setattr(runs, "contact_sheets", lambda entries, *_, **form: told.extend(entries) or iter(()))
@@ -711,7 +711,7 @@ def test_the_triangle_is_drawn(looks, k2):
         (["dusk=1", "-p", " "], 1, "A prompt is empty."),
     ],
 )
-def test_what_cannot_be_mixed(looks, k2, arguments, code, message):
+def test_unmixable_styles_are_refused(looks, k2, arguments, code, message):
     before = tree(looks)
 
     result = k2("mix-styles", *arguments, code=code)
@@ -728,7 +728,7 @@ def test_what_cannot_be_mixed(looks, k2, arguments, code, message):
         ("moodboard", "the name moodboard is reserved for [moodboard]."),
     ],
 )
-def test_a_name_that_would_be_in_the_way_of_another_look_is_none(looks, photos, k2, name, message):
+def test_conflicting_style_names_are_refused(looks, photos, k2, name, message):
     """A clone on a Mac or Windows would lose one of two files; with a moodboard nothing would render."""
     (looks / "styles" / "größe.toml").write_text('keywords = ["large"]\n')
     before = tree(looks)
@@ -740,13 +740,13 @@ def test_a_name_that_would_be_in_the_way_of_another_look_is_none(looks, photos, 
     assert tree(looks) == before
 
 
-def test_of_two_styles_that_are_one_file_elsewhere_either_may_be_replaced(looks, photos, k2):
+def test_force_may_replace_either_case_variant(looks, photos, k2):
     (looks / "styles" / "Dusk.toml").write_text('keywords = ["large"]\n')
     for name in ("dusk", "Dusk"):
         k2("style", "add", name, photos / "a.png", "--force")
 
 
-def test_a_style_file_is_one_that_hands_can_go_on_with(moody, photos, k2):
+def test_style_file_is_editable_by_hand(moody, photos, k2):
     k2("style", "add", "dusk", photos / "a.png")
     file = moody / "styles" / "dusk.toml"
     file.write_text(file.read_text() + '\n[[reference]]\nimage = "refs/dusk/*"\nweight = 0.5\n')
@@ -754,7 +754,7 @@ def test_a_style_file_is_one_that_hands_can_go_on_with(moody, photos, k2):
     k2("style", "show", "dusk")
 
 
-def test_the_list_goes_on_past_a_broken_style(looks, k2):
+def test_list_continues_past_a_broken_style(looks, k2):
     (looks / "styles" / "ink.toml").write_text("keywords = 1\n")
     listed = k2("style", "list", code=1)
     assert [line.split("\t")[0] for line in listed.stdout.splitlines()] == [
@@ -763,7 +763,7 @@ def test_the_list_goes_on_past_a_broken_style(looks, k2):
     assert "ink.toml" in listed.stderr
 
 
-def test_the_list_tells_mixes_that_work_from_those_that_cannot(looks, k2):
+def test_list_marks_mixes_that_cannot_work(looks, k2):
     for name, of in (("lost", "nope = 1"), ("self", "self = 1"), ("good", "dusk = 1"), ("much", "dusk = 2\ngood = 1")):
         (looks / "styles" / f"{name}.toml").write_text(f"[mix]\n{of}\n")
 
@@ -776,7 +776,7 @@ def test_the_list_tells_mixes_that_work_from_those_that_cannot(looks, k2):
     assert "styles/self.toml, line 2: the mixes form a loop, self → self." in listed.stderr
 
 
-def test_a_broken_style_is_told_once_and_mixes_of_it_by_their_names(looks, k2):
+def test_broken_style_is_reported_once_with_its_mixes(looks, k2):
     (looks / "styles" / "ink.toml").write_text("keywords = 1\n")
     for name, of in (("bold", "ink"), ("pale", "bold"), ("good", "dusk")):
         (looks / "styles" / f"{name}.toml").write_text(f"[mix]\n{of} = 1\n")
@@ -791,7 +791,7 @@ def test_a_broken_style_is_told_once_and_mixes_of_it_by_their_names(looks, k2):
     ]
 
 
-def test_styles_that_may_not_be_read_are_not_taken_for_none(looks, k2, monkeypatch):
+def test_unreadable_styles_folder_is_not_taken_for_empty(looks, k2, monkeypatch):
     listdir = os.listdir
 
     def forbidden(folder="."):
@@ -806,14 +806,14 @@ def test_styles_that_may_not_be_read_are_not_taken_for_none(looks, k2, monkeypat
     assert complete_style(None, "") == []
 
 
-def test_a_mix_is_kept_where_its_preview_fails_and_may_be_asked_for_again(looks, k2):
+def test_mix_is_kept_if_its_preview_fails(looks, k2):
     asked = ["mix-styles", "dusk=1", "riso=1", "--save-as", "blend"]
     k2(*asked, "--device", "cuda:99", code=1)
     k2(*asked, "--no-preview")
     assert "The style blend already exists." in k2("mix-styles", "dusk=2", "--save-as", "blend", code=1).stderr
 
 
-def test_a_mix_that_would_come_back_to_itself_is_not_saved(looks, k2):
+def test_cyclic_mix_is_not_saved(looks, k2):
     k2("mix-styles", "dusk=1", "riso=1", "--save-as", "blend", "--no-preview")
 
     assert "riso is itself part" in k2("mix-styles", "blend=1", "--save-as", "riso", "--force", code=1).stderr
@@ -821,7 +821,7 @@ def test_a_mix_that_would_come_back_to_itself_is_not_saved(looks, k2):
     assert table(looks / "styles" / "blend.toml") == {"mix": {"dusk": 0.5}}
 
 
-def test_an_interrupted_preview_is_finished_with_its_captions(looks, fake, k2):
+def test_interrupted_preview_is_resumed_with_its_captions(looks, fake, k2):
     def stop(index: int) -> None:
         if index == 2:
             raise KeyboardInterrupt
@@ -836,7 +836,7 @@ def test_an_interrupted_preview_is_finished_with_its_captions(looks, fake, k2):
 
 
 @pytest.mark.parametrize("dry", [(), ("--dry-run",)])
-def test_a_way_that_the_model_or_the_steps_do_not_allow_is_told_without_weights(moody, photos, k2, fake, dry):
+def test_unsupported_method_is_reported_before_loading(moody, photos, k2, fake, dry):
     """As rendering would refuse it, but for what has no part in the picture."""
     for method in ("splice", "tokens", "vision"):
         k2("style", "add", method, photos / "a.png", "--method", method)

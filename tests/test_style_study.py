@@ -108,7 +108,7 @@ def study(tmp_path: Path):
     return made
 
 
-def test_trials_keep_apart_what_has_to_be_apart():
+def test_trials_keep_subjects_and_looks_apart():
     catalog = Drawings()
     chosen = choose_looks(catalog)
     trials = draw_trials(catalog, chosen, 100)
@@ -133,7 +133,7 @@ def test_rank_correlation():
     assert spearman(np.array([1.0, 2, 3]), np.array([1.0, 1, 2])) == pytest.approx(3**0.5 / 2)
 
 
-def test_intervals_hold_the_mean_and_narrow():
+def test_intervals_contain_the_mean_and_narrow():
     rng = np.random.default_rng(3)
     few, many = (figure(mean, (rng.random(n) < 0.7).astype(float)) for n in (50, 5000))
 
@@ -142,7 +142,7 @@ def test_intervals_hold_the_mean_and_narrow():
     assert many["high"] - many["low"] < 0.3 * (few["high"] - few["low"])
 
 
-def test_trials_that_hang_together_are_drawn_as_wholes():
+def test_dependent_trials_are_resampled_as_groups():
     """Twenty of each of ten kinds, alike within a kind: as uncertain as ten."""
     kinds = np.random.default_rng(3).normal(size=10)
     alone, alike = figure(mean, kinds), figure(mean, kinds.repeat(20), groups=np.arange(10).repeat(20).tolist())
@@ -152,7 +152,7 @@ def test_trials_that_hang_together_are_drawn_as_wholes():
     assert apart["high"] - apart["low"] < 0.4 * (alike["high"] - alike["low"])
 
 
-def test_a_perfect_painter_reaches_the_ceiling(study):
+def test_perfect_painter_reaches_the_ceiling(study):
     perfect = study(Painter())
 
     found = style_study.agreement(perfect, ["tokens"])
@@ -170,7 +170,7 @@ def test_a_perfect_painter_reaches_the_ceiling(study):
     assert style_study.exact(study(Painter(), 9), ["tokens"])["tokens"] == {"strength_zero": True, "any_order": True}
 
 
-def test_a_deaf_painter_stays_on_the_floor(study):
+def test_deaf_painter_stays_at_the_floor(study):
     deaf = study(Painter(hears=0.0))
 
     found = style_study.agreement(deaf, ["tokens"])
@@ -180,13 +180,13 @@ def test_a_deaf_painter_stays_on_the_floor(study):
     assert style_study.mixing(deaf, ["tokens"])["tokens"]["middle_over_other_end_of_first"]["value"] == 0
 
 
-def test_a_copier_leaks_and_loses_the_subject(study):
+def test_copier_leaks_and_loses_the_subject(study):
     found = style_study.agreement(study(Painter(copies=True)), ["tokens"])["tokens"]
 
     assert found["leakage"]["value"] == 1 and found["content_kept"]["value"] == 0
 
 
-def test_a_picture_is_painted_once_in_one_run_or_two(study):
+def test_pictures_are_cached_within_and_between_runs(study):
     first, second = Painter(), Painter()
 
     found = style_study.agreement(study(first, 40), ["tokens"])
@@ -215,7 +215,7 @@ def test_intervals_are_over_looks(study, monkeypatch, taken):
     assert grouped and all(groups == [trial.look for trial in small.trials] for groups in grouped)
 
 
-def test_bits_that_differ_are_found(study):
+def test_differing_bits_are_detected(study):
     found = style_study.exact(study(Painter(exact=False), 9), ["tokens"])["tokens"]
 
     assert found == {"strength_zero": False, "any_order": False}
@@ -260,7 +260,7 @@ def test_from_the_command_line(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("option", ["--only", "--ways"])
-def test_a_figure_or_way_that_does_not_exist_is_refused_before_a_model_is_loaded(monkeypatch, tmp_path, capsys, option):
+def test_unknown_figures_and_ways_are_refused_before_loading(monkeypatch, tmp_path, capsys, option):
     monkeypatch.setattr(style_study.Pipeline, "load", lambda *args, **kwargs: pytest.fail("loaded"))
     monkeypatch.setattr("sys.argv", ["style_study", "judge.safetensors", str(tmp_path / "out"), option, "splice"])
 

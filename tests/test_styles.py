@@ -44,7 +44,7 @@ def resolve(folder: Path, **weights: float):
     return project.shots(project.resolve_settings(), None, weights)[0].spec
 
 
-def test_words_join_the_prompt_and_pictures_become_references(styled):
+def test_words_join_the_prompt_pictures_become_references(styled):
     spec = resolve(styled, dusk=0.6)
 
     assert spec.prompt == "a red fox, film grain, low key"
@@ -58,7 +58,7 @@ def test_words_join_the_prompt_and_pictures_become_references(styled):
     ]
 
 
-def test_a_lora_joins_at_the_styles_strength_and_brings_its_triggers(styled):
+def test_lora_joins_at_style_strength_with_its_triggers(styled):
     write_weights(styled / "ink.safetensors", {})
     write(styled, "ink", 'lora = "ink.safetensors"\ntriggers = ["in the inkk style"]\nkeywords = ["bold"]\n')
 
@@ -71,7 +71,7 @@ def test_a_lora_joins_at_the_styles_strength_and_brings_its_triggers(styled):
     assert resolve(styled, ink=0.8).prompt == "a red fox, ink"  # as training joins it: no word of it twice
 
 
-def test_a_lora_may_be_all_that_a_style_is(styled):
+def test_style_may_be_just_a_lora(styled):
     """And a mix brings it along."""
     write_weights(styled / "ink.safetensors", {})
     write(styled, "ink", 'lora = "ink.safetensors"\n')
@@ -82,7 +82,7 @@ def test_a_lora_may_be_all_that_a_style_is(styled):
         assert (style.name, style.strength, style.lora) == ("ink", strength, (styled / "ink.safetensors").resolve())
 
 
-def test_only_toml_is_a_style(styled):
+def test_only_toml_files_are_styles(styled):
     """A board has its colours beside it, and editors leave copies there."""
     for file in ("board.png", "dusk.toml~", "dusk.toml.orig"):
         (styled / "styles" / file).touch()
@@ -91,13 +91,13 @@ def test_only_toml_is_a_style(styled):
     assert styles.known == ("blend", "dusk", "riso") and styles.file_of("dusk") == "styles/dusk.toml"
 
 
-def test_a_style_may_say_how_its_pictures_are_read(styled):
+def test_style_may_choose_its_method(styled):
     write(styled, "cut", 'method = "splice"\n[[reference]]\nimage = "refs/a/a.png"\n')
 
     assert [resolve(styled, **{name: 1}).styles[0].method for name in ("cut", "dusk")] == ["splice", "auto"]
 
 
-def test_settings_of_styles_reach_every_picture(styled):
+def test_style_settings_reach_every_picture(styled):
     (styled / "k2.toml").write_text(
         PROJECT.replace(
             "seed = 7", 'seed = 7\nstyle_guidance = 1.5\nleak_guard = "shift"\nvision_tiles = 4\nvision_rows = false'
@@ -118,7 +118,7 @@ def test_settings_of_styles_reach_every_picture(styled):
         ("vision_rows = 1", '"vision_rows" must be true or false, not 1.', ""),
     ],
 )
-def test_settings_of_styles_are_checked(styled, line, message, hint):
+def test_style_settings_are_checked(styled, line, message, hint):
     (styled / "k2.toml").write_text(PROJECT.replace("seed = 7", line))
 
     with pytest.raises(K2Error) as error:
@@ -127,38 +127,38 @@ def test_settings_of_styles_are_checked(styled, line, message, hint):
     assert error.value.hint == hint
 
 
-def test_a_weight_of_zero_is_the_prompt_alone(styled):
+def test_weight_zero_is_the_prompt_alone(styled):
     assert resolve(styled, dusk=0) == resolve(styled)
 
 
-def test_a_negative_style_turns_its_words_around(styled):
+def test_negative_weight_swaps_keywords_and_avoids(styled):
     spec = resolve(styled, dusk=-1)
 
     assert (spec.prompt, spec.negative) == ("a red fox, glossy", "film grain, low key")
 
 
-def test_the_order_of_styles_never_matters(styled):
+def test_style_order_never_matters(styled):
     assert resolve(styled, dusk=0.6, riso=0.3) == resolve(styled, riso=0.3, dusk=0.6)
 
 
-def test_the_strongest_style_speaks_first(styled):
+def test_strongest_styles_words_come_first(styled):
     assert resolve(styled, dusk=0.3, riso=0.6).prompt == "a red fox, riso print, low key, film grain"
 
 
 @pytest.mark.parametrize("weight", [2, -2])
-def test_no_style_is_stronger_than_two_either_way(styled, weight):
+def test_total_strength_is_limited_to_two(styled, weight):
     assert resolve(styled, riso=weight).styles[0].strength == weight
     write(styled, "x", "[mix]\nriso = 1.1\n")
     with pytest.raises(K2Error, match=f'The weights of style "riso" add up to {1.1 * weight:g}, beyond'):
         resolve(styled, x=weight)
 
 
-def test_a_mix_is_its_parts_by_weight(styled):
+def test_mix_equals_its_weighted_parts(styled):
     assert resolve(styled, blend=0.5) == resolve(styled, dusk=0.35, riso=0.15)
     assert resolve(styled, blend=1, dusk=-0.7) == resolve(styled, riso=0.3)
 
 
-def test_a_mix_may_avoid_something_of_its_own(styled):
+def test_mix_may_have_avoids_of_its_own(styled):
     write(styled, "calm", 'avoids = ["neon"]\n[mix]\nriso = 0.5\n')
 
     spec = resolve(styled, calm=1)
@@ -166,7 +166,7 @@ def test_a_mix_may_avoid_something_of_its_own(styled):
     assert (spec.prompt, spec.negative) == ("a red fox, riso print, low key", "neon")
 
 
-def test_mixes_of_mixes_are_taken_apart_once(styled):
+def test_nested_mixes_are_resolved_once(styled):
     """Every level doubles the ways to the bottom; only the names may be walked, not the ways."""
     for level in range(14):
         write(styled, f"l{level}", f"[mix]\nl{level + 1} = 0.5\nm{level + 1} = 0.5\n")
@@ -221,7 +221,7 @@ def test_mixes_of_mixes_are_taken_apart_once(styled):
         ("[mix]\ndusk = 2\nblend = 2\n", 'The weights of style "dusk" add up to 3.4, beyond −2 … 2.', "Lower them."),
     ],
 )
-def test_mistakes_in_style_files_are_named(styled, text, message, hint):
+def test_errors_in_style_files_are_named(styled, text, message, hint):
     write(styled, "x", text)
 
     with pytest.raises(K2Error) as error:
@@ -231,7 +231,7 @@ def test_mistakes_in_style_files_are_named(styled, text, message, hint):
     assert hint in error.value.hint
 
 
-def test_a_lora_that_cannot_be_read_is_blamed_on_its_line(styled):
+def test_unreadable_lora_is_blamed_on_its_line(styled):
     write(styled, "x", 'keywords = ["a"]\nlora = "k2.toml"\n')
 
     with pytest.raises(K2Error, match=r"^styles/x\.toml, line 2: .*k2\.toml is not a safetensors file") as error:
@@ -239,7 +239,7 @@ def test_a_lora_that_cannot_be_read_is_blamed_on_its_line(styled):
     assert ".safetensors and .gguf" in error.value.hint
 
 
-def test_a_style_is_found_however_the_accents_of_its_file_are_written(styled, k2):
+def test_style_file_is_found_with_any_accent_form(styled, k2):
     """Some systems and archives write them apart, and the hint named the very style that was not found."""
     apart, joined = (unicodedata.normalize(form, "Süß") for form in ("NFD", "NFC"))
     write(styled, apart, 'keywords = ["sweet"]\n')
@@ -254,7 +254,7 @@ def test_a_style_is_found_however_the_accents_of_its_file_are_written(styled, k2
 
 
 @pytest.mark.parametrize("said", ["größe/süß.png", "größe", "größe/*", "gr?ße/*.png", "größe/s[üu]ß.png"])
-def test_a_reference_is_found_however_its_accents_are_written(styled, said):
+def test_reference_is_found_with_any_accent_form(styled, said):
     for there, asked in (("NFD", "NFC"), ("NFC", "NFD")):
         folder = styled / "refs" / unicodedata.normalize(there, "größe")
         folder.mkdir()
@@ -267,7 +267,7 @@ def test_a_reference_is_found_however_its_accents_are_written(styled, said):
         shutil.rmtree(folder)
 
 
-def test_an_unknown_style_of_the_project_is_named_by_its_line(styled):
+def test_unknown_style_is_blamed_on_its_line(styled):
     (styled / "k2.toml").write_text(PROJECT + "\n[style]\ndisk = 1.0\n")
 
     with pytest.raises(K2Error, match=r'^k2\.toml, line 15: there is no style "disk"') as error:
@@ -275,7 +275,7 @@ def test_an_unknown_style_of_the_project_is_named_by_its_line(styled):
     assert error.value.hint == 'Did you mean "dusk"?'
 
 
-def test_a_circle_over_two_files_is_found(styled):
+def test_cycle_over_two_files_is_found(styled):
     write(styled, "x", "[mix]\ny = 1\n")
     write(styled, "y", "[mix]\nx = 1\n")
 
@@ -283,7 +283,7 @@ def test_a_circle_over_two_files_is_found(styled):
         resolve(styled, x=1)
 
 
-def test_mixes_nest_no_deeper_than_anyone_could_follow(styled):
+def test_mix_nesting_depth_is_limited(styled):
     for level in range(17):
         write(styled, f"l{level}", f"[mix]\nl{level + 1} = 1\n")
     write(styled, "l17", "[mix]\ndusk = 1\n")
@@ -293,7 +293,7 @@ def test_mixes_nest_no_deeper_than_anyone_could_follow(styled):
         resolve(styled, l0=1)
 
 
-def test_a_link_out_of_the_project_counts_as_outside(styled, tmp_path):
+def test_link_out_of_the_project_is_outside(styled, tmp_path):
     Image.new("RGB", (64, 64)).save(tmp_path / "secret.png")
     (styled / "refs" / "a" / "link.png").symlink_to(tmp_path / "secret.png")
 
@@ -301,7 +301,7 @@ def test_a_link_out_of_the_project_counts_as_outside(styled, tmp_path):
         resolve(styled, dusk=1)
 
 
-def test_a_glob_over_everything_is_stopped(styled):
+def test_huge_glob_is_stopped(styled):
     for index in range(65):
         (styled / "refs" / "a" / f"{index}.png").touch()
     write(styled, "x", '[[reference]]\nimage = "**/*.png"\n')
@@ -310,7 +310,7 @@ def test_a_glob_over_everything_is_stopped(styled):
         resolve(styled, x=1)
 
 
-def test_an_image_bomb_is_refused_unopened(styled):
+def test_image_bomb_is_refused_undecoded(styled):
     buffer = io.BytesIO()
     Image.new("L", (1, 1)).save(buffer, "PNG")
     start = bytearray(buffer.getvalue())  # the size stands at byte 16 of every PNG, its checksum at 29

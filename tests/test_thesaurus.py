@@ -20,7 +20,7 @@ def thesaurus():
     return Thesaurus()
 
 
-def test_every_other_name_means_one_subject_and_no_other_ones_name(thesaurus):
+def test_every_alternative_name_means_exactly_one_subject(thesaurus):
     others = [name for names in thesaurus.subjects.values() for name in names]
     own = {word for subject in SUBJECTS.values() for word in subject.words}
 
@@ -28,7 +28,7 @@ def test_every_other_name_means_one_subject_and_no_other_ones_name(thesaurus):
     assert len(others) > 1000 and len(others) == len(set(others)) and not own & set(others)
 
 
-def test_all_looks_grounds_and_palettes_have_other_words(thesaurus):
+def test_looks_grounds_and_palettes_have_other_words(thesaurus):
     spoken = {phrase for phrases in (*DRAWINGS.values(), *MEDIA.values()) for phrase in phrases}
 
     assert thesaurus.looks.keys() == spoken and thesaurus.palettes.keys() == PALETTES.keys()
@@ -39,7 +39,7 @@ def test_all_looks_grounds_and_palettes_have_other_words(thesaurus):
         assert len({each for each in said if where not in each}) > 5, where
 
 
-def test_a_caption_in_other_words_still_says_its_subject_ground_and_look(thesaurus):
+def test_reworded_caption_keeps_subject_ground_and_look(thesaurus):
     names = {"fox", "red fox", *thesaurus.subjects["fox"]}
     teal = ["teal", *thesaurus.palettes["teal"]]
     looks = ["pencil drawing", *thesaurus.looks["pencil drawing"]]
@@ -51,7 +51,7 @@ def test_a_caption_in_other_words_still_says_its_subject_ground_and_look(thesaur
         assert not re.search(r"\ba (?=[aeio])|\ban (?=[^aeiou])", said), said
 
 
-def test_a_swap_changes_one_phrase(thesaurus):
+def test_swap_changes_one_phrase(thesaurus):
     caption = "a red fox on a teal background, pencil drawing"
     looks = {f"a red fox on a teal background, {look}" for look in thesaurus.looks["pencil drawing"]}
     names = {f"{called(name)} on a teal background, pencil drawing" for name in thesaurus.subjects["fox"]}
@@ -71,13 +71,13 @@ def test_some_names_are_never_taught(thesaurus):
     assert not any(each in (name, called(name)) for each in said)
 
 
-def test_what_says_nothing_stays_as_it_is(thesaurus):
+def test_empty_and_plain_captions_stay_unchanged(thesaurus):
     assert thesaurus.reword("", SUBJECTS["fox"], dice(0))[0] == ""
     said = Wording(SUBJECTS).say("a fox", "fox", 0.0, 0.0, dice(0))
     assert said == "a fox"
 
 
-def test_other_names_are_no_strange_words(thesaurus):
+def test_alternative_names_are_no_strange_words(thesaurus):
     wording = Wording(SUBJECTS)
     assert {"kitten", "cottage", "risograph", "azure"} <= thesaurus.words()
     assert not thesaurus.words() & set(wording.wilderness.words)
@@ -88,7 +88,7 @@ def dice(seed):
     return np.random.default_rng(seed)
 
 
-def test_the_cards_sheets_of_other_words_hold_what_they_say(thesaurus):
+def test_model_cards_other_words_are_correct(thesaurus):
     for names, never_taught in ((NEAR, True), (OTHERS, False)):
         for name, subject in names.items():
             assert name in thesaurus.subjects[subject] and held_out(subject, name) is never_taught

@@ -37,7 +37,7 @@ def written(folder, text):
     return "small.toml"
 
 
-def test_a_recipe_runs_to_its_end_and_goes_on_when_lengthened(k2, workshop):  # noqa: F811
+def test_lengthened_recipe_continues_its_run(k2, workshop):  # noqa: F811
     path = written(workshop, SMALL + TINY)
 
     done = k2("train", path)
@@ -54,7 +54,7 @@ def test_a_recipe_runs_to_its_end_and_goes_on_when_lengthened(k2, workshop):  # 
     assert k2("train", path, "--quiet").stderr == ""
 
 
-def test_a_run_whose_network_was_edited_or_merged_over_says_so(k2, workshop):  # noqa: F811
+def test_edited_network_of_a_run_is_reported(k2, workshop):  # noqa: F811
     path = written(workshop, SMALL + TINY)
     k2("train", path)
     deeper = written(workshop, SMALL + TINY.replace("blocks = 1", "blocks = 2"))
@@ -67,7 +67,7 @@ def test_a_run_whose_network_was_edited_or_merged_over_says_so(k2, workshop):  #
     assert '"merged" was saved with other weights than its recipe now trains' in said
 
 
-def test_sheets_of_samples_are_drawn_while_it_runs(k2, workshop, monkeypatch):  # noqa: F811
+def test_sample_sheets_are_drawn_during_the_run(k2, workshop, monkeypatch):  # noqa: F811
     from model.train import loop, samples
 
     monkeypatch.setattr(loop, "SAVE_EVERY", -1.0)
@@ -78,7 +78,7 @@ def test_sheets_of_samples_are_drawn_while_it_runs(k2, workshop, monkeypatch):  
     assert sorted(path.name for path in Path(".runs/small").glob("samples-*")) == ["samples-2.png", "samples-4.png"]
 
 
-def test_what_the_readme_says_about_training_works(k2, workshop, monkeypatch):  # noqa: F811
+def test_readmes_training_commands_work(k2, workshop, monkeypatch):  # noqa: F811
     """Every recipe that the README names is one of the package; the first that it tells to run runs, cut short."""
     text = README.read_text("utf-8").split("## Training")[1].split("\n## ")[0]
     named = re.findall(r"^\$ k2 train (\S+)", text, re.MULTILINE)
@@ -93,7 +93,7 @@ def test_what_the_readme_says_about_training_works(k2, workshop, monkeypatch):  
 
 
 @pytest.mark.parametrize("path", sorted(recipes.FOLDER.glob("*.toml")), ids=lambda path: path.stem)
-def test_recipes_of_the_package_are_valid_and_named_as_their_files(path):
+def test_packaged_recipes_are_valid_and_named_like_their_files(path):
     assert recipes.load(path.stem).name == path.stem
     assert recipes.load(str(path)) == recipes.load(path.stem)
 
@@ -124,7 +124,7 @@ def test_recipes_of_the_package_are_valid_and_named_as_their_files(path):
         (("steps = 4", "steps = ="), "not valid TOML", ""),
     ],
 )
-def test_what_is_wrong_with_a_recipe_is_one_sentence(k2, tmp_path, monkeypatch, change, message, hint):
+def test_recipe_errors_are_one_sentence(k2, tmp_path, monkeypatch, change, message, hint):
     monkeypatch.chdir(tmp_path)
     failed = k2("train", written(tmp_path, SMALL.replace(*change)), code=1)
 
@@ -134,7 +134,7 @@ def test_what_is_wrong_with_a_recipe_is_one_sentence(k2, tmp_path, monkeypatch, 
     assert not Path(".runs").exists()
 
 
-def test_steps_without_end_are_refused(k2, tmp_path, monkeypatch):
+def test_endless_steps_are_refused(k2, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     said = k2("train", written(tmp_path, SMALL), "--steps", 10**20, code=1).stderr
 
@@ -149,39 +149,39 @@ def test_steps_without_end_are_refused(k2, tmp_path, monkeypatch):
         ("network = {kv_heads = 5}", "cannot share 5 key-value heads evenly", ""),
     ],
 )
-def test_a_network_that_there_is_not_is_one_sentence(k2, workshop, key, message, hint):  # noqa: F811
+def test_unknown_network_is_one_sentence(k2, workshop, key, message, hint):  # noqa: F811
     said = k2("train", written(workshop, f"{SMALL}{key}\n"), code=1).stderr
     assert said.startswith('Error: Recipe "small": ') and message in said and hint in said
 
 
 @pytest.mark.parametrize("key", ["frozen", "fresh"])
-def test_a_module_that_there_is_not_is_named(k2, workshop, key):  # noqa: F811
+def test_unknown_modules_are_named(k2, workshop, key):  # noqa: F811
     """Else it would be trained, or taken over, in silence."""
     k2("train", written(workshop, f'{SMALL}{key} = ["style", "dit.blocks.0"]\n{TINY}'))
     said = k2("train", written(workshop, f'{SMALL}{key} = ["stile"]\n{TINY}'), code=1).stderr
     assert f'{key} names no module "stile"' in said and "Name dit, style, look_head" in said
 
 
-def test_a_recipe_that_is_not_there(k2, tmp_path, monkeypatch):
+def test_missing_recipe(k2, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert "pretrain-128" in k2("train", "pretrain-218", code=1).stderr
     assert "cannot be read" not in k2("train", "nowhere.toml", code=1).stderr
 
 
-def test_a_folder_of_a_long_name_lends_as_much_of_it_as_a_run_can_have(tmp_path):
+def test_long_folder_name_is_shortened_for_the_run(tmp_path):
     folder = tmp_path / ("ß" * 120)
     folder.mkdir()
 
     assert recipes.load(str(folder)).name == "ß" * 100
 
 
-def test_no_name_is_not_the_current_folder():
+def test_empty_name_is_not_the_current_folder():
     with pytest.raises(K2Error, match="neither a folder"):
         recipes.load("")
 
 
 @pytest.mark.parametrize("name", ["nope", "pretrain-218", "picture.png"])
-def test_what_is_no_folder_may_have_been_meant_as_one(k2, tmp_path, monkeypatch, name):
+def test_mistyped_folder_has_a_hint(k2, tmp_path, monkeypatch, name):
     monkeypatch.chdir(tmp_path)
     Image.new("RGB", (64, 64)).save("picture.png")
 
@@ -191,17 +191,17 @@ def test_what_is_no_folder_may_have_been_meant_as_one(k2, tmp_path, monkeypatch,
     assert "judge-77" not in said  # of 28 names none is more likely meant
 
 
-def test_without_data_it_says_how_to_get_them(k2, tmp_path, monkeypatch):
+def test_missing_data_says_how_to_get_it(k2, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert "python -m model.train.data" in k2("train", "pretrain-128", code=1).stderr
 
 
-def test_without_latents_it_says_how_to_get_them(k2, workshop):  # noqa: F811
+def test_missing_latents_say_how_to_get_them(k2, workshop):  # noqa: F811
     failed = k2("train", written(workshop, SMALL.replace("size = 64", "size = 256")), code=1)
     assert "python -m model.train.encode 256" in failed.stderr
 
 
-def test_an_interrupted_run_says_how_to_go_on(k2, workshop, monkeypatch):  # noqa: F811
+def test_interrupted_run_says_how_to_resume(k2, workshop, monkeypatch):  # noqa: F811
     from model.train import loop
 
     monkeypatch.setattr(loop.Run, "advance", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
@@ -218,7 +218,7 @@ def test_an_interrupted_run_says_how_to_go_on(k2, workshop, monkeypatch):  # noq
         MemoryError(),
     ],
 )
-def test_memory_that_runs_out_is_one_sentence(k2, workshop, monkeypatch, error):  # noqa: F811
+def test_out_of_memory_is_one_sentence(k2, workshop, monkeypatch, error):  # noqa: F811
     from model.train import loop
 
     monkeypatch.setattr(loop.Run, "advance", lambda *_: (_ for _ in ()).throw(error))
@@ -235,7 +235,7 @@ def test_memory_that_runs_out_is_one_sentence(k2, workshop, monkeypatch, error):
         SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)"),
     ],
 )
-def test_a_full_disk_is_one_sentence_and_the_run_goes_on(k2, workshop, monkeypatch, error):  # noqa: F811
+def test_full_disk_is_one_sentence_and_the_run_resumes(k2, workshop, monkeypatch, error):  # noqa: F811
     path = written(workshop, SMALL + TINY)
     with monkeypatch.context() as patch:
         patch.setattr("safetensors.torch.save_file", lambda *_: (_ for _ in ()).throw(error))
@@ -245,7 +245,7 @@ def test_a_full_disk_is_one_sentence_and_the_run_goes_on(k2, workshop, monkeypat
     assert k2("train", path).stdout == ".runs/small/state.safetensors\n"
 
 
-def test_a_run_folder_that_is_none_or_damaged_is_one_sentence(k2, workshop):  # noqa: F811
+def test_damaged_run_folder_is_one_sentence(k2, workshop):  # noqa: F811
     path = written(workshop, SMALL + TINY)
     Path(".runs").mkdir()
     Path(".runs/small").touch()
@@ -259,11 +259,11 @@ def test_a_run_folder_that_is_none_or_damaged_is_one_sentence(k2, workshop):  # 
     assert 'Error: A saved state of "small" cannot be read' in said and ".runs/small" in said
 
 
-def test_a_recipe_may_begin_with_a_byte_order_mark(tmp_path):
+def test_recipe_may_start_with_a_byte_order_mark(tmp_path):
     (tmp_path / "small.toml").write_text(SMALL, "utf-8-sig")
     assert recipes.load(str(tmp_path / "small.toml")).name == "small"
 
 
-def test_reading_a_recipe_by_the_wrong_stage_is_an_error():
+def test_recipe_of_another_stage_is_an_error():
     with pytest.raises(K2Error, match="no stage"):
         recipes.module("none", "here")

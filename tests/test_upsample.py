@@ -11,7 +11,7 @@ from model.upsample import doubled
 
 
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
-def test_one_product_is_a_convolution_over_the_doubled_grid(monkeypatch, layout):
+def test_fused_product_equals_upsampling_and_convolution(monkeypatch, layout):
     x, conv = torch.randn(2, 6, 5, 7), nn.Conv2d(6, 4, 3, padding=1).to(memory_format=layout)
     taps, product = [], F.conv_transpose2d
 

@@ -91,7 +91,7 @@ def grid(pixels: torch.Tensor) -> torch.Tensor:
     return torch.tensor([[1, pixels.shape[2] // 4, pixels.shape[3] // 4]])
 
 
-def test_the_tower_is_that_of_transformers(qwen, pictures):
+def test_vision_tower_matches_transformers(qwen, pictures):
     for pixels in pictures:
         expected = qwen.model.visual(patches(pixels), grid_thw=grid(pixels))
         rows, deep = qwen.reader.tower(pixels)
@@ -102,7 +102,7 @@ def test_the_tower_is_that_of_transformers(qwen, pictures):
 
 
 @pytest.mark.parametrize("which", [0, 1, 2])
-def test_a_prompt_with_a_picture_has_the_rows_of_transformers(qwen, pictures, which):
+def test_prompt_with_a_picture_matches_transformers(qwen, pictures, which):
     """Its whole forward: placeholders, three rotary axes, deepstack, taps; the prefix comes from the cache here."""
     pixels, prompt = pictures[which], "a red fox in the snow"
     count = pixels.shape[2] * pixels.shape[3] // 64
@@ -153,7 +153,7 @@ def test_several_pictures_share_one_span(qwen, pictures):
     torch.testing.assert_close(read, expected, atol=5e-5, rtol=5e-4)
 
 
-def test_pictures_stand_one_behind_the_other():
+def test_pictures_follow_one_another():
     place = positions(3, [1, (2, 3), (1, 1), 2]).T.tolist()
 
     assert place == [
@@ -168,7 +168,7 @@ def test_pictures_stand_one_behind_the_other():
 # ---- strength ---------------------------------------------------------------------------------------------------
 
 
-def test_strength_moves_the_words_along_a_line(qwen, pictures):
+def test_strength_moves_prompt_rows_linearly(qwen, pictures):
     """Nothing at zero, the words as read at one, mirrored below zero; vision rows follow only where they may."""
     pictures = [see_picture(qwen.reader.tower, each) for each in pictures]
     plain = qwen.encoder.encode(["an owl"])[0]
@@ -205,7 +205,7 @@ def test_several_pictures_count_by_their_weights(qwen, pictures, side):
     torch.testing.assert_close(moved(1e-12, 1), moved(0, 1))
 
 
-def test_rows_of_a_picture_come_in_one_by_one(qwen, pictures):
+def test_picture_rows_are_added_one_by_one(qwen, pictures):
     pictures = [see_picture(qwen.reader.tower, each) for each in pictures]
 
     def rows(*weights: float) -> torch.Tensor:
@@ -216,7 +216,7 @@ def test_rows_of_a_picture_come_in_one_by_one(qwen, pictures):
     torch.testing.assert_close(rows(1e-6, 0.7), rows(0, 0.7), atol=1e-4, rtol=1e-4)
 
 
-def test_less_information_brings_rows_to_a_few_statistics():
+def test_less_information_reduces_rows_to_a_few_values():
     rows = torch.randn(40, 3, 32)
 
     assert torch.equal(quantise_rows(rows, torch.ones(40)), rows)
@@ -229,7 +229,7 @@ def test_less_information_brings_rows_to_a_few_statistics():
 
 
 @pytest.mark.parametrize("tiles", [2, 4])
-def test_shuffling_leaves_no_tile_in_its_place_and_loses_none(tiles):
+def test_shuffling_moves_every_tile_and_loses_none(tiles):
     pixels = torch.arange(3 * 16 * 32.0).view(1, 3, 16, 32)
 
     moved = shuffle_tiles(pixels, tiles)
@@ -246,13 +246,13 @@ def test_shuffling_leaves_no_tile_in_its_place_and_loses_none(tiles):
 # ---- files ------------------------------------------------------------------------------------------------------
 
 
-def test_a_text_encoder_loads_no_vision_tower_until_it_is_asked_to(qwen, tmp_path):
+def test_vision_tower_is_loaded_on_demand(qwen, tmp_path):
     assert find_tower(qwen.folder) is not None
     assert find_tower(tmp_path / "mini-text.safetensors") is None
     assert not any("visual" in name for name in qwen.encoder.tower.state_dict())
 
 
-def test_a_tower_that_does_not_fit_its_config_is_refused(qwen):
+def test_tower_not_matching_its_config_is_refused(qwen):
     checkpoint = open_checkpoint(qwen.folder)
     checkpoint.config["vision_config"] = checkpoint.config["vision_config"] | {"depth": 5}
     with pytest.raises(K2Error, match=r"do not fit the network: .* missing"):
@@ -320,7 +320,7 @@ def pixels_of(pipeline: Pipeline, spec: RenderSpec) -> str:
     return pipeline.render([spec])[0].record["pixels"]
 
 
-def test_vision_is_a_way_to_read_a_style(seeing, refs, monkeypatch):
+def test_vision_as_a_style_method(seeing, refs, monkeypatch):
     """Zero is nothing bit for bit, and loads nothing; the order means nothing; every setting paints its own picture."""
     monkeypatch.setattr(vision, "PIXELS", 128 * 128)
     plain = pixels_of(seeing, FOX)
@@ -339,7 +339,7 @@ def test_vision_is_a_way_to_read_a_style(seeing, refs, monkeypatch):
     assert record["styles"][0]["method"] == "vision"
 
 
-def test_a_picture_is_looked_at_once_for_all_prompts_and_weights(seeing, refs, monkeypatch):
+def test_picture_is_seen_once_for_all_prompts_and_weights(seeing, refs, monkeypatch):
     monkeypatch.setattr(vision, "PIXELS", 128 * 128)
     passes, forward = [], VisionTower.forward
     monkeypatch.setattr(VisionTower, "forward", lambda self, pixels: passes.append(1) or forward(self, pixels))
@@ -350,7 +350,7 @@ def test_a_picture_is_looked_at_once_for_all_prompts_and_weights(seeing, refs, m
 
 
 @pytest.mark.parametrize("rows", [True, False])
-def test_what_is_seen_comes_in_without_a_jump(seeing, refs, monkeypatch, rows):
+def test_vision_strength_starts_continuously(seeing, refs, monkeypatch, rows):
     monkeypatch.setattr(vision, "PIXELS", 128 * 128)
 
     def off(one: float, other: float) -> float:
@@ -363,7 +363,7 @@ def test_what_is_seen_comes_in_without_a_jump(seeing, refs, monkeypatch, rows):
 
 
 @pytest.mark.parametrize("rows", [True, False])
-def test_a_picture_comes_in_beside_another_without_a_jump(seeing, refs, monkeypatch, rows):
+def test_second_picture_starts_continuously(seeing, refs, monkeypatch, rows):
     monkeypatch.setattr(vision, "PIXELS", 128 * 128)
 
     def made(*weights: float) -> np.ndarray:
@@ -374,7 +374,7 @@ def test_a_picture_comes_in_beside_another_without_a_jump(seeing, refs, monkeypa
     assert np.abs(alone - made(1e-6, 1.0)).mean() < 0.01 < np.abs(made(0.9, 0.1) - made(0.1, 0.9)).mean()
 
 
-def test_what_pushes_away_stays_whole_while_another_comes_in(seeing, refs, monkeypatch):
+def test_negative_picture_is_unaffected_by_a_fading_one(seeing, refs, monkeypatch):
     """The rows of a picture of little weight are faded in; those of negative weight have none, and stay as they are."""
     monkeypatch.setattr(vision, "PIXELS", 128 * 128)
 
@@ -384,7 +384,7 @@ def test_what_pushes_away_stays_whole_while_another_comes_in(seeing, refs, monke
     assert np.abs(made(0.0) - made(1e-6)).mean() < 0.01 < np.abs(made(0.0) - made(0.1)).mean()
 
 
-def test_what_is_avoided_moves_words_and_no_rows_of_pictures(seeing, refs, monkeypatch):
+def test_avoids_move_prompt_rows_not_picture_rows(seeing, refs, monkeypatch):
     monkeypatch.setattr(vision, "PIXELS", 128 * 128)
     heard, encode_text = [], seeing.dit.encode_text
     monkeypatch.setattr(seeing.dit, "encode_text", lambda embeds: heard.append(embeds) or encode_text(embeds))
@@ -397,7 +397,7 @@ def test_what_is_avoided_moves_words_and_no_rows_of_pictures(seeing, refs, monke
     assert moved[:words].all() and len(moved) > words and not moved[words:].any()
 
 
-def test_vision_needs_an_encoder_that_sees(tiny, seeing, refs, tmp_path):  # noqa: F811
+def test_vision_needs_an_encoder_with_a_tower(tiny, seeing, refs, tmp_path):  # noqa: F811
     """What k2 exports itself holds an eye for the class to find, and that eye is blind."""
     Pipeline.load("tiny", device="cpu").export(tmp_path / "blind")
     for name in ("tiny", str(tmp_path / "blind")):
@@ -407,7 +407,7 @@ def test_vision_needs_an_encoder_that_sees(tiny, seeing, refs, tmp_path):  # noq
         seeing.render([looking((refs[0], 1.0), vision_tiles=3)])
 
 
-def test_more_pictures_than_one_vision_span_holds(seeing, tmp_path):
+def test_too_many_vision_references_are_refused(seeing, tmp_path):
     many = [tmp_path / f"{index}.png" for index in range(MAX_REFERENCES["vision"] + 1)]
     for index, path in enumerate(many):
         Image.new("RGB", (16, 16), (index, 0, 0)).save(path)
@@ -418,14 +418,14 @@ def test_more_pictures_than_one_vision_span_holds(seeing, tmp_path):
 
 
 @pytest.mark.parametrize("stated", [{}, {"image_token_id": None}, {"image_token_id": "<|image_pad|>"}])
-def test_a_config_that_names_no_tokens_for_pictures(qwen, stated):
+def test_config_without_picture_tokens_is_refused(qwen, stated):
     known = {"vision_start_token_id": 10, "vision_end_token_id": 12}
     checkpoint = replace(open_checkpoint(qwen.folder), config=known | stated)
     with pytest.raises(K2Error, match="does not say which tokens stand for pictures"):
         marks_of(checkpoint)
 
 
-def test_an_answer_about_pictures_is_that_of_transformers(qwen, pictures):
+def test_answer_about_pictures_matches_transformers(qwen, pictures):
     """Each picture in a span of its own, the likeliest token twelve times over; positions fall behind the tokens."""
     transformers = pytest.importorskip("transformers")
     theirs = transformers.Qwen3VLForConditionalGeneration.from_pretrained(qwen.folder, dtype=torch.float32).eval()

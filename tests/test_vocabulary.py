@@ -19,12 +19,12 @@ from model.vocabulary import vocabulary
 @pytest.mark.parametrize(
     "prompt", ["a red fox", "KITTEN, film grain", "two foxes by the sea", "my old cottage", "a bird's nest", "Santa"]
 )
-def test_a_prompt_that_names_a_subject_can_be_drawn(prompt):
+def test_prompt_with_a_subject_can_be_drawn(prompt):
     assert vocabulary().draws(prompt)
 
 
 @pytest.mark.parametrize("prompt", ["a zebu", "scatter", "film grain on a teal background", "doghouse9", ""])
-def test_one_that_names_none_cannot(prompt):
+def test_prompt_without_a_subject_cannot(prompt):
     assert not vocabulary().draws(prompt)
 
 
@@ -41,22 +41,22 @@ def test_words_mean_what_the_training_lists_say():
 
 
 @pytest.mark.parametrize("plural", ["foxes", "Kittens", "red  apples", "zebus", "navys"])
-def test_a_plural_means_something_where_it_can_be_drawn(plural):
+def test_plurals_of_subjects_are_understood(plural):
     """A look and a colour have none."""
     assert all(entry.kind == "subject" for entry in vocabulary().meaning(plural))
     assert bool(vocabulary().meaning(plural)) == vocabulary().draws(plural)
 
 
-def test_a_word_that_has_entries_of_its_own_is_no_plural():
+def test_word_with_its_own_entry_is_no_plural():
     assert [entry.name for entry in vocabulary().meaning("books")] == ["books"]
 
 
-def test_it_asks_for_nothing_heavy():
+def test_vocabulary_imports_nothing_heavy():
     code = "import sys, model.vocabulary as v; v.vocabulary(); sys.exit(bool({'torch', 'numpy'} & set(sys.modules)))"
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
-def test_the_command_lists_all_or_says_what_words_mean(k2):
+def test_command_lists_all_or_explains_words(k2):
     lines = k2("models", "vocabulary").stdout.splitlines()
     assert len(lines) == len(vocabulary().entries) > 550
     assert any(line.startswith("subject\tcat\t") and "kitten" in line for line in lines)
@@ -73,7 +73,7 @@ def test_the_command_lists_all_or_says_what_words_mean(k2):
     assert 'do not know "zebu", "nope".' in some.stderr
 
 
-def test_what_words_mean_is_a_table_on_a_terminal(monkeypatch, capsys):
+def test_meanings_are_a_table_on_a_terminal(monkeypatch, capsys):
     monkeypatch.setattr("sys.stdout.isatty", lambda: True)
     monkeypatch.setenv("COLUMNS", "60")
 
@@ -84,7 +84,7 @@ def test_what_words_mean_is_a_table_on_a_terminal(monkeypatch, capsys):
     assert any(line.startswith("subject  cat        kitt") for line in lines)
 
 
-def test_all_of_them_are_a_table_on_a_terminal_too(monkeypatch, capsys):
+def test_full_list_is_a_table_on_a_terminal(monkeypatch, capsys):
     monkeypatch.setattr("sys.stdout.isatty", lambda: True)
     monkeypatch.setenv("COLUMNS", "100")
 
@@ -96,7 +96,7 @@ def test_all_of_them_are_a_table_on_a_terminal_too(monkeypatch, capsys):
 
 
 @pytest.mark.parametrize("dry", [[], ["--dry-run"]])
-def test_a_render_says_when_there_is_nothing_to_draw(fake, k2, tmp_path, monkeypatch, dry):
+def test_render_warns_if_nothing_can_be_drawn(fake, k2, tmp_path, monkeypatch, dry):
     monkeypatch.chdir(tmp_path)
     k2("new", "moody")
     monkeypatch.chdir(tmp_path / "moody")
@@ -142,7 +142,7 @@ def test_no_single_subject_counts_twice_in_any_look_or_ground():
 
 
 @pytest.mark.parametrize("dry", [[], ["--dry-run"]])
-def test_several_subjects_are_warned_of(fake, k2, tmp_path, monkeypatch, dry):
+def test_render_warns_of_several_subjects(fake, k2, tmp_path, monkeypatch, dry):
     monkeypatch.chdir(tmp_path)
     k2("new", "moody")
     monkeypatch.chdir(tmp_path / "moody")
@@ -154,7 +154,7 @@ def test_several_subjects_are_warned_of(fake, k2, tmp_path, monkeypatch, dry):
     assert [json.loads(line)["warnings"] for line in lines] == [[warning], []]
 
 
-def test_what_an_adapter_or_another_model_may_draw_is_not_doubted(moody):
+def test_no_warning_for_adapters_and_other_models(moody):
     spec = RenderSpec("a zebu")
 
     def doubted(spec: RenderSpec, model: str) -> bool:

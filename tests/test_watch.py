@@ -35,7 +35,7 @@ def changes(monkeypatch):
     return edits
 
 
-def test_only_what_is_different_is_made_again(moody, k2, changes, fake):
+def test_only_affected_pictures_are_rendered_again(moody, k2, changes, fake):
     toml = moody / "k2.toml"
     changes += [
         lambda: toml.write_text(PROJECT.replace("a red fox", "a blue fox")),
@@ -54,7 +54,7 @@ def test_only_what_is_different_is_made_again(moody, k2, changes, fake):
     assert len(fake.loaded) == 1
 
 
-def test_what_the_last_runs_made_is_not_made_again(moody, k2, changes):
+def test_pictures_of_the_last_runs_are_not_rendered_again(moody, k2, changes):
     owl = k2("render").stdout.splitlines()[1]
 
     assert "No picture changes." in k2("watch", code=130).stderr
@@ -67,7 +67,7 @@ def test_what_the_last_runs_made_is_not_made_again(moody, k2, changes):
     assert k2("watch", "--steps", "3", code=130).stdout.count("outputs/0004-") == 2
 
 
-def test_a_random_seed_stays_while_it_is_watched(moody, k2, changes):
+def test_random_seed_stays_during_a_watch(moody, k2, changes):
     toml, said = moody / "k2.toml", PROJECT.replace("seed = 7", 'seed = "random"')
     toml.write_text(said)
     changes += [lambda: toml.write_text(said.replace("a red fox", "a blue fox"))]
@@ -77,7 +77,7 @@ def test_a_random_seed_stays_while_it_is_watched(moody, k2, changes):
     assert Path(fox).name == Path(blue).name != Path(owl).name
 
 
-def test_what_is_thrown_away_stays_away_until_it_is_asked_for_anew(moody, k2, changes):
+def test_deleted_picture_stays_deleted_until_requested_again(moody, k2, changes):
     toml = moody / "k2.toml"
     changes += [
         (moody / "outputs/0001-fox-and-1-more/fox-7.png").unlink,
@@ -90,7 +90,7 @@ def test_what_is_thrown_away_stays_away_until_it_is_asked_for_anew(moody, k2, ch
     assert made == ["outputs/0002-wolf/wolf-7.png", "outputs/0003-fox/fox-7.png"]
 
 
-def test_a_mistake_is_told_and_waited_out(moody, k2, changes):
+def test_error_is_reported_and_waited_out(moody, k2, changes):
     toml = moody / "k2.toml"
     changes += [lambda: toml.write_text("[render\n"), lambda: toml.write_text(PROJECT.replace("owl", "emu"))]
 
@@ -100,14 +100,14 @@ def test_a_mistake_is_told_and_waited_out(moody, k2, changes):
     assert result.stdout.splitlines()[2:] == ["outputs/0002-an-emu-at-night/an-emu-at-night-7.png"]
 
 
-def test_a_path_that_the_encoding_here_cannot_say_is_waited_out_too(moody, k2, changes, monkeypatch):
+def test_unencodable_path_is_waited_out(moody, k2, changes, monkeypatch):
     monkeypatch.setattr(watch, "plan_missing", lambda *_: "ä".encode("ascii"))
 
     assert 'No file name can contain "' in (result := k2("watch", code=130)).stderr
     assert "Waiting for a change" in result.stderr
 
 
-def test_results_that_find_no_room_are_not_waited_out(moody, k2, changes, monkeypatch):
+def test_full_output_is_not_waited_out(moody, k2, changes, monkeypatch):
     def fill(line: str) -> None:
         raise Unwritable("Standard output cannot be written.")
 
@@ -117,7 +117,7 @@ def test_results_that_find_no_room_are_not_waited_out(moody, k2, changes, monkey
     assert "resume with: k2 render --resume" in k2("watch", code=1).stderr
 
 
-def test_what_was_made_before_an_error_is_not_made_again(moody, k2, changes, fake):
+def test_pictures_before_an_error_are_not_rendered_again(moody, k2, changes, fake):
     def fail(at: int) -> None:
         if at == 1:
             raise K2Error("The owl cannot be drawn.")
@@ -137,7 +137,7 @@ def test_what_was_made_before_an_error_is_not_made_again(moody, k2, changes, fak
     ]
 
 
-def test_styles_and_references_count(moody, k2, changes):
+def test_changed_styles_and_references_rerender(moody, k2, changes):
     (moody / "styles").mkdir()
     (moody / "refs").mkdir()
     style, picture = moody / "styles" / "dusk.toml", moody / "refs" / "a.png"
@@ -153,7 +153,7 @@ def test_styles_and_references_count(moody, k2, changes):
 
 
 @pytest.mark.parametrize("line", ['format = "webp"', 'precision = "int8"', 'offload = "text"'])
-def test_how_a_picture_is_made_and_kept_counts(moody, k2, changes, line):
+def test_changed_settings_and_format_rerender(moody, k2, changes, line):
     changes += [lambda: (moody / "k2.toml").write_text(PROJECT.replace("seed = 7", f"seed = 7\n{line}"))]
 
     assert len(k2("watch", "--only", "fox", code=130).stdout.splitlines()) == 2
@@ -187,7 +187,7 @@ def saying(lines: str) -> str:
         ("guidance = 0\n", "guidance = 0\nguidance_until = 0.5\n"),
     ],
 )
-def test_what_is_so_already_may_be_said_and_changes_nothing(moody, k2, changes, monkeypatch, before, after):
+def test_stating_a_default_changes_nothing(moody, k2, changes, monkeypatch, before, after):
     """What the model takes where nothing is said, and what has nothing to count for."""
     monkeypatch.setattr("model.parts.pick_device", lambda name: name or "cpu")
     toml = moody / "k2.toml"
@@ -201,7 +201,7 @@ def test_what_is_so_already_may_be_said_and_changes_nothing(moody, k2, changes, 
     assert not k2("watch", "--only", "fox", code=130).stdout  # of what lies on the disk
 
 
-def test_the_time_shift_of_a_checkpoint_may_be_said_where_it_has_one(moody, k2, changes, fake):
+def test_stating_the_default_mu_changes_nothing(moody, k2, changes, fake):
     write_weights(moody.parent / "box" / "mini-turbo.safetensors", {"kind": "dit", "variant": "turbo", "native": 128})
     toml = moody / "k2.toml"
     changes += [lambda: toml.write_text(saying("mu = 1.15\n")), lambda: toml.write_text(saying("mu = 1.1\n"))]
@@ -211,7 +211,7 @@ def test_the_time_shift_of_a_checkpoint_may_be_said_where_it_has_one(moody, k2, 
     assert made == ["outputs/0001-fox/fox-7.png", "outputs/0002-fox/fox-7.png"]
 
 
-def test_cohesion_changes_the_pictures_that_follow(moody, k2, changes):
+def test_cohesion_change_rerenders_followers(moody, k2, changes):
     toml = moody / "k2.toml"
     toml.write_text(saying("batch = 2\n"))
     changes += [lambda: toml.write_text(saying("batch = 2\ncohesion = 0.5\n"))]
@@ -231,7 +231,7 @@ def test_cohesion_changes_the_pictures_that_follow(moody, k2, changes):
         ("", "mu = 0.7\n"),
     ],
 )
-def test_what_is_said_and_was_not_so_makes_another_picture(moody, k2, changes, before, after):
+def test_stating_a_non_default_rerenders(moody, k2, changes, before, after):
     toml = moody / "k2.toml"
     toml.write_text(saying(before))
     changes += [lambda: toml.write_text(saying(after))]
@@ -241,7 +241,7 @@ def test_what_is_said_and_was_not_so_makes_another_picture(moody, k2, changes, b
     assert made == ["outputs/0001-fox/fox-7.png", "outputs/0002-fox/fox-7.png"]
 
 
-def test_what_lies_outside_is_used_where_that_is_allowed(moody, k2, changes):
+def test_outside_files_are_used_if_allowed(moody, k2, changes):
     Image.new("RGB", (64, 64), "navy").save(moody.parent / "a.png")
     (moody / "styles").mkdir()
     (moody / "styles" / "dusk.toml").write_text('[[reference]]\nimage = "../a.png"\n')
@@ -251,7 +251,7 @@ def test_what_lies_outside_is_used_where_that_is_allowed(moody, k2, changes):
     assert "lies outside the project" in k2("watch", code=130).stderr
 
 
-def test_what_is_made_is_no_change(tmp_path):
+def test_own_outputs_are_no_change(tmp_path):
     before = watch.stamp(tmp_path)
     for folder in ("outputs/0001-x", "gallery", ".git"):
         (tmp_path / folder).mkdir(parents=True)
@@ -269,7 +269,7 @@ def test_what_is_made_is_no_change(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["watch.log", "nohup.out", "4913", ".k2.toml.swp", ".#k2.toml", "k2.toml~", "a.psd"])
-def test_what_no_picture_is_made_of_is_no_change(tmp_path, name):
+def test_unrelated_files_are_no_change(tmp_path, name):
     """What watch says may go to a log in the project: were that a change, it would say more, for ever."""
     (tmp_path / "k2.toml").touch()
     before = watch.stamp(tmp_path)
@@ -278,7 +278,7 @@ def test_what_no_picture_is_made_of_is_no_change(tmp_path, name):
     assert watch.stamp(tmp_path, before) == before
 
 
-def test_a_file_counts_wherever_it_lies_and_whatever_it_is_called(moody, k2, monkeypatch):
+def test_any_referenced_file_is_watched(moody, k2, monkeypatch):
     """It does where a style names it, also if all is made; and once it is gone, that it comes back is a change, too."""
     picture = moody.parent / "sketch"
     Image.new("RGB", (64, 64), "navy").save(picture, "PNG")
@@ -303,7 +303,7 @@ def test_a_file_counts_wherever_it_lies_and_whatever_it_is_called(moody, k2, mon
     assert not k2("watch", "--allow-outside", "--only", "fox", code=130).stdout
 
 
-def test_a_new_picture_counts_in_a_folder_that_is_linked(moody, k2, monkeypatch):
+def test_new_picture_in_a_linked_folder_is_noticed(moody, k2, monkeypatch):
     """What else comes to lie there does not, as in the project."""
     far = moody.parent / "far"
     far.mkdir()
@@ -329,7 +329,7 @@ def test_a_new_picture_counts_in_a_folder_that_is_linked(moody, k2, monkeypatch)
     assert result.stdout.splitlines() == ["outputs/0001-fox/fox-7.png", "outputs/0002-fox/fox-7.png"]
 
 
-def test_it_waits_until_whoever_writes_is_done(monkeypatch, tmp_path):
+def test_waits_until_writing_has_finished(monkeypatch, tmp_path):
     stamps = iter([{}, {"a": (1, 1)}, {"a": (2, 9)}, {"a": (2, 9)}])
     monkeypatch.setattr(watch, "stamp", lambda root, before: next(stamps))
     monkeypatch.setattr(time, "sleep", lambda seconds: None)
@@ -340,7 +340,7 @@ def test_it_waits_until_whoever_writes_is_done(monkeypatch, tmp_path):
 
 
 @pytest.mark.parametrize("terminal", [True, False])
-def test_ctrl_c_ends_its_line_on_a_terminal(moody, k2, changes, monkeypatch, terminal):
+def test_ctrl_c_ends_the_terminal_line(moody, k2, changes, monkeypatch, terminal):
     """The shell's prompt stood behind the ^C."""
     monkeypatch.setattr(console, "console", Console(stderr=True, force_terminal=terminal))
 
@@ -348,7 +348,7 @@ def test_ctrl_c_ends_its_line_on_a_terminal(moody, k2, changes, monkeypatch, ter
 
 
 @pytest.mark.skipif(os.name != "posix", reason="signals as POSIX has them")
-def test_a_real_process_ends_by_ctrl_c(moody):
+def test_real_process_ends_on_ctrl_c(moody):
     """A mistake that is there at the start is waited out too."""
     (moody / "k2.toml").write_text("[render]\nsed = 1\n")
     process = subprocess.Popen([K2, "watch"], stderr=subprocess.PIPE, text=True)
@@ -373,32 +373,32 @@ def test_a_real_process_ends_by_ctrl_c(moody):
         (["--device", "cuda:99"], 'There is no device "cuda:99".'),
     ],
 )
-def test_a_mistake_of_the_command_line_is_not_waited_for(moody, k2, changes, arguments, message):
+def test_command_line_error_ends_at_once(moody, k2, changes, arguments, message):
     result = k2("watch", *arguments, code=2 if message.startswith("--") else 1)
 
     assert message in result.stderr and "Waiting" not in result.stderr
 
 
 @pytest.mark.parametrize("arguments", [["--only", "emu"], ["--size", "80x80"], ["--turbo"]])
-def test_what_a_file_may_yet_make_right_is_waited_for(moody, k2, changes, arguments):
+def test_error_that_a_file_can_fix_is_waited_out(moody, k2, changes, arguments):
     assert "Waiting for a change" in k2("watch", *arguments, code=130).stderr
 
 
-def test_the_project_may_be_named_by_an_option(moody, k2, changes, monkeypatch):
+def test_project_may_be_given_by_option(moody, k2, changes, monkeypatch):
     monkeypatch.chdir(moody.parent)
 
     assert len(k2("watch", "--project", "moody", code=130).stdout.splitlines()) == 2
     assert "not both" in k2("watch", "moody", "--project", "moody", code=2).stderr
 
 
-def test_what_is_no_project_is_not_waited_for(k2, tmp_path, monkeypatch):
+def test_non_project_ends_at_once(k2, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
 
     assert "There is no k2.toml in" in k2("watch", code=1).stderr
     assert "is not a project" in k2("watch", tmp_path, code=1).stderr
 
 
-def test_a_file_of_a_project_is_none(moody, k2, changes):
+def test_file_of_a_project_is_refused(moody, k2, changes):
     (moody / "notes.txt").write_text("owls")
 
     assert "notes.txt is not a project: it is a file." in k2("watch", "notes.txt", code=1).stderr

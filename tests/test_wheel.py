@@ -29,7 +29,7 @@ def files() -> set[str]:
     return set(done.stdout.splitlines())
 
 
-def test_every_file_of_the_packages_is_in_and_no_other(files):
+def test_wheel_holds_exactly_the_package_files(files):
     there = {
         path.relative_to(ROOT).as_posix()
         for package in ("k2cli", "model")
@@ -40,7 +40,7 @@ def test_every_file_of_the_packages_is_in_and_no_other(files):
     assert files == there
 
 
-def test_the_box_is_in_and_stays_small(files):
+def test_wheel_holds_the_bundled_weights_and_stays_small(files):
     weights = [name for name in files if name.endswith(".safetensors")]
 
     assert {"model/weights/mini-raw.safetensors", "model/weights/mini-turbo.safetensors"} <= set(weights)

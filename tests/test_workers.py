@@ -41,7 +41,7 @@ from model.spec import Picture
 PICTURE = Image.new("RGB", (8, 8))
 
 
-def test_ctrl_c_in_a_terminal_does_not_reach_the_import_of_torch():
+def test_ctrl_c_does_not_interrupt_the_fork_servers_import():
     """It reaches all processes there, and that from which workers are forked told of it in a page of lines."""
     code = """if __name__ == "__main__":
         import os, signal, threading
@@ -60,7 +60,7 @@ def test_ctrl_c_in_a_terminal_does_not_reach_the_import_of_torch():
     assert (done.returncode, done.stdout, done.stderr) == (0, "pressed\n", "")
 
 
-def test_ctrl_c_waits_until_torch_is_there(monkeypatch):
+def test_ctrl_c_waits_for_the_import_of_torch(monkeypatch):
     """Cut off in the middle its modules raise something else, or abort the process."""
 
     class Slow(ModuleType):
@@ -79,7 +79,7 @@ def test_ctrl_c_waits_until_torch_is_there(monkeypatch):
     assert whole == ["Pipeline"]
 
 
-def test_a_model_is_gone_before_the_next_is_read(fake, monkeypatch):
+def test_model_is_freed_before_the_next_is_loaded(fake, monkeypatch):
     """Two may not fit. One that is made faster refers to itself."""
 
     class Model:
@@ -143,7 +143,7 @@ class Scripted(WorkerPool):
 
 
 @given(st.lists(st.integers(1, 4), min_size=1, max_size=8), st.sets(st.integers(0, 31), min_size=1), st.integers())
-def test_every_picture_comes_once_whoever_is_lost(batches, wanted, seed):
+def test_every_picture_comes_once_despite_lost_workers(batches, wanted, seed):
     wanted = {index for index in wanted if index < sum(batches)} or {0}
     pool = Scripted(batches, seed, losing=0.1)
 
@@ -165,7 +165,7 @@ def test_every_picture_comes_once_whoever_is_lost(batches, wanted, seed):
     assert pool.count - hired <= pool.size - kept
 
 
-def test_what_kills_every_hand_is_given_up():
+def test_group_that_kills_every_worker_is_given_up():
     pool = Scripted([1], 0, losing=1.0)
 
     with pytest.raises(K2Error, match=f"{MAX_TRIES} workers in this test were lost loading the model: struck"):
@@ -194,7 +194,7 @@ READY = Ready(ModelSpec("mini", dtype="float32"), [1, 1])
 FIRST, SECOND = ([Picture(PICTURE, {"model": {}, "seed": seed})] for seed in (0, 1))
 
 
-def test_a_hand_that_is_lost_while_idle_is_given_nothing_more():
+def test_worker_lost_while_idle_gets_no_more_work():
     lost = Lost("struck")
     pool = Told((1, READY), (2, READY), (1, FIRST), (1, lost), (2, lost), (3, READY), (3, SECOND))
 
@@ -203,7 +203,7 @@ def test_a_hand_that_is_lost_while_idle_is_given_nothing_more():
     assert pool.held == [ModelSpec("mini"), READY.model, READY.model]
 
 
-def test_hands_that_are_lost_with_nothing_to_do_end_no_run():
+def test_idle_workers_lost_do_not_end_the_run():
     """Nor those that do not get as far as to load, while another one works."""
     lost, ready = Lost("struck"), Ready(READY.model, [1] * MAX_TRIES + [1])
     made = [[Picture(PICTURE, {"model": {}, "seed": seed})] for seed in range(MAX_TRIES + 1)]
@@ -221,14 +221,14 @@ def test_hands_that_are_lost_with_nothing_to_do_end_no_run():
     assert pool.count == 1 + MAX_TRIES  # and no more of them
 
 
-def test_what_a_lost_hand_had_is_given_to_an_idle_one():
+def test_lost_workers_group_goes_to_an_idle_one():
     pool = Told((1, READY), (2, READY), (1, FIRST), (2, Lost("struck")), (1, SECOND))
 
     assert [index for index, _ in distribute(pool, ModelSpec("mini"), {0, 1})] == [0, 1]
     assert pool.given == [(1, (0,)), (2, (1,)), (1, (1,))] and pool.count == 2
 
 
-def test_what_a_lost_hand_had_is_made_next():
+def test_lost_workers_group_is_rendered_next():
     """What kills every worker that has it is known early, and not once all else is made."""
     ready = Ready(READY.model, [1, 1, 1])
     pool = Told((1, ready), (2, ready), (1, Lost("struck")), (2, SECOND), (2, FIRST), (2, SECOND))
@@ -238,7 +238,7 @@ def test_what_a_lost_hand_had_is_made_next():
     assert pool.given == [(1, (0,)), (2, (1,)), (2, (0,)), (2, (2,))]
 
 
-def test_a_kept_hand_that_holds_the_weights_is_preferred():
+def test_idle_worker_with_the_weights_is_preferred():
     """To one that would have to let go of others, and read them."""
     pool = Told()
     mini, other = ModelSpec("mini"), ModelSpec("other")
@@ -249,7 +249,7 @@ def test_a_kept_hand_that_holds_the_weights_is_preferred():
     assert [pool.acquire(mini), pool.acquire(mini)] == [2, 1]
 
 
-def test_no_more_hands_are_hired_than_there_is_work_for():
+def test_no_more_workers_start_than_there_is_work_for():
     pool = Told((1, READY), (1, FIRST))
 
     assert len(list(distribute(pool, ModelSpec("mini"), {0}))) == pool.count == 1
@@ -303,7 +303,7 @@ def made(folder: Path) -> dict[str, dict]:
 
 
 @needs_weights
-def test_workers_make_what_one_process_makes(den, k2):
+def test_workers_render_what_one_process_renders(den, k2):
     """Killed ones included: their pictures are made again by others. Pictures of one size are one batch."""
     k2("render", "--quiet")
     hire, give, given_to = ProcessPool.acquire, ProcessPool.submit, []
@@ -333,7 +333,7 @@ def test_workers_make_what_one_process_makes(den, k2):
 
 
 @needs_weights
-def test_workers_are_kept_from_line_to_line(den, k2, monkeypatch):
+def test_workers_are_kept_between_stream_lines(den, k2, monkeypatch):
     """One that is lost in between is replaced; with the last line all are gone."""
     started: list[tuple[ProcessPool, int]] = []
     start = ProcessPool.start
@@ -382,7 +382,7 @@ def unmanned(size: int) -> tuple[ProcessPool, list[tuple[int, int]]]:
 
 
 @pytest.mark.parametrize(("platform", "method"), [("linux", "forkserver"), ("darwin", "spawn"), ("win32", "spawn")])
-def test_workers_are_forked_only_where_what_they_use_survives_it(platform, method, monkeypatch):
+def test_workers_are_forked_only_where_that_is_safe(platform, method, monkeypatch):
     """Metal hangs or crashes in a process that was forked."""
     methods = ["spawn"] if platform == "win32" else ["fork", "spawn", "forkserver"]
     monkeypatch.setattr(multiprocessing, "get_all_start_methods", lambda: methods)
@@ -399,7 +399,7 @@ def test_workers_are_forked_only_where_what_they_use_survives_it(platform, metho
         (BlockingIOError(errno.EAGAIN, "No more processes"), "No more processes"),
     ],
 )
-def test_workers_that_cannot_be_started_are_lost(error, why, monkeypatch):
+def test_unstartable_workers_count_as_lost(error, why, monkeypatch):
     """As where the process that they are forked from is killed while it imports torch."""
     monkeypatch.setattr(workers, "SERVER_EXIT_DELAY", 0.0)
     pool, given = unmanned(2)
@@ -414,7 +414,7 @@ def test_workers_that_cannot_be_started_are_lost(error, why, monkeypatch):
 
 
 @pytest.mark.skipif(workers.start_method() == "spawn", reason="workers are not forked here")
-def test_a_long_path_of_the_temporary_folder_keeps_no_worker_from_starting(tmp_path):
+def test_long_temporary_path_does_not_prevent_workers(tmp_path):
     """No socket can lie there, by which they would be forked."""
     code = """if __name__ == "__main__":
         from k2cli.workers import ModelSpec, ProcessPool
@@ -430,7 +430,7 @@ def test_a_long_path_of_the_temporary_folder_keeps_no_worker_from_starting(tmp_p
     assert (done.returncode, done.stderr) == (0, "") and "K2Error(" in done.stdout
 
 
-def test_workers_sit_where_those_sat_who_are_lost():
+def test_new_workers_take_the_slots_of_lost_ones():
     pool, given = unmanned(3)
     _, second, _ = (pool.acquire(ModelSpec("mini")) for _ in range(3))
     pool.terminate([second])
@@ -443,7 +443,7 @@ def test_workers_sit_where_those_sat_who_are_lost():
 
 
 @pytest.mark.parametrize(("cores", "size", "threads"), [(8, 1, 8), (8, 3, 2), (2, 4, 1)])
-def test_workers_share_out_the_cores(cores, size, threads, monkeypatch):
+def test_workers_share_the_cores(cores, size, threads, monkeypatch):
     """All at work together take no more threads than one process would, and each has one at least."""
     monkeypatch.setattr(workers, "core_count", lambda: cores)
     pool, given = unmanned(size)
@@ -455,7 +455,7 @@ def test_workers_share_out_the_cores(cores, size, threads, monkeypatch):
 
 
 @pytest.mark.parametrize(("said", "taken"), [(None, [3]), ("2", [])])
-def test_a_worker_takes_its_share_of_threads_unless_the_user_said_how_many(said, taken, monkeypatch):
+def test_worker_threads_unless_set_by_the_user(said, taken, monkeypatch):
     import torch
 
     class Over:
@@ -476,7 +476,7 @@ def test_a_worker_takes_its_share_of_threads_unless_the_user_said_how_many(said,
 
 
 @pytest.mark.skipif(not hasattr(os, "sched_getaffinity"), reason="processes cannot be kept to some cores here")
-def test_cores_are_those_that_the_process_may_use(monkeypatch):
+def test_cores_are_those_the_process_may_use(monkeypatch):
     """Of a node that is shared out, or under taskset; k2 doctor counts the same."""
     from k2cli import doctor
 
@@ -490,7 +490,7 @@ def test_cores_are_those_that_the_process_may_use(monkeypatch):
     ("device", "seat", "cards", "chosen"),
     [(None, 0, 2, [0]), ("cuda", 3, 2, [1]), ("cuda:1", 2, 4, []), ("cpu", 1, 2, []), (None, 1, 0, [])],
 )
-def test_workers_take_the_cards_in_turn(device, seat, cards, chosen, monkeypatch):
+def test_workers_take_the_gpus_in_turn(device, seat, cards, chosen, monkeypatch):
     """Unless they are told which; a machine without cards, or a run on its processor, asks for none."""
     import torch
 
@@ -518,7 +518,7 @@ def test_workers_take_the_cards_in_turn(device, seat, cards, chosen, monkeypatch
 
 
 @needs_weights
-def test_workers_end_with_a_process_that_is_killed():
+def test_workers_end_with_a_killed_parent():
     """In the middle of a picture that nobody waits for any more; its output stays open as long as one of them lives."""
     code = """if __name__ == "__main__":
         import os, signal
@@ -536,7 +536,7 @@ def test_workers_end_with_a_process_that_is_killed():
 
 
 @needs_weights
-def test_a_worker_says_what_is_wrong_in_one_sentence(den, k2):
+def test_worker_reports_errors_in_one_sentence(den, k2):
     result = k2("render", "--quiet", "--workers", "2", "--device", "cuda:99", code=1)
 
     assert 'There is no device "cuda:99".' in result.stderr and len(result.stderr.splitlines()) == 2
