@@ -109,18 +109,18 @@ def train(
     from model.parts import pick_device
     from model.train import parallel
 
-    place = parallel.join(str(pick_device(device)))
+    place = parallel.join_group(str(pick_device(device)))
     report = (lambda line: None) if quiet or not parallel.world().is_main else say
     try:
         with explained(chosen.name):
-            run = recipes.module(chosen.stage, recipe).main(chosen, place, report)
+            run = recipes.stage_module(chosen.stage, recipe).main(chosen, place, report)
     except KeyboardInterrupt:
         asked = {"steps": steps, "device": device, "trigger": trigger, "model": model}
         options = [f" --{name} {quote(str(value))}" for name, value in asked.items() if value is not None]
         say(f"Interrupted; what was saved is kept. Resume with: k2 train {quote(recipe)}{''.join(options)}")
         raise
     if not parallel.world().is_main:
-        parallel.leave()
+        parallel.exit_group()
         return
     print_result(short_path(run.result))
     if chosen.stage == "lora" and not quiet:
@@ -128,4 +128,4 @@ def train(
         words += ["--trigger", quote(chosen.trigger)] if chosen.trigger else []
         words += [] if find_root(Path.cwd()) else ["--project DIR"]
         say(f"Make it a style: {' '.join(words)}", "dim")
-    parallel.leave()
+    parallel.exit_group()

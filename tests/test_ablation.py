@@ -12,7 +12,7 @@ from model.errors import K2Error
 from model.library import BUNDLED
 from model.spec import RenderSpec
 from model.train import ablation, evaluate, states
-from model.train.ablation import Checkpoint, Scores, changes
+from model.train.ablation import Checkpoint, Scores, figure_changes
 from model.train.data import DATA, Catalog
 from model.train.pretrain import Recipe
 from model.train.states import RUNS
@@ -31,7 +31,7 @@ def test_changes_are_measured_per_picture():
     features, power = RNG.standard_normal((200, 3)) + right, RNG.random(40)
     first = scores(before, features, real, power, np.full(40, 2.0))
     second = scores(before + 0.1, features - right, real, power + 0.5, np.full(40, 2.0))
-    found = changes(first, second)
+    found = figure_changes(first, second)
 
     for name in COLUMNS:
         assert found[name] == {"value": 0.1, "low": 0.1, "high": 0.1}
@@ -50,20 +50,20 @@ def test_changes_are_measured_per_picture():
     ],
 )
 def test_checkpoint_names_may_carry_settings(said, meant):
-    assert Checkpoint.of(said) == meant
+    assert Checkpoint.parse(said) == meant
 
 
 @pytest.mark.parametrize("said", ["raw:eight", "raw:8:2:1", "raw:8:much"])
 def test_invalid_settings_are_refused(said):
     with pytest.raises(K2Error, match="NAME:STEPS:GUIDANCE"):
-        Checkpoint.of(said)
+        Checkpoint.parse(said)
 
 
 def test_before_and_after_from_the_command_line(workshop, monkeypatch):  # noqa: F811
     enlarge(workshop / DATA)
     base()
-    monkeypatch.setattr(evaluate, "PROMPTS", 2)
-    monkeypatch.setattr(evaluate, "GRAINY", 2)
+    monkeypatch.setattr(evaluate, "DIVERSITY_PROMPTS", 2)
+    monkeypatch.setattr(evaluate, "MAX_GRAINY", 2)
     items = Catalog.items
     monkeypatch.setattr(Catalog, "items", lambda self, split: items(self, "train"))  # too few items to hold any out
     judge = RUNS / "judge" / "judge-3.safetensors"
@@ -86,7 +86,7 @@ def test_training_run_renders_as_it_would_after_release(workshop, monkeypatch): 
         "seconds": 1.0,
         "recipe": asdict(Recipe(name="again", size=256, batch=1, repeats=1, mu=0.0, lr=0.0, muon_lr=0.0, steps=1)),
     }
-    states.write(RUNS / "again", weights, place, {})
+    states.write_state(RUNS / "again", weights, place, {})
     spec = RenderSpec("a fox", seed=3, steps=2, guidance=0.0)
     again, box = (Checkpoint(name).load("float32").render([spec])[0].image for name in ("again", "raw"))
 

@@ -35,8 +35,16 @@ from model.pipeline import Pipeline
 from model.spec import Lora, RenderSpec, raw_mu
 from model.train import adapter, loop, states
 from model.train.adapter import AdapterStage, Recipe, TrainablePairs, TrainingMaterial, main, write
-from model.train.pictures import Captioned, about_captions, encode, join, read_folder, shortened, words_of
-from model.train.pretrain import recompute
+from model.train.pictures import (
+    CaptionedPicture,
+    add_trigger,
+    describe_captions,
+    encode,
+    read_folder,
+    shorten_caption,
+    words_from_stem,
+)
+from model.train.pretrain import checkpoint_blocks
 
 RECIPE = Recipe(name="dusk", pictures="pictures", model="tiny", steps=8, rank=4, batch=4, every=4, lr=1e-2)
 
@@ -74,7 +82,7 @@ def pictures(tmp_path) -> Path:
     ],
 )
 def test_captions_from_file_names(stem, words):
-    assert words_of(stem) == words
+    assert words_from_stem(stem) == words
 
 
 def test_captions_come_from_text_files_or_file_names(pictures):
@@ -86,10 +94,10 @@ def test_captions_come_from_text_files_or_file_names(pictures):
     assert captions["red-fox_3.png"] == "an owl, at night, dusk style"
     (pictures / "red-fox_3.txt").write_text("Dusk style of an owl")
     assert read_folder(pictures, trigger="dusk style")[4].caption == "Dusk style of an owl"  # it is there already
-    assert about_captions(pictures, found) == "1 caption from text files, 9 captions from file names"
+    assert describe_captions(pictures, found) == "1 caption from text files, 9 captions from file names"
     (pictures / "red-fox_3.txt").rename(pictures / "red-fox_3.TXT")  # as on an old camera's memory card
     assert read_folder(pictures)[4].caption == "Dusk style of an owl"
-    assert about_captions(pictures, found) == "1 caption from text files, 9 captions from file names"
+    assert describe_captions(pictures, found) == "1 caption from text files, 9 captions from file names"
     (pictures / "red-fox_3.TXT").unlink()
     (pictures / "red-fox_3.txt").write_text("")
     assert read_folder(pictures)[4].caption == ""
@@ -108,8 +116,8 @@ def test_captions_come_from_text_files_or_file_names(pictures):
     ],
 )
 def test_trigger_is_added_to_captions_that_lack_it(caption, joined):
-    assert join(caption, "ink") == joined
-    assert join(caption, "") == caption
+    assert add_trigger(caption, "ink") == joined
+    assert add_trigger(caption, "") == caption
 
 
 @pytest.mark.parametrize(("there", "asked"), [("NFD", "NFC"), ("NFC", "NFD")])
@@ -117,8 +125,8 @@ def test_trigger_is_recognised_in_any_unicode_form(there, asked):
     """macOS decomposes accents in file names, which become captions."""
     caption = unicodedata.normalize(there, "fox, café look")
 
-    assert join(caption, unicodedata.normalize(asked, "café look")) == caption
-    assert join(caption, "cafe") == f"{caption}, cafe"  # a different word
+    assert add_trigger(caption, unicodedata.normalize(asked, "café look")) == caption
+    assert add_trigger(caption, "cafe") == f"{caption}, cafe"  # a different word
 
 
 @pytest.mark.parametrize(
@@ -131,7 +139,7 @@ def test_trigger_is_recognised_in_any_unicode_form(there, asked):
     ],
 )
 def test_long_captions_are_cut_but_keep_their_trigger(caption, read):
-    assert shortened(caption, "night look", lambda text: max(0, len(text.split()) - 6)) == read
+    assert shorten_caption(caption, "night look", lambda text: max(0, len(text.split()) - 6)) == read
 
 
 def test_jfif_files_are_training_pictures(pictures):
@@ -145,7 +153,7 @@ def test_unused_caption_files_are_reported(pictures):
         (pictures / name).write_text("a fox")
     (pictures / "red-fox_1.png").rename(pictures / "IMG_0001.png")
 
-    told = about_captions(pictures, read_folder(pictures))
+    told = describe_captions(pictures, read_folder(pictures))
 
     others = "metadata.jsonl, red-fox_1.caption, red-fox_33.txt"
     counts = "1 caption from text files, 8 captions from file names, 1 caption empty"
@@ -205,7 +213,7 @@ def test_pictures_keep_their_proportions(pictures, tiny, monkeypatch):  # noqa: 
     vae = Pipeline.load("tiny", device="cpu").vae
     said: list[str] = []
     with monkeypatch.context() as patch:
-        patch.setattr("model.train.pictures.SAY_EVERY", -1.0)
+        patch.setattr("model.train.pictures.REPORT_EVERY", -1.0)
         encode(read_folder(pictures), vae, 64, 16, report=said.append)
     assert len(said) == 10 and said[4] == "4 of 10 pictures encoded"
     found = encode(read_folder(pictures), vae, 64, 16)
@@ -276,7 +284,9 @@ def test_loss_does_not_depend_on_other_captions_lengths(monkeypatch):
     made, rows = stage(random_model(TINY), mu=0.0, drop=0.0), iter([slice(0, 2), slice(0, 1), slice(1, 2)])
     model = made.network.config
     tokens, noise = torch.randn(2, 2, 16, model.token_dim)
-    monkeypatch.setattr("model.train.adapter.noised", lambda image, mu, at: (tokens[at], noise[at], torch.ones(1) / 2))
+    monkeypatch.setattr(
+        "model.train.adapter.add_noise", lambda image, mu, at: (tokens[at], noise[at], torch.ones(1) / 2)
+    )
     latents, embeds = made.material.latents[8, 8][0], made.material.embeds[:2]
     assert len(embeds[0]) != len(embeds[1])
 
@@ -352,7 +362,7 @@ def test_recomputing_saves_memory():
 
     deep = replace(TINY, blocks=8)
     whole, lean = random_model(deep), random_model(deep)
-    recompute(lean)
+    checkpoint_blocks(lean)
     assert kept(lean) < kept(whole) / 4
 
 
@@ -602,7 +612,7 @@ def test_k2_train_on_the_command_line(tmp_path, pictures, tiny, k2, monkeypatch)
         save(library.BUNDLED / "tiny-raw.safetensors", {name: -tensor for name, tensor in state.items()}, about)
         assert "differs now: the base's weights." in k2("train", "dusk.toml", code=1).stderr
     merged = {"step": 2, "seconds": 1.0, "recipe": {"name": "dusk", "stage": "pretrain"}}  # as a merge leaves it
-    states.write(Path(".runs/dusk"), {"ema.w": torch.zeros(2)}, merged, {})
+    states.write_state(Path(".runs/dusk"), {"ema.w": torch.zeros(2)}, merged, {})
     assert "started differently" in k2("train", "dusk.toml", code=1).stderr
     assert "There is no raw checkpoint" in k2("train", "pictures", "--model", "giant", code=1).stderr
     assert "--trigger" in k2("train", "pretrain-128", "--trigger", "dusk", code=2).stderr
@@ -624,5 +634,5 @@ def test_a_rank_too_large_to_read_back_is_refused(pictures, tiny):  # noqa: F811
 
 
 def test_manifest_lists_caption_and_hash(pictures):
-    (entry, *_) = adapter.manifest([Captioned(pictures / "red-fox_0.png", "a fox")])
+    (entry, *_) = adapter.manifest([CaptionedPicture(pictures / "red-fox_0.png", "a fox")])
     assert entry["caption"] == "a fox" and entry["sha256"] == sha256(pictures / "red-fox_0.png")

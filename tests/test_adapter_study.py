@@ -12,7 +12,7 @@ from tiny import tiny, tiny_box  # noqa: F401
 from workshop import make_data
 
 from model.train import adapter, states
-from model.train.adapter_study import TRIGGER, study, teach
+from model.train.adapter_study import TRIGGER, train_and_measure, write_pictures
 from model.train.data import Catalog
 from model.train.judge import Judge, JudgeConfig
 from model.train.study import choose_looks, represents_look
@@ -25,7 +25,7 @@ def catalog(tmp_path_factory) -> Catalog:
 
 def test_teaches_ten_subjects_without_naming_their_look(catalog, tmp_path):
     look = choose_looks(catalog)[0]
-    taught = teach(catalog, look, tmp_path)
+    taught = write_pictures(catalog, look, tmp_path)
 
     files = sorted(tmp_path.glob("*.png"))
     assert 4 <= len(set(taught)) == len(taught) == len(files) <= 10
@@ -43,7 +43,7 @@ def test_compares_three_ways_with_real_pictures(catalog, tmp_path, tiny, monkeyp
     judge = Judge(JudgeConfig(("cat", "fox"))).eval()
     recipe = adapter.Recipe(name="study", pictures="pictures", model="tiny", steps=4, every=2, size=64, rank=2, lr=0.05)
 
-    found = study(judge, catalog, tmp_path, recipe, which=1, count=3, steps=2)
+    found = train_and_measure(judge, catalog, tmp_path, recipe, which=1, count=3, steps=2)
 
     assert found["steps"] == 4 and found["prompts"] == 3 and len(found["taught"]) >= 4
     figures = {row["name"]: row for row in found["figure"]}

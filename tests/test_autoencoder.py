@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch.distributions import Normal, kl_divergence
 
-from model.train.autoencoder import NARROW, WIDE, Recipe, loss, measure, spectra
+from model.train.autoencoder import NARROW_WINDOW, WIDE_WINDOW, Recipe, loss, measure_latents, spectra
 from model.vae import VAEConfig
 
 GRAIN = 0.2  # its standard deviation, where pictures are -1 ... 1
@@ -41,7 +41,7 @@ def cost(decoded, images, grainy: bool, texture: float) -> float:
     return loss(Decoded(decoded), images, which, recipe, torch.Generator()).item()
 
 
-@pytest.mark.parametrize("side", [NARROW, WIDE])
+@pytest.mark.parametrize("side", [NARROW_WINDOW, WIDE_WINDOW])
 def test_white_noise_has_its_variance_at_every_frequency(side):
     pictures = GRAIN * torch.randn(8, 3, 128, 128, generator=torch.Generator().manual_seed(0))
     power = spectra(pictures, side).mean(dim=(0, 1, 2, 3))
@@ -103,7 +103,7 @@ def test_channel_scales_are_equalised_halfway():
     pictures = np.zeros((40, 64, 64, 3), np.uint8)
     pictures[:, ::2] = 255
 
-    config = measure(vae, pictures)
+    config = measure_latents(vae, pictures)
 
     assert config.latents_mean == pytest.approx((3, 3), abs=1e-4)
     assert config.latents_std == pytest.approx((5**0.5, 45**0.5), rel=1e-4)

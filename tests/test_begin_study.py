@@ -8,7 +8,7 @@ from PIL import Image
 from test_style_study import SUBJECTS, Painter, Rims, colour, draw
 
 from model.spec import Picture
-from model.train.begin_study import Study, became, distance, mended
+from model.train.begin_study import Study, distance, measure_masked, measure_repainted
 
 
 class Keeps(Painter):
@@ -35,7 +35,7 @@ def study(tmp_path) -> Study:
 
 
 def test_subjects_are_counted_for_each_denoise_share(study):
-    found = became(study)
+    found = measure_repainted(study)
 
     assert found["before"]["was"]["value"] == 1
     for share in ("0.25", "0.375", "0.5"):
@@ -45,7 +45,7 @@ def test_subjects_are_counted_for_each_denoise_share(study):
 
 
 def test_masked_half_is_repainted(study):
-    found = mended(study)
+    found = measure_masked(study)
 
     assert found["before"]["value"] == 1 and found["after"]["value"] < 0.5  # half of it is inverted
     assert found["gone"]["value"] > 0.1

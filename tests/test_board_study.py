@@ -18,7 +18,15 @@ from model.colours import named_colours
 from model.moodboard import Board, Look
 from model.spec import Picture, RenderSpec
 from model.train import board_study as module
-from model.train.board_study import Study, cohesion, creativity, distances, grounds, likeness, members
+from model.train.board_study import (
+    Study,
+    background_colours,
+    cohesion,
+    creativity,
+    mean_distances,
+    mean_likeness,
+    member_accuracy,
+)
 
 
 class Judge(Rims):
@@ -96,9 +104,9 @@ def test_likeness_and_distance_are_means_over_pairs(study):
     one, same, other = study(Painter()).see([RenderSpec("a fox", seed=s) for s in (1, 252, 2)])
     same = same._replace(style=one.style, small=one.small, features=one.features)
     cosine = float(one.style @ other.style)
-    assert likeness([one, same, other]) == pytest.approx((1 + 2 * cosine) / 3)
+    assert mean_likeness([one, same, other]) == pytest.approx((1 + 2 * cosine) / 3)
     apart = float(np.sqrt(np.mean((one.small - other.small) ** 2)))
-    assert distances([one, same, other])[0] == pytest.approx(2 / 3 * apart, rel=1e-5)
+    assert mean_distances([one, same, other])[0] == pytest.approx(2 / 3 * apart, rel=1e-5)
 
 
 def test_members_are_right_if_a_look_holds_its_own():
@@ -109,16 +117,16 @@ def test_members_are_right_if_a_look_holds_its_own():
     def board(*looks: list[int]) -> Board:
         return Board(tuple(Look(tuple(paths[i] for i in look), 0.5, ()) for look in looks), (), (), (), "")
 
-    assert members(truth, board([0, 1, 2], [3, 4, 5])) == 1
-    assert members(truth, board([0, 1, 3], [2, 4, 5])) == pytest.approx(4 / 6)
-    assert members(truth, board([0, 1, 2, 3, 4, 5])) == 0.5
+    assert member_accuracy(truth, board([0, 1, 2], [3, 4, 5])) == 1
+    assert member_accuracy(truth, board([0, 1, 3], [2, 4, 5])) == pytest.approx(4 / 6)
+    assert member_accuracy(truth, board([0, 1, 2, 3, 4, 5])) == 0.5
 
 
 def test_grounds_are_read_from_the_rim(study):
     (seen,) = study(Painter()).see([RenderSpec("a fox", seed=3)])
     for name in ("orange", "night blue", "white"):
         picture = draw(np.array(named_colours()[name][0], float), np.zeros(3))
-        assert grounds([seen._replace(picture=picture)]) == [name]
+        assert background_colours([seen._replace(picture=picture)]) == [name]
 
 
 def test_avoided_word_is_one_phrase():

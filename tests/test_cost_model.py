@@ -31,8 +31,8 @@ def test_parameter_counts_match_the_network(config):
         network, heavy = Krea2(config), OwnModulation(config)
     count = cost_model.parameters(config)
     assert count.total == sum(p.numel() for p in network.parameters())
-    assert count.block * config.blocks == count.inside == sum(p.numel() for p in network.blocks.parameters())
-    assert cost_model.with_own_modulation(config) == sum(p.numel() for p in heavy.parameters())
+    assert count.block * config.blocks == count.in_blocks == sum(p.numel() for p in network.blocks.parameters())
+    assert cost_model.unshared_parameters(config) == sum(p.numel() for p in heavy.parameters())
 
 
 def test_per_block_modulation_depends_on_time():
@@ -99,13 +99,13 @@ def test_kept_activations_match_autograd():
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         network.blocks[0](x, time, network.rope(0, (8, 8)), None)
     measured = sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
-    assert cost_model.kept_by_block(SMALL, 64) == pytest.approx(measured, rel=0.1)
+    assert cost_model.activation_bytes(SMALL, 64) == pytest.approx(measured, rel=0.1)
 
 
 def test_recomputing_saves_memory():
     medium = PRESETS["medium"]
     whole, lean = (cost_model.memory(medium, 4224, 1, 64, recompute=each).activations for each in (False, True))
-    assert whole == medium.blocks * cost_model.kept_by_block(medium, 4224) and lean < whole / 8
+    assert whole == medium.blocks * cost_model.activation_bytes(medium, 4224) and lean < whole / 8
 
 
 def test_lora_parameters_are_counted():
@@ -113,24 +113,22 @@ def test_lora_parameters_are_counted():
     numbers = sum(param.numel() for param in halves.parameters())
     count = cost_model.parameters(SMALL)
     weights, _ = cost_model.adapter_memory(SMALL, 1, 1, 4)
-    assert weights == count.inside + 2 * count.outside + 20 * numbers
+    assert weights == count.in_blocks + 2 * count.outside_blocks + 20 * numbers
 
 
 def test_days_follow_from_the_recipes():
     for cost in cost_model.stages():
         recipe = cost.recipe
         assert recipe.config == PRESETS["medium"]
-        assert (
-            cost.pictures == recipe.steps * recipe.accumulate * recipe.batch and recipe.accumulate == cost_model.CARDS
-        )
+        assert cost.pictures == recipe.steps * recipe.accumulate * recipe.batch and recipe.accumulate == cost_model.GPUS
         assert cost.operations == 3 * cost.pictures * cost_model.forward_operations(
-            recipe.config, cost_model.TEXT, (recipe.size // 16) ** 2
+            recipe.config, cost_model.TEXT_TOKENS, (recipe.size // 16) ** 2
         )
         rate = (
-            cost_model.CARDS
+            cost_model.GPUS
             * cost_model.PEAK
             * cost_model.UTILISATION
-            * (1.0 if recipe.products == "wide" else cost_model.FASTER)
+            * (1.0 if recipe.products == "wide" else cost_model.SPEEDUP_8_BIT)
         )
         assert cost.days * 86400 * rate == pytest.approx(cost.operations)
 

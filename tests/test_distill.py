@@ -53,7 +53,7 @@ def test_trajectory_keeps_every_segments_start():
     times = shifted_sigmas(4, 0.5)
     way = follow(lambda x, t: 0 * x + t[:, None], torch.randn(3, 2), times)
 
-    x, v, start, end = way.at(torch.tensor([0, 1, 3]))
+    x, v, start, end = way.segment(torch.tensor([0, 1, 3]))
     assert start.tolist() == pytest.approx([times[0], times[1], times[3]])
     assert end.tolist() == pytest.approx([times[1], times[2], times[4]])
     torch.testing.assert_close(v, start[:, None].expand(3, 2))

@@ -7,9 +7,9 @@ import torch
 from model.checkpoint import open_checkpoint
 from model.hashes import sha256
 from model.library import BUNDLED
-from model.train.evaluate import frechet, kernel_distance, nearest, retrieval, spread
+from model.train.evaluate import frechet, group_spread, is_recognised, kernel_distance, retrieval
 from model.train.judge import Judge, JudgeConfig
-from model.train.rewards import EVALUATION
+from model.train.rewards import EVALUATION_SEED
 
 RNG = np.random.default_rng(0)
 
@@ -53,7 +53,7 @@ def test_shared_captions_do_not_lower_the_kernel_distance():
 def test_spread_is_the_mean_distance_within_a_group():
     found = np.array([[0.0, 0], [3, 4], [1, 1], [1, 1]])
 
-    assert spread(found, 2).tolist() == [5, 0]
+    assert group_spread(found, 2).tolist() == [5, 0]
 
 
 def test_pictures_are_read_by_their_nearest_name():
@@ -63,16 +63,16 @@ def test_pictures_are_read_by_their_nearest_name():
         names = judge.read(["ant", "bee", "cat"])
     found = names[[1, 1, 2]].numpy()
 
-    assert nearest(judge, found, ["bee", "ant", "cat"], ["ant", "bee", "cat"]).tolist() == [True, False, True]
+    assert is_recognised(judge, found, ["bee", "ant", "cat"], ["ant", "bee", "cat"]).tolist() == [True, False, True]
     pictures = RNG.integers(0, 255, (2, 128, 128, 3), dtype=np.uint8)
     assert len(retrieval(judge, pictures, ["ant", "bee"], ["ant", "bee"])) == 2
 
 
 def test_bundled_judge_is_the_one_in_the_model_card():
     """It only evaluates, and its words are those that it was trained with: a cat is nearest to a cat."""
-    file = BUNDLED / f"judge-{EVALUATION}.safetensors"
+    file = BUNDLED / f"judge-{EVALUATION_SEED}.safetensors"
     assert f"`{sha256(file)[:16]}…`" in (BUNDLED / "README.md").read_text("utf-8")
-    assert open_checkpoint(file).metadata["training"]["seed"] == EVALUATION
+    assert open_checkpoint(file).metadata["training"]["seed"] == EVALUATION_SEED
     with torch.inference_mode():
         cat, *others = Judge.load(file).read(["cat face", "airplane", "castle", "hamburger"])
         own = Judge.load(file).read(["cat"])[0]

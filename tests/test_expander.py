@@ -21,7 +21,7 @@ def drawn(monkeypatch):
         assert all(name in spec.prompt and name in among for name, spec in zip(subjects, pictures, strict=True))
         return np.array(["neon" not in spec.prompt and "stencil" not in spec.prompt for spec in pictures])
 
-    monkeypatch.setattr(expander, "paint", lambda pipeline, asked: asked)
+    monkeypatch.setattr(expander, "render_specs", lambda pipeline, asked: asked)
     monkeypatch.setattr(expander, "retrieval", read)
     return specs
 

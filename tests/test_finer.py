@@ -10,9 +10,9 @@ import torch
 from workshop import enlarge, make_data
 
 from model.train import finer, loop
-from model.train.autoencoder import SHAPE
+from model.train.autoencoder import MINI_CONFIG
 from model.train.data import Catalog
-from model.train.finer import GrowStage, Recipe, grow, halve_resolution, pool, twins
+from model.train.finer import GrowStage, Recipe, grow, halve_resolution, load_pool, picture_pair
 from model.vae import QwenImageVAE
 
 
@@ -32,14 +32,14 @@ def of_medium(catalog: Catalog, medium: str):
 @pytest.mark.parametrize("medium", ["plain", "halftone", "pixel", "neon", "hatching", "watercolour", "riso", "lowkey"])
 def test_twins_show_the_same_picture(catalog, medium):
     item = of_medium(catalog, medium)
-    fine, coarse = twins(catalog, item)
+    fine, coarse = picture_pair(catalog, item)
 
     assert (fine == catalog.picture(item)).all() and coarse.shape == (128, 128, 3)
     assert np.abs(halve_resolution(fine.astype(float)) - coarse).mean() < 6
 
 
 def test_grain_is_equally_strong_and_aligned_in_twins(catalog):
-    fine, coarse = (picture.astype(float) for picture in twins(catalog, of_medium(catalog, "film")))
+    fine, coarse = (picture.astype(float) for picture in picture_pair(catalog, of_medium(catalog, "film")))
     corner = (slice(0, 24), slice(0, 24))  # nothing but ground
     small = halve_resolution(fine)[corner].mean(-1)
 
@@ -59,22 +59,22 @@ def test_looks_keep_their_statistics_at_both_sizes(catalog):
 
 def test_twins_are_cached_per_data_set(catalog, tmp_path, monkeypatch):
     recipe = Recipe(name="fine", teacher="autoencoder", pictures=2, minutes=1, lr=1e-3, muon_lr=1e-3)
-    first = pool(catalog, recipe, tmp_path).fine
-    monkeypatch.setattr(finer, "twins", lambda catalog, item: (np.zeros((256, 256, 3)), np.zeros((128, 128, 3))))
-    assert np.array_equal(pool(catalog, recipe, tmp_path).fine, first)
+    first = load_pool(catalog, recipe, tmp_path).fine
+    monkeypatch.setattr(finer, "picture_pair", lambda catalog, item: (np.zeros((256, 256, 3)), np.zeros((128, 128, 3))))
+    assert np.array_equal(load_pool(catalog, recipe, tmp_path).fine, first)
     monkeypatch.setattr(finer, "fingerprint", lambda catalog: "other")
-    assert not np.array_equal(pool(catalog, recipe, tmp_path).fine, first)
+    assert not np.array_equal(load_pool(catalog, recipe, tmp_path).fine, first)
 
 
 def teacher() -> QwenImageVAE:
     torch.manual_seed(0)
-    return QwenImageVAE(SHAPE).requires_grad_(False)
+    return QwenImageVAE(MINI_CONFIG).requires_grad_(False)
 
 
 @pytest.mark.parametrize("top", [1, 2])
 def test_grown_network_starts_as_its_teacher(top, monkeypatch):
     """What the teacher's inner scales make of a coarse picture's features, the grown one's do too, exactly."""
-    monkeypatch.setattr(finer, "TOP", top)
+    monkeypatch.setattr(finer, "NEW_SCALE_WIDTH", top)
     old = teacher()
     new = grow(old)
     coarse = torch.randn(2, 8, 32, 32)
@@ -99,7 +99,7 @@ def test_both_halves_learn(catalog, tmp_path):
         name="t", steps=12, lr=2e-3, muon_lr=2e-3, weight_decay=0.0, clip=1e6, every=4, batch=2, crop=64, pictures=6,
         warmup_steps=1,
     )  # fmt: skip
-    stage = GrowStage(recipe, catalog, pool(catalog, recipe, tmp_path), teacher())
+    stage = GrowStage(recipe, catalog, load_pool(catalog, recipe, tmp_path), teacher())
     first = stage.batch(0)
     assert first["fine"].shape == (2, 3, 64, 64) and first["coarse"].shape == (2, 3, 32, 32)
     apart = torch.nn.functional.avg_pool2d(first["fine"], 2) - first["coarse"]

@@ -13,12 +13,12 @@ from model.dit import PRESETS, DiTConfig
 from model.errors import K2Error
 from model.train import merge, recipe, states
 from model.train.data import read_subjects
-from model.train.hearing import TRAINED, HearingStage, Recipe, align
+from model.train.hearing import TRAINED_PREFIXES, HearingStage, Recipe, align
 from model.train.pretrain import Recipe as PretrainRecipe
 from model.train.pretrain import TrainedModel
-from model.train.strangers import RELATIONS, StrangeWords, known_words
+from model.train.strangers import RELATIONS, StrangeWords, look_words
 from model.train.thesaurus import Thesaurus
-from model.train.training_set import training_set
+from model.train.training_set import load_training_set
 from model.train.turbo import Recipe as TurboRecipe
 
 TINY = DiTConfig(width=32, heads=2, kv_heads=1, blocks=2, text_width=32, text_taps=2, text_heads=2)
@@ -41,7 +41,7 @@ def test_captions_keep_their_words_among_strange_ones(wilderness):
 
 
 def test_strange_words_name_neither_looks_nor_subjects(wilderness):
-    looks = known_words()
+    looks = look_words()
     names = {word for subject in read_subjects() for word in subject.name.split() if len(word) > 2}
 
     assert {"watercolour", "halftone", "stencil", "teal"} <= looks
@@ -95,7 +95,7 @@ def test_only_text_input_layers_learn_and_turbo_merges_the_change(workshop):  # 
 
     before, heard, student, both = (averages(name) for name in ("base", "heard", "student", "both"))
     moved = {name for name in heard if not torch.equal(heard[name], before[name])}
-    assert moved and all(name.startswith(TRAINED) for name in moved)
+    assert moved and all(name.startswith(TRAINED_PREFIXES) for name in moved)
     for name, tensor in both.items():
         torch.testing.assert_close(tensor, student[name] + heard[name] - before[name], msg=name)
 
@@ -115,7 +115,7 @@ def test_refuses_keys_without_meaning_for_the_stage():
 
 
 def averages(name):
-    return states.averages(Path(".runs") / name / "state.safetensors")
+    return states.averaged_weights(Path(".runs") / name / "state.safetensors")
 
 
 def test_pretraining_can_wrap_captions_too(workshop):  # noqa: F811
@@ -123,7 +123,7 @@ def test_pretraining_can_wrap_captions_too(workshop):  # noqa: F811
 
     def words(strangers):
         wrapped = PretrainRecipe(**settings, repeats=1, strangers=strangers)
-        return np.mean([len(each.split()) for each in training_set(wrapped, "cpu").batch(wrapped, 0)["captions"]])
+        return np.mean([len(each.split()) for each in load_training_set(wrapped, "cpu").batch(wrapped, 0)["captions"]])
 
     assert words(1.0) > words(0.0) + 3
 
@@ -175,7 +175,7 @@ def test_rows_of_other_words_align_with_the_plain_ones():
 def test_most_captions_pass_only_the_text_input_layers(workshop):  # noqa: F811
     settings = {"name": "tiny", "size": 64, "steps": 4, "batch": 2, "lr": 1e-3, "muon_lr": 1e-3, "mu": 0.0}
     hears = Recipe(**settings, network=NETWORK, swapped=40, whole=4, pool=8)
-    data = training_set(hears, "cpu")
+    data = load_training_set(hears, "cpu")
     hearing = HearingStage(hears, data, TrainedModel(hears.config, len(data.looks)), len(data.looks))
 
     whole, other = hearing.batch(0), hearing.batch(1)
@@ -201,7 +201,7 @@ def test_plain_captions_pass_the_text_input_layers_too(workshop):  # noqa: F811
 
     def off(**more):
         hears = Recipe(**settings, network=NETWORK, swapped=40, **more)
-        data = training_set(hears, "cpu")
+        data = load_training_set(hears, "cpu")
         hearing = HearingStage(hears, data, TrainedModel(hears.config, len(data.looks)), len(data.looks))
         batch = hearing.batch(1)
         with torch.no_grad():
@@ -216,7 +216,7 @@ def test_caption_features_do_not_depend_on_the_batch(workshop):  # noqa: F811
     """A resumed run starts with an empty cache, so other captions are encoded together."""
     shared = {"name": "tiny", "size": 64, "steps": 4, "batch": 16, "lr": 1e-3, "muon_lr": 1e-3, "mu": 0.0}
     wrapped = PretrainRecipe(**shared, repeats=1, strangers=0.9)
-    data = training_set(wrapped, "cpu")
+    data = load_training_set(wrapped, "cpu")
     captions = sorted({caption for step in range(2) for caption in data.batch(wrapped, step)["captions"]})
     together = data.embed(captions)[0]
     for start in range(0, len(captions), 7):

@@ -10,7 +10,7 @@ from model.spec import Picture
 from model.train import hearing_study
 from model.train.hearing_study import Study
 from model.train.looks import DRAWINGS, MEDIA
-from model.train.strangers import Wording
+from model.train.strangers import CaptionWording
 
 
 class Listener(Painter):
@@ -21,7 +21,7 @@ class Listener(Painter):
         self.names = {name: name for name in Drawings().subjects}
         self.phrases = {phrase: key for key, each in (DRAWINGS | MEDIA).items() for phrase in each}
         if wide:
-            thesaurus = Wording(Drawings().subjects).thesaurus
+            thesaurus = CaptionWording(Drawings().subjects).thesaurus
             self.names |= {other: name for name in self.names for other in thesaurus.subjects[name]}
             self.phrases |= {
                 other: self.phrases[phrase] for phrase, others in thesaurus.looks.items() for other in others
@@ -59,7 +59,7 @@ class Shown(Drawings):
 def study():
     def made(wide: bool) -> Study:
         catalog = Shown()
-        return Study(Listener(wide), Rims(), catalog, Wording(catalog.subjects), None, 60)  # type: ignore[arg-type]
+        return Study(Listener(wide), Rims(), catalog, CaptionWording(catalog.subjects), None, 60)  # type: ignore[arg-type]
 
     return made
 

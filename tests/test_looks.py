@@ -7,7 +7,7 @@ from workshop import make_data
 from model.errors import K2Error
 from model.train import data
 from model.train.data import Catalog, Item, Pair, Subject, article, read_subjects, stable_seed
-from model.train.looks import DRAWINGS, MEDIA, PALETTES, Look, compose, looks, resize
+from model.train.looks import DRAWINGS, MEDIA, PALETTES, Look, compose, resize, split_looks
 
 
 @pytest.fixture
@@ -26,7 +26,7 @@ def catalog(render):
     made.pairs = [Pair("ball", drawing) for drawing in DRAWINGS]
     made.size = 128
     made.renders = np.stack([render] * len(made.pairs))
-    made.looks = {drawing: looks(drawing) for drawing in DRAWINGS}
+    made.looks = {drawing: split_looks(drawing) for drawing in DRAWINGS}
     return made
 
 
@@ -62,8 +62,8 @@ def test_grainy_film_has_more_fine_detail_than_plain(render):
 
 
 def test_held_out_looks_share_no_medium_with_training_but_every_medium_is_trained():
-    trained = {(look.drawing, look.medium) for d in DRAWINGS for look in looks(d)[0]}
-    held = {(look.drawing, look.medium) for d in DRAWINGS for look in looks(d)[1]}
+    trained = {(look.drawing, look.medium) for d in DRAWINGS for look in split_looks(d)[0]}
+    held = {(look.drawing, look.medium) for d in DRAWINGS for look in split_looks(d)[1]}
 
     assert not trained & held
     assert len(held) == 3 * len(DRAWINGS)

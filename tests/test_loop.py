@@ -468,7 +468,7 @@ def test_run_killed_before_its_first_save_ends_the_same(tmp_path, monkeypatch):
     train(run(recipe, tmp_path / "straight"), lambda line: None)
     with pytest.raises(KeyboardInterrupt):
         train(run(recipe, tmp_path / "killed", die_at=5), lambda line: None)
-    assert [states.step_of(path) for path in states.snapshots(tmp_path / "killed")] == [2, 4]
+    assert [states.snapshot_step(path) for path in states.snapshots(tmp_path / "killed")] == [2, 4]
 
     train(run(recipe, tmp_path / "killed"), lambda line: None)
 
@@ -485,7 +485,7 @@ def test_run_killed_before_its_first_step_follows_the_current_recipe(tmp_path):
         train(run(recipe, tmp_path / "killed", die_at=0), lambda line: None)
 
     again = run(other, tmp_path / "killed")
-    assert not again.changed
+    assert not again.recipe_changes
     train(again, lambda line: None)
 
     assert same(*(load_file(tmp_path / name / "state.safetensors") for name in ("straight", "killed")))
@@ -496,7 +496,7 @@ def test_unsaved_snapshots_are_dropped(tmp_path, monkeypatch):
     monkeypatch.setattr(loop, "SAVE_EVERY", 1e9)
     with pytest.raises(KeyboardInterrupt):
         train(run(recipe, tmp_path / "a", die_at=5), lambda line: None)
-    assert [states.step_of(path) for path in states.snapshots(tmp_path / "a")] == [2, 4]
+    assert [states.snapshot_step(path) for path in states.snapshots(tmp_path / "a")] == [2, 4]
     begun = run(recipe, tmp_path / "a")
     begun.step = 2
     begun.save()
@@ -504,7 +504,7 @@ def test_unsaved_snapshots_are_dropped(tmp_path, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         train(run(recipe, tmp_path / "a", die_at=2), lambda line: None)
 
-    assert [states.step_of(path) for path in states.snapshots(tmp_path / "a")] == [2]
+    assert [states.snapshot_step(path) for path in states.snapshots(tmp_path / "a")] == [2]
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="needs /proc")
@@ -586,11 +586,11 @@ def test_commit_is_that_of_the_codes_repository(tmp_path, monkeypatch):
     for command in (["init", "-q"], [*author, "commit", "-q", "--allow-empty", "-m", "theirs"]):
         subprocess.run(["git", *command], cwd=tmp_path, check=True)
     monkeypatch.setattr(states, "__file__", str(installed))
-    assert states.commit() == ""
+    assert states.code_commit() == ""
 
     for command in (["add", "-f", str(installed)], [*author, "commit", "-q", "-m", "ours"]):
         subprocess.run(["git", *command], cwd=tmp_path, check=True)
-    assert len(states.commit()) == 40
+    assert len(states.code_commit()) == 40
 
 
 @pytest.mark.parametrize(
@@ -621,12 +621,12 @@ def test_missing_or_misfitting_parent_is_refused(tmp_path):
         run(Recipe(**{**RECIPE.__dict__, "init": "none"}), tmp_path / "a")
     model = nn.Linear(2, 2)
     with pytest.raises(K2Error, match="share no names"):
-        states.start(model, {"other": torch.zeros(2)})
+        states.init_from(model, {"other": torch.zeros(2)})
     parted = nn.ModuleList([nn.Linear(1, 1) for _ in range(11)])
     before = {name: value.clone() for name, value in parted.state_dict().items()}
-    states.start(parted, {name: value + 1 for name, value in before.items()}, ("1",))
+    states.init_from(parted, {name: value + 1 for name, value in before.items()}, ("1",))
     assert torch.equal(parted[1].weight, before["1.weight"]) and not torch.equal(parted[10].weight, before["10.weight"])
     with pytest.raises(K2Error, match='fresh names no module "in"'):
         run(Recipe(**{**RECIPE.__dict__, "fresh": ("in",)}), tmp_path / "a")
     with pytest.raises(K2Error, match="weight is"):
-        states.start(model, {"weight": torch.zeros(3, 3)})
+        states.init_from(model, {"weight": torch.zeros(3, 3)})

@@ -13,12 +13,12 @@ from model.errors import K2Error
 from model.train import merge, midtrain, pretrain, states
 from model.train.data import Item, Pair
 from model.train.looks import Look
-from model.train.merge import choose, combine, simplex
-from model.train.midtrain import balanced, kmeans
-from model.train.rollout import noise_levels
-from model.train.sft import Recipe, best_of_each, domain_items
-from model.train.training_set import training_set
-from model.train.validation import hold_out, is_validation, only, validation_loss
+from model.train.merge import best_weights, combine, simplex_grid
+from model.train.midtrain import balanced_odds, kmeans
+from model.train.rollout import draw_sigmas
+from model.train.sft import Recipe, best_of_each, domain_mask
+from model.train.training_set import load_training_set
+from model.train.validation import hold_out, is_validation, restrict, validation_loss
 
 WAVES = 3
 gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
@@ -65,7 +65,7 @@ def domains():
 
 def test_merging_domain_runs_by_validation_beats_each_of_them(domains):
     _, children = domains
-    weights, value, scores = choose(children, lambda state: error(state, seed=10, count=300), 4)
+    weights, value, scores = best_weights(children, lambda state: error(state, seed=10, count=300), 4)
     merged = error(combine(children, weights), seed=11)
     alone = [error(state, seed=11) for state in children]
 
@@ -77,7 +77,7 @@ def test_merging_domain_runs_by_validation_beats_each_of_them(domains):
 def test_parent_that_spoils_every_merge_gets_no_weight(domains):
     base, children = domains
     spoilt = {name: 10 * torch.randn(value.shape) for name, value in base.items()}
-    weights, _, _ = choose([children[0], spoilt], lambda state: error(state, seed=10, count=300), 4)
+    weights, _, _ = best_weights([children[0], spoilt], lambda state: error(state, seed=10, count=300), 4)
     assert weights == (1.0, 0.0)
 
 
@@ -139,7 +139,9 @@ def test_refuses_invalid_merge_recipes(keys, message):
 def test_refuses_to_merge_runs_without_a_transformer(tmp_path, monkeypatch, how):
     monkeypatch.chdir(tmp_path)
     lora = {"name": "night", "stage": "lora", "pictures": "night", "steps": 4}
-    states.write(states.RUNS / "night", {"ema.w": torch.zeros(2)}, {"step": 4, "seconds": 1.0, "recipe": lora}, {})
+    states.write_state(
+        states.RUNS / "night", {"ema.w": torch.zeros(2)}, {"step": 4, "seconds": 1.0, "recipe": lora}, {}
+    )
 
     with pytest.raises(K2Error, match='"night" has no transformer: its stage is "lora"'):
         merge.main(merge.Recipe(name="merged", **how), "cpu", lambda line: None)
@@ -147,7 +149,7 @@ def test_refuses_to_merge_runs_without_a_transformer(tmp_path, monkeypatch, how)
 
 @pytest.mark.parametrize(("count", "divisions"), [(2, 4), (3, 4), (3, 3), (4, 2)])
 def test_weights_tried_include_every_parent_and_the_mean(count, divisions):
-    grid = simplex(count, divisions)
+    grid = simplex_grid(count, divisions)
     assert all(sum(weights) == pytest.approx(1) for weights in grid) and len(set(grid)) == len(grid)
     for index in range(count):
         assert tuple(float(index == k) for k in range(count)) in grid
@@ -158,7 +160,7 @@ def test_weights_tried_include_every_parent_and_the_mean(count, divisions):
 def test_features_for_clustering_are_in_main_memory(workshop, device):  # noqa: F811
     keys = {"name": "middle", "size": 64, "steps": 1, "batch": 2, "repeats": 1, "mu": 0.0, "lr": 1e-3, "muon_lr": 1e-3}
     small = midtrain.Recipe(**keys, init="box", network=NETWORK)
-    data = training_set(small, device)
+    data = load_training_set(small, device)
 
     found = midtrain.features(data, pretrain.build_model(small, len(data.looks)).to(device))
 
@@ -168,17 +170,17 @@ def test_features_for_clustering_are_in_main_memory(workshop, device):  # noqa: 
 
 def test_domain_must_leave_pictures_of_every_shape():
     """Otherwise the first step with a shape that has none would end the run, however late it comes."""
-    data = SimpleNamespace(weights=np.full(4, 0.25), shaped=[SimpleNamespace(indices=np.array([2, 3]))])
+    data = SimpleNamespace(weights=np.full(4, 0.25), shape_subsets=[SimpleNamespace(indices=np.array([2, 3]))])
     with pytest.raises(K2Error, match="one of its shapes"):
-        only(data, np.array([True, True, False, False]))
+        restrict(data, np.array([True, True, False, False]))
 
-    only(data, np.array([True, False, True, False]))
+    restrict(data, np.array([True, False, True, False]))
     assert data.weights.tolist() == [0.5, 0, 0.5, 0]
 
 
 def test_validation_pictures_are_not_trained_on():
     items = [Item(row, Pair(f"thing {row}", "noto"), Look("noto", "plain", "white", "cream")) for row in range(200)]
-    data = SimpleNamespace(items=items, weights=np.full(200, 1 / 200), shaped=[])
+    data = SimpleNamespace(items=items, weights=np.full(200, 1 / 200), shape_subsets=[])
     hold_out(data)
 
     assert 0 < sum(map(is_validation, items)) < 20
@@ -217,14 +219,14 @@ def test_balanced_odds_draw_clusters_equally_and_keep_ratios_inside():
     weights[-1] = 0.0
     weights /= weights.sum()
 
-    drawn = rng.choice(1000, 6000, p=balanced(weights, clusters, 1.0))
+    drawn = rng.choice(1000, 6000, p=balanced_odds(weights, clusters, 1.0))
     shares = np.bincount(clusters[drawn]) / 6000
     assert np.abs(shares - 1 / 3).max() < 4 * (2 / 9 / 6000) ** 0.5
-    odds = balanced(weights, clusters, 1.0)
+    odds = balanced_odds(weights, clusters, 1.0)
     np.testing.assert_allclose(odds[:900] / odds[0], weights[:900] / weights[0])
     assert odds[-1] == 0
-    np.testing.assert_allclose(balanced(weights, clusters, 0.0), weights)
-    half = np.bincount(clusters, balanced(weights, clusters, 0.5))
+    np.testing.assert_allclose(balanced_odds(weights, clusters, 0.0), weights)
+    half = np.bincount(clusters, balanced_odds(weights, clusters, 0.5))
     before = np.bincount(clusters, weights)
     np.testing.assert_allclose(half, before**0.5 / (before**0.5).sum())
 
@@ -245,11 +247,11 @@ RECIPE = Recipe(name="d", steps=1, size=64, batch=1, repeats=1, lr=0.1, muon_lr=
 
 
 def test_domain_is_what_its_recipe_selects():
-    film = domain_items(ITEMS, replace(RECIPE, media=("film",)))
+    film = domain_mask(ITEMS, replace(RECIPE, media=("film",)))
     assert [item.look.medium == "film" for item in ITEMS] == film.tolist()
-    both = domain_items(ITEMS, replace(RECIPE, media=("plain",), drawings=("noto",), on=("white", "flat")))
+    both = domain_mask(ITEMS, replace(RECIPE, media=("plain",), drawings=("noto",), on=("white", "flat")))
     assert [i.look.medium == "plain" and i.pair.drawing == "noto" for i in ITEMS] == both.tolist()
-    assert domain_items(ITEMS, RECIPE).all()
+    assert domain_mask(ITEMS, RECIPE).all()
 
 
 @pytest.mark.parametrize("domain", [{"media": ("film", "flim")}, {"drawings": ("nothing",)}])
@@ -266,10 +268,10 @@ def test_best_pictures_of_each_subject_stay():
 
 
 def test_noise_levels_are_stratified_around_their_shift():
-    levels = noise_levels(4000, 0.7, torch.Generator().manual_seed(0))
+    levels = draw_sigmas(4000, 0.7, torch.Generator().manual_seed(0))
     logits = torch.logit(levels)
     assert logits.mean().item() == pytest.approx(0.7, abs=0.01) and logits.std().item() == pytest.approx(1, abs=0.02)
-    drawn = torch.logit(noise_levels(8, 0.0, torch.Generator().manual_seed(0)))
+    drawn = torch.logit(draw_sigmas(8, 0.0, torch.Generator().manual_seed(0)))
     few = drawn.sort().values
     edges = torch.special.ndtri(torch.arange(9) / 8)
     assert ((few >= edges[:-1]) & (few <= edges[1:])).all()

@@ -76,14 +76,14 @@ def test_one_process_resumes_where_two_stopped(by_two, kind, tmp_path):
     folder = by_two / kind
     for saved in (*folder.glob("state-*"), *folder.glob("state.safetensors")):
         (shutil.copytree if saved.is_dir() else shutil.copy)(saved, tmp_path / saved.name)
-    assert bool(parallel.saved(tmp_path)) == (kind == "sharded")
+    assert bool(parallel.sharded_states(tmp_path)) == (kind == "sharded")
 
     alone = together.run(kind, tmp_path)
 
-    assert alone.step == STEPS // 2 and not alone.changed
+    assert alone.step == STEPS // 2 and not alone.recipe_changes
     assert together.losses(alone, STEPS) == pytest.approx(found(folder)["losses"][STEPS // 2 :], abs=1e-5)
     alone.save(last=True)
-    assert not parallel.saved(tmp_path)
+    assert not parallel.sharded_states(tmp_path)
     state = load_file(tmp_path / "state.safetensors")
     assert all(torch.isfinite(tensor).all() for tensor in state.values())
     assert together.run(kind, tmp_path).step == STEPS
@@ -91,7 +91,7 @@ def test_one_process_resumes_where_two_stopped(by_two, kind, tmp_path):
 
 def test_incomplete_state_is_left_alone(tmp_path):
     (tmp_path / "state-00000010").mkdir()
-    assert parallel.saved(tmp_path) == [] and states.newest_state(tmp_path) is None
+    assert parallel.sharded_states(tmp_path) == [] and states.newest_state(tmp_path) is None
 
 
 def test_parts_are_distributed_evenly():
@@ -104,4 +104,4 @@ def test_parts_are_distributed_evenly():
 
 def test_without_torchrun_no_group_is_joined(monkeypatch):
     monkeypatch.delenv("WORLD_SIZE", raising=False)
-    assert parallel.join("cpu") == "cpu" and parallel.world() == World()
+    assert parallel.join_group("cpu") == "cpu" and parallel.world() == World()

@@ -13,11 +13,11 @@ from workshop import workshop  # noqa: F401
 from model.dit import PRESETS, DiTConfig
 from model.errors import K2Error
 from model.train import loop, optim, pretrain
-from model.train.alignment import CLEANER, Teacher
+from model.train.alignment import MAX_SIGMA_GAP, Teacher
 from model.train.data import Item, Pair
 from model.train.looks import Look
 from model.train.pretrain import PretrainStage, Recipe
-from model.train.training_set import pad, training_set
+from model.train.training_set import load_training_set, pad_features
 
 TINY = DiTConfig(width=32, heads=2, kv_heads=1, blocks=2, text_width=32, text_taps=2, text_heads=2)
 
@@ -158,7 +158,7 @@ def test_muon_lets_weights_decay():
 def test_muon_trains_block_and_text_matrices_adamw_the_rest(recipe):
     stage = PretrainStage(replace(recipe, lr=1e-3, muon_lr=2e-3, weight_decay=0.1), looks=3)
     names = {param: name for name, param in stage.model.named_parameters()}
-    optimisers = optim.optimisers_of(stage.model, stage.recipe, stage.muon, stage.rate)
+    optimisers = optim.make_optimisers(stage.model, stage.recipe, stage.muon, stage.rate)
     found = {
         names[param]: (which, group["lr"], group["peak"], group["weight_decay"])
         for which, optimiser in optimisers.items()
@@ -193,15 +193,15 @@ def test_recipe_can_ask_for_8_bit_products(recipe):
 
 
 def test_captions_of_several_lengths_are_padded_and_masked():
-    padded, mask = pad([torch.ones(3, 2, 4), torch.ones(5, 2, 4)], 8)
+    padded, mask = pad_features([torch.ones(3, 2, 4), torch.ones(5, 2, 4)], 8)
     assert padded.shape == (2, 8, 2, 4) and padded.sum((2, 3)).tolist() == [[8.0] * n + [0.0] * (8 - n) for n in (3, 5)]
     assert mask.sum(1).tolist() == [3, 5] and mask[:, :3].all()
 
 
 def test_two_threads_share_one_training_set(recipe, workshop):  # noqa: F811
     """They encode one after the other, each caption once, and forget no more than is to be forgotten."""
-    data, encoded, busy = training_set(recipe, "cpu"), Counter(), threading.Lock()
-    data.kept, encode = 8, data.text.encode
+    data, encoded, busy = load_training_set(recipe, "cpu"), Counter(), threading.Lock()
+    data.max_cached, encode = 8, data.text.encode
 
     def watched(captions, **options):
         assert busy.acquire(blocking=False), "two threads at once"
@@ -251,7 +251,7 @@ def test_pupil_learns_to_predict_its_teacher(recipe):
 def test_teacher_is_the_average_of_the_trained_weights(recipe):
     run = begin(replace(recipe, align=0.5))
     run.advance(aligned(0))
-    teacher = run.stage.taught(aligned(1))
+    teacher = run.stage.current_teacher(aligned(1))
 
     assert len(teacher.dit.blocks) == 1  # of two: cut after two thirds of them
     for name, param in teacher.dit.named_parameters():
@@ -260,14 +260,14 @@ def test_teacher_is_the_average_of_the_trained_weights(recipe):
 
 def test_teacher_sees_less_noise(recipe):
     class Watched:
-        def capture(self, tokens, sigma, *_):
+        def features(self, tokens, sigma, *_):
             self.sigma = sigma
             return torch.randn(8, 4, TINY.width)
 
     model, teacher = begin(replace(recipe, align=0.5)).model, Watched()
     less = model.losses(make_batch(0, references=False), recipe, teacher).sigma - teacher.sigma
 
-    assert ((less >= 0) & (less <= CLEANER)).all() and less.max() > 0.05
+    assert ((less >= 0) & (less <= MAX_SIGMA_GAP)).all() and less.max() > 0.05
 
 
 def test_teacher_is_updated_once_per_step(recipe, monkeypatch):

@@ -12,7 +12,14 @@ from test_lora import TINY
 from torch import Tensor, nn
 
 from model.errors import K2Error
-from model.train.products import NAMES, EightBitProduct, Products, TrainedLinear, convert, parse
+from model.train.products import (
+    PRODUCT_NAMES,
+    EightBitLinear,
+    EightBitProduct,
+    Products,
+    parse_products,
+    use_8_bit_products,
+)
 
 HERE = ["int8-tensorwise", "int8-rowwise", "fp8-emulated-tensorwise", "fp8-emulated-rowwise"]
 MOST = {"int8": 0.015, "fp8": 0.04}  # relative error of a product of normal numbers: answer and gradients
@@ -20,7 +27,7 @@ MOST_GRADIENT = {"int8": 0.015, "fp8": 0.07}  # e5m2 has two bits of fraction
 
 
 def products(name: str) -> Products:
-    found = parse(name)
+    found = parse_products(name)
     assert found is not None
     return found
 
@@ -65,7 +72,7 @@ def test_zeros_stay_zeros(name):
 @pytest.mark.parametrize("name", HERE)
 def test_transposed_rounding_equals_rounding_the_transpose(name):
     matrix, how = torch.randn(48, 32) * torch.logspace(-2, 2, 32), products(name)
-    turned, plain = how.across(how.round(matrix), matrix), how.round(matrix.t())
+    turned, plain = how.quantise_transposed(how.quantise(matrix), matrix), how.quantise(matrix.t())
     assert torch.equal(turned.numbers.float(), plain.numbers.float()) and torch.equal(turned.scale, plain.scale)
     assert turned.numbers.is_contiguous()
 
@@ -90,7 +97,7 @@ def test_whole_network(name):
     """Only the blocks' matrices change; the velocity and every gradient stay near the wide ones."""
     wide, small = (random_model(TINY).requires_grad_(True) for _ in range(2))
     state = {key: value.data_ptr() for key, value in small.state_dict().items()}
-    changed = convert(small.blocks, products(name))
+    changed = use_8_bit_products(small.blocks, products(name))
     assert len(changed) == 8 * TINY.blocks
     assert {key: value.data_ptr() for key, value in small.state_dict().items()} == state
 
@@ -105,8 +112,8 @@ def test_whole_network(name):
 
 def test_autocast_dtype_matches_a_linear_layer():
     layer = nn.Sequential(nn.Linear(32, 48))
-    convert(layer, products("int8-rowwise"))
-    assert isinstance(layer[0], TrainedLinear)
+    use_8_bit_products(layer, products("int8-rowwise"))
+    assert isinstance(layer[0], EightBitLinear)
     with torch.autocast("cpu", torch.bfloat16):
         answer = layer(torch.randn(2, 20, 32))
         assert layer(torch.randn(3, 32)).shape == (3, 48)  # too few to round
@@ -125,7 +132,7 @@ def test_any_number_of_tokens_works(name):
         return how.multiply(a, b)
 
     layer = nn.Sequential(nn.Linear(32, 48))
-    convert(layer, replace(how, multiply=strict))
+    use_8_bit_products(layer, replace(how, multiply=strict))
     x = torch.randn(3, 17, 32, requires_grad=True)
     answer = layer(x)
     answer.square().sum().backward()
@@ -136,8 +143,10 @@ def test_any_number_of_tokens_works(name):
 
 
 def test_unsupported_sizes_are_left_alone():
-    assert convert(nn.Sequential(nn.Linear(20, 32), nn.Linear(32, 20), nn.Linear(32, 64)), products(HERE[0])) == ["2"]
-    assert convert(nn.Sequential(nn.Linear(32, 64)), None) == []
+    assert use_8_bit_products(
+        nn.Sequential(nn.Linear(20, 32), nn.Linear(32, 20), nn.Linear(32, 64)), products(HERE[0])
+    ) == ["2"]
+    assert use_8_bit_products(nn.Sequential(nn.Linear(32, 64)), None) == []
 
 
 def descend(name: str, steps: int = 60) -> float:
@@ -145,7 +154,7 @@ def descend(name: str, steps: int = 60) -> float:
     torch.manual_seed(0)
     teacher = nn.Sequential(nn.Linear(32, 64), nn.Tanh(), nn.Linear(64, 32))
     student = nn.Sequential(nn.Linear(32, 64), nn.Tanh(), nn.Linear(64, 32))
-    convert(student, parse(name))
+    use_8_bit_products(student, parse_products(name))
     optimiser = torch.optim.AdamW(student.parameters(), 1e-2)
     for _ in range(steps):
         x = torch.randn(128, 32)
@@ -162,11 +171,11 @@ def test_trains_as_well_as_wide_products():
 
 
 def test_recipe_values():
-    assert parse("wide") is None and set(HERE) < set(NAMES)
+    assert parse_products("wide") is None and set(HERE) < set(PRODUCT_NAMES)
     with pytest.raises(K2Error, match="int4"):
-        parse("int4-rowwise")
+        parse_products("int4-rowwise")
     with pytest.raises(K2Error, match="fp8"):
-        parse("fp8-rowwise", "cpu")
+        parse_products("fp8-rowwise", "cpu")
 
 
 @pytest.mark.gpu
@@ -174,7 +183,7 @@ def test_recipe_values():
 @pytest.mark.parametrize("name", ["int8-tensorwise", "int8-rowwise", "fp8-tensorwise", "fp8-rowwise"])
 def test_on_a_gpu(name):
     x, weight, gradient = (torch.randn(n, 128, device="cuda", dtype=torch.bfloat16) for n in (256, 128, 256))
-    how = parse(name, "cuda")
+    how = parse_products(name, "cuda")
     a, b = x.clone().requires_grad_(), weight.float().requires_grad_()
     answer = EightBitProduct.apply(a, b, how)
     answer.backward(gradient)

@@ -59,7 +59,7 @@ def test_queue_trains_from_renders_to_weights(tmp_path, monkeypatch):
     monkeypatch.setattr(queue, "RELEASED", ("two", "three"))
     monkeypatch.setattr(samples, "PROMPTS", ["a dog"] * 8)
     monkeypatch.setattr(encode, "ProcessPoolExecutor", InThisProcess)
-    encode.catalog_of_process.cache_clear()
+    encode.cached_catalog.cache_clear()
 
     queue.main(0.02, tmp_path / "out", "cpu")
 

@@ -12,9 +12,9 @@ from workshop import make_data
 
 from model.errors import K2Error
 from model.train import grpo, stpo
-from model.train.judge import SIZE, Critic, Judge, JudgeConfig, JudgeStage, Recipe, broken, may_train_judge
+from model.train.judge import SIZE, Critic, Judge, JudgeConfig, JudgeStage, Recipe, damage, may_train_judge
 from model.train.looks import Look
-from model.train.rewards import Rewards, chosen_by, top_octave
+from model.train.rewards import Rewards, choice_key, top_octave
 from model.train.rollout import RolloutPrompt
 
 GRAINY, SMOOTH = Look("noto", "film"), Look("noto", "plain")
@@ -89,7 +89,7 @@ def test_rewards_are_between_0_and_1_and_depend_on_the_prompt(rewards):
 def test_pictures_that_show_what_was_asked_earn_more(rewards, monkeypatch):
     """The subject as named, the style as in the look's real pictures, and artefacts as the critic sees them."""
     both = torch.cat((pictures(8, 0.2), pictures(8, 0.0, 1)))
-    monkeypatch.setattr(rewards, "names", rewards.views(both[[0, 8]])[0])
+    monkeypatch.setattr(rewards, "name_embeddings", rewards.embed(both[[0, 8]])[0])
 
     def found(look):
         return rewards.chosen(both, [RolloutPrompt("", "fox", look)] * 16, ["subject", "style", "artefact"])
@@ -133,7 +133,7 @@ def test_a_choice_names_all_that_it_depends_on(rewards, stage, tmp_path):
         sets.append(SimpleNamespace(catalog=SimpleNamespace(folder=folder), text=SimpleNamespace(tower=tower)))
 
     def found(dit=dits[0], rewards=rewards, data=sets[0], **changes):
-        return chosen_by(replace(recipe, **changes), stage.REWARD_KEYS, dit, rewards, data)
+        return choice_key(replace(recipe, **changes), stage.CHOICE_KEYS, dit, rewards, data)
 
     changes = {"white": 2.0, "grounds": 1.0, "later": 1.0, "preset": "big", "network": {"blocks": 1}}
     changes |= {"gates": {"subject": "style"}} if stage is grpo else {}
@@ -145,13 +145,13 @@ def test_a_choice_names_all_that_it_depends_on(rewards, stage, tmp_path):
 
 def test_every_picture_is_broken_and_keeps_its_grain():
     whole = pictures(60, 0.1, 7)
-    wrong = broken(whole, np.random.default_rng(0))
+    wrong = damage(whole, np.random.default_rng(0))
 
     assert wrong.isfinite().all() and wrong.abs().max() <= 1
     assert ((wrong - whole).abs().flatten(1).mean(1) > 0.005).all()
     assert (top_octave(wrong) > 0.6 * top_octave(whole)).all()
-    assert torch.equal(wrong, broken(whole, np.random.default_rng(0)))
-    assert not torch.equal(wrong, broken(whole, np.random.default_rng(1)))
+    assert torch.equal(wrong, damage(whole, np.random.default_rng(0)))
+    assert not torch.equal(wrong, damage(whole, np.random.default_rng(1)))
 
 
 @pytest.fixture
@@ -164,7 +164,7 @@ def judging(tmp_path):
 def test_value_ranges_do_not_tell_whole_from_broken(judging):
     """White stays white when it is doubled, melted, patched or torn, whatever it was tinted with."""
     stage = judging(3)
-    stage.seen = dict.fromkeys(range(len(stage.items)), np.full((SIZE, SIZE, 3), 255, np.uint8))
+    stage.composed = dict.fromkeys(range(len(stage.items)), np.full((SIZE, SIZE, 3), 255, np.uint8))
     for step in range(4):
         batch = stage.batch(step)
         alike = (batch["x"] - batch["broken"]).abs().amax((1, 2, 3)) < 1e-5

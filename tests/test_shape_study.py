@@ -10,7 +10,7 @@ from test_style_study import Drawings, Painter, Rims, colour, draw
 from model.spec import Picture
 from model.train import shape_study
 from model.train.data import article
-from model.train.shape_study import Study, cropped, squared
+from model.train.shape_study import Study, crop_to_square, pad_to_square
 
 
 class Square(Painter):
@@ -32,8 +32,8 @@ def test_recognition_is_counted_per_size(tmp_path, monkeypatch):
     found = shape_study.shapes(study)
 
     assert found["64x64"]["value"] == 1 and found["96x64"]["value"] == 0
-    monkeypatch.setattr(shape_study, "SHOWN", 2)
-    assert (tmp_path / shape_study.sheet_of(study)["file"]).is_file()
+    monkeypatch.setattr(shape_study, "MAX_SHOWN", 2)
+    assert (tmp_path / shape_study.shapes_sheet(study)["file"]).is_file()
 
 
 class Framed(Drawings):
@@ -70,7 +70,7 @@ def test_real_pictures_have_zero_distance(tmp_path, monkeypatch):
 def test_square_holds_the_picture_centred(shape):
     picture = np.arange(np.prod(shape) * 3, dtype=np.uint8).reshape(*shape, 3)
 
-    square = squared(picture)
+    square = pad_to_square(picture)
 
     side = max(shape)
     top, left = ((side - each) // 2 for each in shape)
@@ -78,4 +78,4 @@ def test_square_holds_the_picture_centred(shape):
     assert (square[top : top + shape[0], left : left + shape[1]] == picture).all()
     assert (square[0, left] == picture[0, 0]).all() and (square[-1, -1] == picture[-1, -1]).all()
     least = min(shape)
-    assert cropped(picture).shape == (least, least, 3) and cropped(picture)[0, 0, 0] in picture[..., 0]
+    assert crop_to_square(picture).shape == (least, least, 3) and crop_to_square(picture)[0, 0, 0] in picture[..., 0]

@@ -14,9 +14,9 @@ from model.text_encoder import TextEncoder
 from model.train import data as train_data
 from model.train import encode, loop, pretrain, turbo
 from model.train.data import latents_file
-from model.train.looks import MEDIA, Look, compose, place
+from model.train.looks import MEDIA, Look, compose, place_subject
 from model.train.pretrain import Recipe
-from model.train.shapes import SHARE, Shape, of_shape
+from model.train.shapes import ONE_IN, Shape, indices_in_shape
 from model.train.training_set import TrainingSet, read_latents
 
 SHAPES = ("96x64", "64x128")
@@ -33,7 +33,7 @@ def render():
 @pytest.mark.parametrize("shape", [(128, 192), (192, 128), (96, 224), (224, 224)])
 @pytest.mark.parametrize("ground", ["white", "flat", "gradient", "scene", "floor"])
 def test_subjects_are_whole_and_centred_in_any_shape(render, shape, ground):
-    picture = place(render, Look("noto", ground=ground, palette="sky blue"), np.random.default_rng(3), shape)
+    picture = place_subject(render, Look("noto", ground=ground, palette="sky blue"), np.random.default_rng(3), shape)
 
     assert picture.shape == (*shape, 3)
     red = (picture[..., 0] > 0.7) & (picture[..., 1] < 0.3)
@@ -58,7 +58,7 @@ def test_media_work_in_every_shape_and_match_in_the_square(render, medium):
 
 def test_a_gradient_goes_from_edge_to_edge(render):
     for shape in ((128, 128), (224, 96), (96, 224)):
-        column = place(render * 0, Look("noto", ground="gradient"), np.random.default_rng(0), shape)[:, 0]
+        column = place_subject(render * 0, Look("noto", ground="gradient"), np.random.default_rng(0), shape)[:, 0]
         light, deep = column[0], column[-1]
         np.testing.assert_allclose(column[len(column) // 2], (light + deep) / 2, atol=0.02)
         np.testing.assert_allclose(deep, np.array([232, 208, 168]) / 255, atol=0.01)
@@ -67,17 +67,17 @@ def test_a_gradient_goes_from_edge_to_edge(render):
 def test_each_shape_has_a_twelfth_of_the_pictures_mostly_its_own(tmp_path):
     items = make_data(tmp_path / "data", subjects=40).items("train")
 
-    found = [set(of_shape(items, Shape.of(text))) for text in SHAPES]
+    found = [set(indices_in_shape(items, Shape.parse(text))) for text in SHAPES]
 
     for each in found:
-        assert 0.6 < len(each) * SHARE / len(items) < 1.4
+        assert 0.6 < len(each) * ONE_IN / len(items) < 1.4
     assert len(found[0] & found[1]) < 0.4 * len(found[0])
 
 
 @pytest.mark.parametrize("text", ["320", "320x", "wide", "320 x 192", "-320x192"])
 def test_invalid_sizes_are_refused(text):
     with pytest.raises(K2Error, match="is not a size"):
-        Shape.of(text)
+        Shape.parse(text)
 
 
 def test_latents_of_any_shape_survive_patchify_and_unpatchify():
@@ -96,9 +96,9 @@ def data(tmp_path_factory):
     folder = tmp_path_factory.mktemp("data") / "mini"
     catalog = make_data(folder, subjects=20)
     items, rng = catalog.items("train"), np.random.default_rng(0)
-    for shape in map(Shape.of, SHAPES):
+    for shape in map(Shape.parse, SHAPES):
         cells = (shape.height // FACTOR, shape.width // FACTOR)
-        latents = rng.normal(size=(len(of_shape(items, shape)), 16, *cells))
+        latents = rng.normal(size=(len(indices_in_shape(items, shape)), 16, *cells))
         np.save(latents_file(folder, shape), latents.astype(np.float16))
     return TrainingSet(catalog, TextEncoder.load(BUNDLED / "mini-text.safetensors"), RECIPE)
 
@@ -133,7 +133,7 @@ def test_a_step_has_one_shape_and_the_shapes_their_share(data, monkeypatch):
 def test_shaped_batches_draw_pictures_of_their_shape(data):
     step = next(n for n in range(60) if data.batch(RECIPE, n)["latents"].shape[-1] == 6)
     batch = data.batch(RECIPE, step)
-    indices, latents = data.shaped[0]
+    indices, latents = data.shape_subsets[0]
 
     for subject, drawn in zip(batch["subjects"], batch["latents"], strict=True):
         place = next(i for i, each in enumerate(latents) if np.array_equal(each.float(), drawn))
@@ -195,15 +195,15 @@ def test_encoding_a_shape_writes_its_share(data, tmp_path, monkeypatch):
     monkeypatch.setattr(encode, "ProcessPoolExecutor", InThisProcess)
     renders = np.load(folder / "renders.npy")
     np.save(folder / "renders-256.npy", renders.repeat(2, 1).repeat(2, 2))
-    encode.catalog_of_process.cache_clear()
-    shape = Shape.of("96x32")
+    encode.cached_catalog.cache_clear()
+    shape = Shape.parse("96x32")
 
     encode.main(shape)
 
     made = np.load(latents_file(folder, shape))
-    assert made.shape == (len(of_shape(data.items, shape)), 16, 2, 6) and np.isfinite(made).all()
+    assert made.shape == (len(indices_in_shape(data.items, shape)), 16, 2, 6) and np.isfinite(made).all()
     with pytest.raises(K2Error, match="no latents of 64x32 px") as told:
-        read_latents(folder, Shape.of("64x32"), 1)
+        read_latents(folder, Shape.parse("64x32"), 1)
     assert told.value.hint.endswith("python -m model.train.encode 64x32")
     (tmp_path / "another.safetensors").touch()
     monkeypatch.setattr(train_data, "AUTOENCODER", tmp_path / "another.safetensors")

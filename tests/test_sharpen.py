@@ -12,7 +12,7 @@ from workshop import enlarge, make_data
 from model.dit import Krea2
 from model.errors import K2Error
 from model.train import autoencoder, loop, sharpen
-from model.train.autoencoder import ENCODER
+from model.train.autoencoder import ENCODER_PREFIXES
 from model.train.data import DATA, Catalog
 from model.train.rollout import sample
 from model.train.sharpen import Critic, Pool, Recipe, SharpenStage, widen
@@ -55,7 +55,7 @@ def test_widened_encoder_is_exact_in_bf16_and_decoder_twins_differ(vae):
         tensor.copy_(tensor.bfloat16())
 
     for name, tensor in twice(vae).state_dict().items():
-        if name.startswith(ENCODER):
+        if name.startswith(ENCODER_PREFIXES):
             assert torch.equal(tensor, tensor.bfloat16().float()), name
     first, second = twice(vae).decoder.conv_out.weight.chunk(2, dim=1)
     assert not torch.isclose(first, second).any()
@@ -157,7 +157,9 @@ def figures(stage: SharpenStage, batch) -> dict[str, float]:
 
 def descend(stage: SharpenStage, batch, which: str, rate: float, steps: int = 1) -> None:
     """Parameters of a part follow the loss's gradient."""
-    params = [p for name, p in stage.model.named_parameters() if name.startswith(which) and ENCODER[0] not in name]
+    params = [
+        p for name, p in stage.model.named_parameters() if name.startswith(which) and ENCODER_PREFIXES[0] not in name
+    ]
     for _ in range(steps):
         loss = stage.loss(dict(batch, generator=torch.Generator()))[0]
         for param, grad in zip(params, torch.autograd.grad(loss, params, allow_unused=True), strict=True):
@@ -251,13 +253,13 @@ def test_latents_are_drawn_in_parts_and_kept(tmp_path, monkeypatch):
         drawn.append((first, len(items)))
         return {kind: np.arange(first, first + len(items))[:, None].astype(np.float16) for kind in sharpen.KINDS}
 
-    monkeypatch.setattr(sharpen, "draw", draw)
-    monkeypatch.setattr(sharpen, "PART", 2)
-    first = sharpen.pool(catalog, recipe, tmp_path, None, lambda line: None)
+    monkeypatch.setattr(sharpen, "draw_latents", draw)
+    monkeypatch.setattr(sharpen, "FILE_PICTURES", 2)
+    first = sharpen.load_pool(catalog, recipe, tmp_path, None, lambda line: None)
     assert drawn == [(0, 2), (2, 2), (4, 1)] and first.free[:, 0].tolist() == [0, 1, 2, 3, 4]
 
     next(tmp_path.rglob("000002.npz")).unlink()
-    again = sharpen.pool(catalog, recipe, tmp_path, None, lambda line: None)
+    again = sharpen.load_pool(catalog, recipe, tmp_path, None, lambda line: None)
     assert drawn[3:] == [(2, 2)] and (again.asked == first.asked).all()
 
 
@@ -297,5 +299,5 @@ def test_training_improves_started_pictures_not_the_encoder(stage, tmp_path):
 
     assert off() < 0.8 * first
     for name, value in made.model.vae.state_dict().items():
-        if name.startswith(ENCODER):
+        if name.startswith(ENCODER_PREFIXES):
             assert torch.equal(value, before[f"vae.{name}"]), name

@@ -15,11 +15,11 @@ from model import library
 from model.checkpoint import read
 from model.errors import K2Error
 from model.train import judge, loop, recipe, release, states
-from model.train.autoencoder import ENCODER, load, write
+from model.train.autoencoder import ENCODER_PREFIXES, load, write
 from model.train.data import DATA
 from model.train.grpo import GRPOStage
 from model.train.sharpen import widen
-from model.train.states import place_of
+from model.train.states import read_progress
 from model.train.stpo import STPOStage
 from model.vae import QwenImageVAE
 
@@ -41,7 +41,7 @@ def run(name, stage, keys, steps=2, every=2, network=True):
     path = Path(f"{name}.toml")
     path.write_text(text)
     chosen = recipe.load(str(path))
-    return recipe.module(chosen.stage, name).main(chosen, "cpu", quiet)
+    return recipe.stage_module(chosen.stage, name).main(chosen, "cpu", quiet)
 
 
 def state(name):
@@ -60,7 +60,7 @@ def base(keep=""):
         keys = "steps = 4\nlr = 1e-3\nmuon_lr = 1e-3\nevery = 2\nsize = 64\nbatch = 2\nrepeats = 2\nmu = 0.2\n"
         Path("base.toml").write_text(f'name = "base"\n{keys}{keep}{TINY}')
         first = recipe.load("base.toml")
-        recipe.module(first.stage, "base").main(first, "cpu", quiet)
+        recipe.stage_module(first.stage, "base").main(first, "cpu", quiet)
         run("judge-3", "judge", "batch = 8\nseed = 3\nsize = 128\n", network=False)
         shutil.copytree(".runs", shelf)
     else:
@@ -81,7 +81,7 @@ def test_every_stage_runs_from_its_recipe(workshop):  # noqa: F811
     for name, keys in merges.items():
         Path(f"{name}.toml").write_text(f'name = "{name}"\nstage = "merge"\n{keys}\n')
         chosen = recipe.load(f"{name}.toml")
-        recipe.module("merge", name).main(chosen, "cpu", quiet)
+        recipe.stage_module("merge", name).main(chosen, "cpu", quiet)
     run("stpo", "stpo", POST + "group = 2\nmargin = 0.0\naside = 2\nlook = 1\ncalibrate_at = 1", every=4)
     run("grpo", "grpo", POST + 'group = 3\npool = 4\nstochastic = 1\ngates = {style = "subject"}', every=4)
 
@@ -159,7 +159,7 @@ def test_merges_leave_out_what_only_training_needed(workshop):  # noqa: F811
     Path("both.toml").write_text(
         'name = "both"\nstage = "merge"\nruns = ["base", "middle"]\ndivisions = 1\npictures = 2\n'
     )
-    recipe.module("merge", "both").main(recipe.load("both.toml"), "cpu", quiet)
+    recipe.stage_module("merge", "both").main(recipe.load("both.toml"), "cpu", quiet)
 
     assert any(name.startswith("ema.pupil.") for name in state("base"))
     assert state("both").keys() == {name for name in state("middle") if name.startswith("ema.")}
@@ -174,7 +174,7 @@ def test_a_turbo_can_be_moved_to_a_later_raw(workshop):  # noqa: F811
     def merged(name, runs, weights):
         keys = f"runs = {json.dumps(runs)}\nweights = {json.dumps(weights)}\n"
         Path(f"{name}.toml").write_text(f'name = "{name}"\nstage = "merge"\n{keys}')
-        recipe.module("merge", name).main(recipe.load(f"{name}.toml"), "cpu", quiet)
+        recipe.stage_module("merge", name).main(recipe.load(f"{name}.toml"), "cpu", quiet)
         return {key.removeprefix("ema."): tensor for key, tensor in state(name).items()}
 
     fast, later, first = (state(name) for name in ("fast", "later", "base"))
@@ -207,7 +207,7 @@ def test_the_autoencoder_runs_from_its_recipe(workshop, monkeypatch):  # noqa: F
     assert more.keys() == half.keys() == box.keys() and len(box) > len(both)
     assert read(paths[1])[1]["native"] == 256 and Path(".runs/more/sheet.png").exists()
     for name, tensor in half.items():
-        assert torch.equal(tensor, box[name]) == name.startswith(ENCODER), name
+        assert torch.equal(tensor, box[name]) == name.startswith(ENCODER_PREFIXES), name
     assert not torch.equal(both["encoder.conv_in.weight"], box["encoder.conv_in.weight"])
     assert Path(".runs/half/sheet.png").exists() and record("half")["data"]
 
@@ -218,7 +218,7 @@ def test_the_autoencoder_runs_from_its_recipe(workshop, monkeypatch):  # noqa: F
     run("sharp", "sharpen", keys, network=False)
     sharp, begun = read(".runs/sharp/vae.safetensors")[0], widen(narrow, (8, 8, 16, 24, 48)).state_dict()
     for name, tensor in sharp.items():
-        assert torch.equal(tensor, begun[name]) == name.startswith(ENCODER), name
+        assert torch.equal(tensor, begun[name]) == name.startswith(ENCODER_PREFIXES), name
 
     Path("out").mkdir()
     release.main("half", Path("out"))
@@ -269,7 +269,7 @@ def test_an_interrupted_run_ends_like_an_uninterrupted_one(workshop, monkeypatch
     monkeypatch.setattr(loop.Run, "advance", dies)
     with pytest.raises(KeyboardInterrupt):
         run("whole", stage, keys, steps=4)
-    assert place_of(Path(".runs/whole/state.safetensors"))["step"] == 2
+    assert read_progress(Path(".runs/whole/state.safetensors"))["step"] == 2
     run("whole", stage, keys, steps=4)
 
     assert calls == [0, 1, 2, 3, 2, 3]
@@ -285,7 +285,7 @@ def test_preferences_start_with_their_own_beta_after_others(workshop):  # noqa: 
     assert state("first")["model.beta"] != 500
     again = replace(recipe.load("first.toml"), name="second", init="first", beta=300.0, aside=1, steps=2)
 
-    recipe.module("stpo", "second").main(again, "cpu", quiet)
+    recipe.stage_module("stpo", "second").main(again, "cpu", quiet)
 
     assert state("second")["model.beta"] == 300  # a single pair held aside shows no variance
     assert record("second")["figures"]["loss"] > 0
@@ -322,7 +322,7 @@ def test_a_released_judge_is_small_and_judges_alike(workshop):  # noqa: F811
     assert sorted(path.name for path in Path("out").iterdir()) == ["critic-3.safetensors", "judge-3.safetensors"]
     pictures = torch.rand(8, 3, 64, 64, generator=torch.Generator().manual_seed(0)) * 2 - 1
     for network in (judge.Judge, judge.Critic):
-        own = judge.place(network.__name__.lower(), 3)
+        own = judge.judge_path(network.__name__.lower(), 3)
         stored = Path("out", own.name)
         assert stored.stat().st_size < 0.6 * own.stat().st_size
         assert read(stored)[1] == read(own)[1]
@@ -353,10 +353,10 @@ def test_the_evaluation_judge_never_rewards(workshop):  # noqa: F811
 )
 def test_zero_counts_are_refused_before_loading(stage, keys):
     table = least(stage)
-    recipe.saved(table)
+    recipe.saved_recipe(table)
     for key in keys:
         with pytest.raises(K2Error, match=f"{key} must be at least"):
-            recipe.saved(table | {key: 0})
+            recipe.saved_recipe(table | {key: 0})
 
 
 @pytest.mark.parametrize(
@@ -370,7 +370,7 @@ def test_zero_counts_are_refused_before_loading(stage, keys):
 )
 def test_keys_that_do_nothing_are_refused(stage, keys, to):
     with pytest.raises(K2Error, match=f"{[*keys][-1]} has no meaning for {to}"):
-        recipe.saved(least(stage) | keys)
+        recipe.saved_recipe(least(stage) | keys)
 
 
 def least(stage):
@@ -412,9 +412,9 @@ def least(stage):
 )
 def test_invalid_values_are_refused_before_loading(stage, key, wrong, message):
     table = least(stage) | ({"init": "box"} if stage == "midtrain" else {})
-    recipe.saved(table)
+    recipe.saved_recipe(table)
     with pytest.raises(K2Error, match=message) as error:
-        recipe.saved(table | {key: tuple(wrong) if isinstance(wrong, list) else wrong})
+        recipe.saved_recipe(table | {key: tuple(wrong) if isinstance(wrong, list) else wrong})
     assert str(error.value).startswith('Recipe "x": ')
 
 
@@ -424,15 +424,15 @@ def test_keys_that_mean_nothing_to_a_stage_are_refused():
     for stage in ("stpo", "grpo"):
         for key, value in idle.items():
             with pytest.raises(K2Error, match=f"{key} has no meaning"):
-                recipe.saved(least(stage) | {key: value})
+                recipe.saved_recipe(least(stage) | {key: value})
     for key, value in (("fakes", 3), ("fake_rate", 2.0)):
-        recipe.saved(least("turbo") | {key: value})
+        recipe.saved_recipe(least("turbo") | {key: value})
         with pytest.raises(K2Error, match=f"{key} has no meaning"):
-            recipe.saved(least("turbo") | {"method": "guidance", key: value})
+            recipe.saved_recipe(least("turbo") | {"method": "guidance", key: value})
     with pytest.raises(K2Error, match="fresh has no meaning"):
-        recipe.saved(least("lora") | {"fresh": ("up",)})
+        recipe.saved_recipe(least("lora") | {"fresh": ("up",)})
     with pytest.raises(K2Error, match="muon_lr"):
-        recipe.saved(least("lora") | {"muon_lr": 1e-3})
+        recipe.saved_recipe(least("lora") | {"muon_lr": 1e-3})
 
 
 @pytest.mark.parametrize(
@@ -441,4 +441,4 @@ def test_keys_that_mean_nothing_to_a_stage_are_refused():
 def test_midtraining_needs_a_run_and_clusters(settings, message):
     whole = asdict(recipe.load("midtrain-256"))
     with pytest.raises(K2Error, match=message):
-        recipe.saved(whole | settings)
+        recipe.saved_recipe(whole | settings)

@@ -12,7 +12,7 @@ from model.train.looks import Look
 from model.train.pretrain import TrainedModel
 from model.train.rollout import RolloutPrompt
 from model.train.stpo import (
-    SEEN,
+    PICTURES_PER_PROMPT,
     PairTerms,
     Recipe,
     STPOStage,
@@ -214,13 +214,13 @@ def test_beta_is_calibrated_to_the_spread_of_pairs(preference, monkeypatch):
     """βΔ/2 gets a standard deviation of 1, within a factor of ten of the recipe's β."""
     for spread, expected in ((0.5, 2 / 0.5), (100.0, 1.0 / 10)):
         figures = {"winner": spread * torch.tensor([2.0, 0.0, 3.0]), "loser": spread * torch.tensor([1.0, 0.0, 4.0])}
-        monkeypatch.setattr(preference, "held_aside", lambda figures=figures: figures)
+        monkeypatch.setattr(preference, "held_out_figures", lambda figures=figures: figures)
         preference.after(1)
         assert preference.model.beta.item() == pytest.approx(expected)
 
 
 def test_win_rate_counts_pictures_with_higher_rewards(preference, monkeypatch):
-    learned = torch.tensor([0.1, 0.1, 0.1, -0.1]).view(SEEN, 1, 1, 1).expand(-1, 3, 8, 8)
+    learned = torch.tensor([0.1, 0.1, 0.1, -0.1]).view(PICTURES_PER_PROMPT, 1, 1, 1).expand(-1, 3, 8, 8)
     monkeypatch.setattr(stpo, "sample", lambda dit, *_: learned * (dit is preference.model.dit))
     monkeypatch.setattr(stpo, "decode", lambda vae, latents: latents)
 

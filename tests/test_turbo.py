@@ -173,17 +173,17 @@ def test_resume_with_another_teacher_or_data_says_so(tmp_path):
     first.save()
     same, other = stage("trajectory"), stage("trajectory")
     same.data = other.data = "one"
-    assert loop.Run(same, tmp_path).changed == []
+    assert loop.Run(same, tmp_path).recipe_changes == []
     other.data = "two"
     other.teacher.dit.first.weight.data += 1
-    assert loop.Run(other, tmp_path).changed == ["another data set", "another frozen network"]
+    assert loop.Run(other, tmp_path).recipe_changes == ["another data set", "another frozen network"]
 
 
 def test_teacher_needs_a_trained_style_encoder(tmp_path, monkeypatch):
     """A Turbo run holds a transformer alone: styles would be noise, and nothing would tell."""
     monkeypatch.chdir(tmp_path)
     weights = {f"ema.dit.{name}": tensor for name, tensor in Krea2(TINY).state_dict().items()}
-    states.write(states.RUNS / "distilled", weights, {}, {})
+    states.write_state(states.RUNS / "distilled", weights, {}, {})
 
     with pytest.raises(K2Error, match='"distilled" has no style encoder'):
         pretrain.load_teacher(recipe("guidance"), "distilled", 3)

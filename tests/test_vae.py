@@ -9,8 +9,8 @@ import torch
 from model.checkpoint import save
 from model.parts import load_vae
 from model.tiling import OVERLAP, TILE
-from model.train.autoencoder import SHAPE
-from model.train.linear_init import start_linear
+from model.train.autoencoder import MINI_CONFIG
+from model.train.linear_init import init_linear
 from model.vae import QwenImageVAE, VAEConfig
 
 diffusers = pytest.importorskip("diffusers")
@@ -118,8 +118,8 @@ def test_linear_start_reconstructs():
     """Before any training, smooth pictures come back with an error far below their variance."""
     torch.manual_seed(0)
     images = torch.nn.functional.interpolate(torch.rand(8, 3, 6, 6) * 2 - 1, size=(48, 48), mode="bicubic")
-    vae = QwenImageVAE(SHAPE)
-    start_linear(vae, images)
+    vae = QwenImageVAE(MINI_CONFIG)
+    init_linear(vae, images)
 
     latents = vae.encode(images)
     assert (vae.decode(latents) - images).square().mean() < 0.1 * images.var()

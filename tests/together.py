@@ -80,7 +80,7 @@ def losses(made: Run, until: int) -> list[float]:
 
 
 def main(folder: Path, steps: int, kinds: list[str]) -> None:
-    parallel.join("cpu")
+    parallel.join_group("cpu")
     for kind in kinds:
         made = run(kind, folder / kind)
         found = losses(made, steps // 2)
@@ -90,7 +90,7 @@ def main(folder: Path, steps: int, kinds: list[str]) -> None:
             shares = [param.to_local().numel() for param in made.model.parameters()] if made.sharded else []
             record = {"losses": found, "held": sum(shares), "step": made.step}
             (folder / kind / "losses.json").write_text(json.dumps(record))
-    parallel.leave()
+    parallel.exit_group()
 
 
 if __name__ == "__main__":

@@ -102,8 +102,8 @@ def workshop(tmp_path: Path, tmp_path_factory: pytest.TempPathFactory, monkeypat
         pytest.skip("there are no bundled weights yet")
     monkeypatch.chdir(tmp_path)
     with_box(small_box(tmp_path_factory.getbasetemp() / "small-box"), monkeypatch)
-    monkeypatch.setattr("model.train.validation.PICTURES", 16)
-    monkeypatch.setattr("model.train.rewards.REAL", 2)
+    monkeypatch.setattr("model.train.validation.VALIDATION_PICTURES", 16)
+    monkeypatch.setattr("model.train.rewards.REAL_PICTURES", 2)
     make_data(tmp_path / DATA)
     return tmp_path
 

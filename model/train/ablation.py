@@ -35,8 +35,20 @@ from model.train.data import DATA, Catalog
 from model.train.encode import to_tensor
 from model.train.evaluate import Task, frechet, kernel_distance, render_task
 from model.train.judge import SIZE, Critic, Judge
-from model.train.study import PROTOTYPE, Floats, Pixels, difference, embed, figure, lines_of, mean, middle, ratio, sheet
-from model.train.viewing import pictures_of_looks
+from model.train.study import (
+    PROTOTYPE_PICTURES,
+    Floats,
+    Pixels,
+    difference,
+    embed,
+    figure,
+    mean,
+    ratio,
+    sheet,
+    table_rows,
+    unit_mean,
+)
+from model.train.viewing import pictures_by_look
 
 MAX_SHOWN = 12  # pictures of each checkpoint on the sheet
 
@@ -49,16 +61,16 @@ class Checkpoint(NamedTuple):
     guidance: float | None = None
 
     @classmethod
-    def of(cls, said: str) -> Checkpoint:
+    def parse(cls, text: str) -> Checkpoint:
         """From NAME, NAME:STEPS or NAME:STEPS:GUIDANCE."""
-        name, *numbers = said.split(":")
+        name, *numbers = text.split(":")
         try:
             steps, guidance, *more = (*numbers, *("",) * (2 - len(numbers)))
             if more:
                 raise ValueError
             return cls(name, int(steps) if steps else None, float(guidance) if guidance else None)
         except ValueError:
-            raise K2Error(f'"{said}" is not NAME, NAME:STEPS or NAME:STEPS:GUIDANCE.') from None
+            raise K2Error(f'"{text}" is not NAME, NAME:STEPS or NAME:STEPS:GUIDANCE.') from None
 
     def load(self, dtype: str | None) -> Pipeline:
         """Its pipeline; a run's transformer is used with the other bundled parts."""
@@ -79,11 +91,11 @@ def critic_scores(critic: Critic, pictures: Sequence[Pixels]) -> Floats:
     return torch.cat([critic(to_tensor(list(part), SIZE)).sigmoid() for part in parts]).numpy()
 
 
-def looks_of(task: Task, judge: Judge, catalog: Catalog) -> Floats:
+def look_embeddings(task: Task, judge: Judge, catalog: Catalog) -> Floats:
     """The embedding of each requested picture's look: the mean style of real ones of the train split."""
-    known, wanted = pictures_of_looks(catalog), {item.look for item in task.items}
-    real = {look: [catalog.picture(item) for item in known[look][:PROTOTYPE]] for look in wanted}
-    centres = {look: middle(embed(judge, pictures)[1]) for look, pictures in real.items()}
+    known, wanted = pictures_by_look(catalog), {item.look for item in task.items}
+    real = {look: [catalog.picture(item) for item in known[look][:PROTOTYPE_PICTURES]] for look in wanted}
+    centres = {look: unit_mean(embed(judge, pictures)[1]) for look, pictures in real.items()}
     return np.stack([centres[item.look] for item in task.items])
 
 
@@ -102,7 +114,7 @@ class Scores(NamedTuple):
         return () if name == "diversity" else self.drawings
 
 
-def itself(scores: Scores) -> dict[str, Any]:
+def checkpoint_figures(scores: Scores) -> dict[str, Any]:
     """A checkpoint's own figures."""
     return {name: figure(mean, column, groups=scores.groups(name)) for name, column in scores.columns.items()} | {
         "distance": round(frechet(scores.features, scores.real_features), 4),
@@ -111,7 +123,7 @@ def itself(scores: Scores) -> dict[str, Any]:
     }
 
 
-def changes(before: Scores, after: Scores) -> dict[str, Any]:
+def figure_changes(before: Scores, after: Scores) -> dict[str, Any]:
     """after − before of every figure, over the same pictures."""
     a, b = after, before
 
@@ -121,8 +133,8 @@ def changes(before: Scores, after: Scores) -> dict[str, Any]:
     return (
         {name: figure(difference, a.columns[name], b.columns[name], groups=b.groups(name)) for name in b.columns}
         | {
-            name: round(of(a.features, a.real_features) - of(b.features, b.real_features), 5)
-            for name, of in (("distance", frechet), ("kernel", kernel_distance))
+            name: round(metric(a.features, a.real_features) - metric(b.features, b.real_features), 5)
+            for name, metric in (("distance", frechet), ("kernel", kernel_distance))
         }
         | {
             "grain": figure(grain, a.power, a.real_power, b.power, b.real_power),
@@ -132,7 +144,7 @@ def changes(before: Scores, after: Scores) -> dict[str, Any]:
 
 def main(judge_path: Path, out: Path, names: Sequence[str], count: int, dtype: str | None = None) -> dict[str, Any]:
     """Measure checkpoints and the change from the first to each of the others; print it, and store it in `out`."""
-    checkpoints = [Checkpoint.of(name) for name in names]
+    checkpoints = [Checkpoint.parse(name) for name in names]
     judge = Judge.load(judge_path)
     critic = Critic.load(judge_path.with_name(judge_path.name.replace("judge", "critic")))
     out.mkdir(parents=True, exist_ok=True)
@@ -140,34 +152,34 @@ def main(judge_path: Path, out: Path, names: Sequence[str], count: int, dtype: s
     tasks: dict[int, tuple[Task, Floats]] = {}  # by the checkpoints' size
     before: Scores | None = None
     rows = []
-    for name, chosen in zip(names, checkpoints, strict=True):
-        pipeline = chosen.load(dtype)
+    for name, checkpoint in zip(names, checkpoints, strict=True):
+        pipeline = checkpoint.load(dtype)
         if pipeline.native not in tasks:
             catalog = Catalog(DATA, pipeline.native)
-            task = Task.of(judge, catalog, count)
-            tasks[pipeline.native] = task, looks_of(task, judge, catalog)
+            task = Task.prepare(judge, catalog, count)
+            tasks[pipeline.native] = task, look_embeddings(task, judge, catalog)
             real = {
                 name: figure(mean, column, groups=task.drawings)
-                for name, column in (("subject", task.right), ("whole", critic_scores(critic, task.pictures)))
+                for name, column in (("subject", task.recognised), ("whole", critic_scores(critic, task.pictures)))
             }
             found[f"real {pipeline.native}"] = real
-            print(*lines_of(f"real {pipeline.native}", real), sep="\n")
+            print(*table_rows(f"real {pipeline.native}", real), sep="\n")
         task, looks = tasks[pipeline.native]
-        painted = render_task(task, judge, pipeline, steps=chosen.steps, guidance=chosen.guidance)
+        measured = render_task(task, judge, pipeline, steps=checkpoint.steps, guidance=checkpoint.guidance)
         columns = {
-            "subject": painted.right.astype(float),
-            "style": (painted.style * looks).sum(1),
-            "whole": critic_scores(critic, painted.pictures),
-            "diversity": painted.distances,
+            "subject": measured.recognised.astype(float),
+            "style": (measured.style * looks).sum(1),
+            "whole": critic_scores(critic, measured.pictures),
+            "diversity": measured.distances,
         }
-        scores = Scores(columns, task.drawings, painted.features, task.features, painted.power, task.power)
-        found[name] = itself(scores) | ({"change": changes(before, scores)} if before else {})
+        scores = Scores(columns, task.drawings, measured.features, task.features, measured.power, task.power)
+        found[name] = checkpoint_figures(scores) | ({"change": figure_changes(before, scores)} if before else {})
         before = before or scores
         found["dtype"] = pipeline.plan.dtype
-        rows.append(painted.pictures[:MAX_SHOWN])
+        rows.append(measured.pictures[:MAX_SHOWN])
         (out / "ablation.toml").write_text(tomli_w.dumps(found))
         sheet(out / "ablation.png", [""] * MAX_SHOWN, rows)
-        print(*lines_of(name, found[name]), sep="\n", flush=True)
+        print(*table_rows(name, found[name]), sep="\n", flush=True)
     return found
 
 

@@ -40,11 +40,11 @@ from model.text_encoder import PROMPT_TOKENS, TextEncoder
 from model.train import loop, states
 from model.train.data import stable_seed
 from model.train.loop import Batch, Report, Stage
-from model.train.pictures import about_captions, encode, manifest, read_folder, shortened, unused_files
-from model.train.pretrain import recompute
-from model.train.recipe import at_least, check_share, more_than_none, reject
-from model.train.rollout import noised
-from model.train.training_set import pad
+from model.train.pictures import describe_captions, encode, manifest, read_folder, shorten_caption, unused_files
+from model.train.pretrain import checkpoint_blocks
+from model.train.recipe import check_at_least, check_positive, check_share, reject
+from model.train.rollout import add_noise
+from model.train.training_set import pad_features
 
 LAYERS: dict[str, Callable[[str], bool]] = {  # which linear layers learn, by native name
     "attention": lambda name: name.startswith("blocks.") and ".attn." in name,
@@ -92,15 +92,15 @@ class Recipe(loop.Recipe):
                 )
         if not self.pictures:  # as a path it would be the current folder
             raise K2Error(f'Recipe "{self.name}": pictures names no folder.', hint="Give a folder of pictures.")
-        at_least(self, 1, "rank", "batch", "repeats")
-        at_least(self, 0, "size")
+        check_at_least(self, 1, "rank", "batch", "repeats")
+        check_at_least(self, 0, "size")
         if self.size**2 > MAX_PIXELS:
             hint = f"At most {math.isqrt(MAX_PIXELS)}, as for rendering; default: the model's own."
             raise K2Error(f'Recipe "{self.name}": a size of {self.size} is too large.', hint=hint)
         if self.init in ("box", "turbo"):
             hint = "init names another LoRA's run to start from; the base to train on is model."
             raise K2Error(f'Recipe "{self.name}": init = "{self.init}" is not a LoRA.', hint=hint)
-        more_than_none(self, "lr")  # AdamW trains all of it
+        check_positive(self, "lr")  # AdamW trains all of it
         check_share(self, "drop")
         reject(self, "muon_lr", "fresh")
 
@@ -155,9 +155,9 @@ class AdapterStage(Stage):
         self.recipe: Recipe = recipe
         self.network, self.material = freeze(network), material
         if recipe.recompute if recipe.recompute is not None else weight_bytes(network) > SMALL_MODEL:
-            recompute(network)
+            checkpoint_blocks(network)
         self.model: TrainablePairs = TrainablePairs(network, recipe.layers, recipe.rank)
-        self.data = data_of(material.files)
+        self.data = data_hash(material.files)
 
     def batch(self, step: int, part: int = 0) -> Batch:
         """Pictures of one shape, each shape as often as it has pictures."""
@@ -177,18 +177,18 @@ class AdapterStage(Stage):
         """Mean flow-matching loss of the batch's pictures, each at `repeats` noise levels."""
         recipe, network = self.recipe, self.network
         device, dtype = network.first.weight.device, network.first.weight.dtype
-        embeds, mask = pad(batch["embeds"], max(map(len, batch["embeds"])))
-        alike = bool(mask.all())  # no mask if all have the same length
-        context = network.encode_text(embeds.to(device, dtype), None if alike else mask.to(device))
+        embeds, mask = pad_features(batch["embeds"], max(map(len, batch["embeds"])))
+        same_length = bool(mask.all())  # no mask if all have the same length
+        context = network.encode_text(embeds.to(device, dtype), None if same_length else mask.to(device))
         image = patchify(batch["latents"], network.config.patch).repeat_interleave(recipe.repeats, 0)
         mu = raw_mu(image.shape[1]) if recipe.mu is None else recipe.mu
-        tokens, noise, sigma = noised(image, mu, batch["generator"])
+        tokens, noise, sigma = add_noise(image, mu, batch["generator"])
         velocity = network.velocity(
             tokens.to(device, dtype),
             context.repeat_interleave(recipe.repeats, 0),
             network.modulate(sigma.to(device)),
             network.rope(context.shape[1], grid_of(batch["latents"], network.config.patch)),
-            None if alike else mask.to(device).repeat_interleave(recipe.repeats, 0),
+            None if same_length else mask.to(device).repeat_interleave(recipe.repeats, 0),
         )
         return (velocity.float() - (noise - image).to(device)).square().mean(), {}
 
@@ -227,8 +227,8 @@ def prepare(recipe: Recipe, device: torch.device, report: Report) -> tuple[Adapt
         raise K2Error(f'Recipe "{recipe.name}": a rank of {recipe.rank} is too large to be read back.', hint=hint)
     dtype = DTYPES[pick_dtype(None, device, numbers.width)]
     files = manifest(pictures)
-    before = started_with(states.RUNS / recipe.name)
-    check_same_run(recipe, before, {"data": data_of(files)})
+    previous = started_with(states.RUNS / recipe.name)
+    check_same_run(recipe, previous, {"data": data_hash(files)})
     vae = load_vae(parts.vae, device, dtype)
     cell = vae.factor
     latents = encode(
@@ -241,29 +241,29 @@ def prepare(recipe: Recipe, device: torch.device, report: Report) -> tuple[Adapt
     )
     del vae
     text = TextEncoder.load(parts.text, device, dtype)
-    captions = [shortened(picture.caption, recipe.trigger, text.truncated) for picture in pictures]
+    captions = [shorten_caption(picture.caption, recipe.trigger, text.truncated) for picture in pictures]
     if cut := sum(text.truncated(picture.caption) > 0 for picture in pictures):
         report(f"{recipe.name}: {count_of(cut, 'caption')} too long, cut to {PROMPT_TOKENS} tokens")
     embeds = [text.encode([caption])[0][0].cpu() for caption in captions]
     material = TrainingMaterial(latents, embeds, text.encode([""])[0][0].cpu(), files)
     del text
-    precision, number = recipe.precision, str(dtype).removeprefix("torch.")
-    if not precision and before.get("precision") in known_precisions(device):  # resume with the same base
-        precision = before["precision"]
-    precision = plan_on(device, numbers, dtype=number, precision=precision or None, offload="none").precision
+    precision, dtype_name = recipe.precision, str(dtype).removeprefix("torch.")
+    if not precision and previous.get("precision") in known_precisions(device):  # resume with the same base
+        precision = previous["precision"]
+    precision = plan_on(device, numbers, dtype=dtype_name, precision=precision or None, offload="none").precision
     network, checkpoint = load_dit(parts.dit, device=device, dtype=dtype, precision=precision, cell=cell)
-    told = f"{count_of(len(pictures), 'picture')} in {count_of(len(latents), 'shape')}"
-    report(f"{recipe.name}: {told}; {model.name}, weights {precision}")
-    report(f"{recipe.name}: {about_captions(Path(recipe.pictures), pictures)}")
-    if over := unused_files(Path(recipe.pictures)):
-        report(over)
+    summary = f"{count_of(len(pictures), 'picture')} in {count_of(len(latents), 'shape')}"
+    report(f"{recipe.name}: {summary}; {model.name}, weights {precision}")
+    report(f"{recipe.name}: {describe_captions(Path(recipe.pictures), pictures)}")
+    if unused := unused_files(Path(recipe.pictures)):
+        report(unused)
     base = {
         "name": model.name,
         "variant": checkpoint.metadata.get("variant") or model.variant or recipe.variant,
         "sha256": {file.name: sha256(file) for file in checkpoint.files},
         "precision": precision,
     }
-    check_same_run(recipe, before, {"base": hashes_of(base)})
+    check_same_run(recipe, previous, {"base": base_hashes(base)})
     return AdapterStage(replace(recipe, precision=precision), network, material), base
 
 
@@ -275,7 +275,7 @@ class Run(loop.Run):
     def __init__(self, stage: AdapterStage, folder: Path, base: Mapping[str, Any], device: str = "cpu"):
         super().__init__(stage, folder, device)
         self.base = base
-        self.learned_from |= {"base": hashes_of(base), "precision": base["precision"]}
+        self.learned_from |= {"base": base_hashes(base), "precision": base["precision"]}
 
     @property
     def result(self) -> Path:
@@ -283,18 +283,20 @@ class Run(loop.Run):
 
     def finish(self) -> None:
         """Write the averaged adapter, unless that of these steps already exists."""
-        if not self.world.is_main or (self.idle and steps_of(self.result) == self.step):
+        if not self.world.is_main or (self.idle and adapter_steps(self.result) == self.step):
             return
         record = self.record()
-        told = {key: value for key, value in record["recipe"].items() if key not in ("pictures", "model", "init")}
-        about = {
+        public_recipe = {
+            key: value for key, value in record["recipe"].items() if key not in ("pictures", "model", "init")
+        }
+        metadata = {
             "kind": "lora",
             "triggers": [self.stage.recipe.trigger] if self.stage.recipe.trigger else [],
             "base": self.base,
             "pictures": [file["sha256"] for file in self.stage.material.files],  # not names: it may be shared
-            "training": record | {"recipe": told},
+            "training": record | {"recipe": public_recipe},
         }
-        write(self.result, self.stage.model.pairs(self.ema), self.stage.network.config.blocks, about)
+        write(self.result, self.stage.model.pairs(self.ema), self.stage.network.config.blocks, metadata)
 
 
 def main(recipe: Recipe, device: str | None = None, report: Report = print) -> Run:
@@ -307,7 +309,7 @@ def main(recipe: Recipe, device: str | None = None, report: Report = print) -> R
     return run
 
 
-def steps_of(adapter: Path) -> int | None:
+def adapter_steps(adapter: Path) -> int | None:
     """The number of steps after which an adapter was written; None if it cannot be read."""
     try:
         return open_checkpoint(adapter).metadata["training"]["steps"]
@@ -315,11 +317,11 @@ def steps_of(adapter: Path) -> int | None:
         return None
 
 
-def hashes_of(base: Mapping[str, Any]) -> str:
+def base_hashes(base: Mapping[str, Any]) -> str:
     return json.dumps(base["sha256"], sort_keys=True)
 
 
-def data_of(files: list[dict[str, str]]) -> str:
+def data_hash(files: list[dict[str, str]]) -> str:
     """sha256 of a run's training data."""
     return hashlib.sha256(json.dumps(files).encode()).hexdigest()
 
@@ -330,22 +332,22 @@ def started_with(folder: Path) -> dict[str, Any]:
     if not saved.exists():
         return {}
     with safe_open(saved, "pt") as file:
-        place, record = (json.loads(file.metadata()[key]) for key in ("place", "record"))
-    return {"recipe": place["recipe"], "data": record.get("data")} | place.get("learned_from", {})
+        progress, record = (json.loads(file.metadata()[key]) for key in ("place", "record"))
+    return {"recipe": progress["recipe"], "data": record.get("data")} | progress.get("learned_from", {})
 
 
-def check_same_run(recipe: Recipe, before: Mapping[str, Any], now: Mapping[str, str]) -> None:
+def check_same_run(recipe: Recipe, previous: Mapping[str, Any], hashes: Mapping[str, str]) -> None:
     """A run resumes only with what it started with. Raises K2Error if the recipe differs, or one of the hashes known
     now: `data`, of pictures, captions and trigger, or `base`."""
-    if not before:
+    if not previous:
         return
-    was, says = before["recipe"], asdict(recipe)
-    changed = [key for key in ("model", "variant", "rank", "layers") if was.get(key) != says[key]]
-    if now.get("data", before["data"]) != before["data"]:  # the trigger is part of the captions
-        trigger = was.get("trigger", "")
-        its = f"the trigger ({json.dumps(trigger, ensure_ascii=False) if trigger else 'none'} then)"
-        changed.append(its if trigger != recipe.trigger else "the pictures or their captions")
-    if "base" in now and before.get("base", now["base"]) != now["base"]:
+    old_recipe, new_recipe = previous["recipe"], asdict(recipe)
+    changed = [key for key in ("model", "variant", "rank", "layers") if old_recipe.get(key) != new_recipe[key]]
+    if hashes.get("data", previous["data"]) != previous["data"]:  # the trigger is part of the captions
+        trigger = old_recipe.get("trigger", "")
+        trigger_change = f"the trigger ({json.dumps(trigger, ensure_ascii=False) if trigger else 'none'} then)"
+        changed.append(trigger_change if trigger != recipe.trigger else "the pictures or their captions")
+    if "base" in hashes and previous.get("base", hashes["base"]) != hashes["base"]:
         changed.append("the base's weights")
     if changed:
         raise K2Error(
@@ -355,21 +357,21 @@ def check_same_run(recipe: Recipe, before: Mapping[str, Any], now: Mapping[str, 
         )
 
 
-def write(path: Path, layers: Mapping[str, LowRank], blocks: int, about: Mapping[str, Any]) -> None:
-    """Save an adapter in diffusers' layout; `about` becomes its `k2` metadata.
+def write(path: Path, layers: Mapping[str, LowRank], blocks: int, metadata: Mapping[str, Any]) -> None:
+    """Save an adapter in diffusers' layout; `metadata` becomes its `k2` metadata.
 
     Scales go into the `up` halves, so alpha is the rank, and a reader that ignores alpha gets the same result.
     """
     names = diffusers_names(blocks)
-    theirs = {name: names[f"{name}.weight"].removesuffix(".weight") for name in layers}
+    module_names = {name: names[f"{name}.weight"].removesuffix(".weight") for name in layers}
     state = {}
     for name, pair in layers.items():
-        state[f"transformer.{theirs[name]}.lora_A.weight"] = pair.down.float()
-        state[f"transformer.{theirs[name]}.lora_B.weight"] = pair.up.float() * pair.scale
-    save(path, state, about, lora_adapter_metadata=peft_settings(theirs.values(), rank_of(layers)))
+        state[f"transformer.{module_names[name]}.lora_A.weight"] = pair.down.float()
+        state[f"transformer.{module_names[name]}.lora_B.weight"] = pair.up.float() * pair.scale
+    save(path, state, metadata, lora_adapter_metadata=peft_settings(module_names.values(), shared_rank(layers)))
 
 
-def rank_of(layers: Mapping[str, LowRank]) -> int:
+def shared_rank(layers: Mapping[str, LowRank]) -> int:
     (rank,) = {len(pair.down) for pair in layers.values()}
     return rank
 

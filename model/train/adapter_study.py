@@ -27,7 +27,7 @@ from model.pipeline import Pipeline
 from model.spec import Lora
 from model.train import adapter
 from model.train.data import DATA, Catalog, Item, phrase
-from model.train.evaluate import candidates, retrieval, specs_of
+from model.train.evaluate import candidate_subjects, make_specs, retrieval
 from model.train.judge import Judge
 from model.train.looks import Look
 from model.train.study import (
@@ -36,21 +36,21 @@ from model.train.study import (
     embed,
     figure,
     mean,
-    paint,
     prototype,
+    render_specs,
     represents_look,
     sheet,
 )
 
 TRIGGER = "dusk style"  # words that mean no look of the data set
 PICTURES = 10
-SHOWN = 12  # pictures per row of the sheet
+MAX_SHOWN = 12  # pictures per row of the sheet
 
 
-def teach(catalog: Catalog, look: Look, folder: Path) -> list[str]:
+def write_pictures(catalog: Catalog, look: Look, folder: Path) -> list[str]:
     """Write ten pictures in a look with captions, each of a different subject -> the subjects."""
     folder.mkdir(parents=True, exist_ok=True)
-    known = set(candidates(catalog, len(catalog.subjects)))
+    known = set(candidate_subjects(catalog, len(catalog.subjects)))
     items: dict[str, Item] = {}
     for item in catalog.items("styles"):
         if item.look == look and not represents_look(item) and item.pair.subject in known:
@@ -63,38 +63,40 @@ def teach(catalog: Catalog, look: Look, folder: Path) -> list[str]:
     return [subject for subject, _ in chosen]
 
 
-def study(
+def train_and_measure(
     judge: Judge, catalog: Catalog, folder: Path, recipe: adapter.Recipe, *, which: int, count: int, steps: int | None
 ) -> dict[str, Any]:
     """Train, paint, judge -> figures. `which` of the held-out looks, `count` prompts, sampling `steps`."""
     looks = choose_looks(catalog)
     look = looks[which]
-    taught = teach(catalog, look, folder / "pictures")
+    taught_subjects = write_pictures(catalog, look, folder / "pictures")
     started = time.monotonic()
     run = adapter.main(replace(recipe, pictures=str(folder / "pictures"), trigger=TRIGGER), "cpu")
     seconds = time.monotonic() - started
 
-    among = candidates(catalog)
-    subjects = [subject for subject in among if subject not in taught][:count]
-    plain = specs_of(list(map(phrase, subjects)), 500, steps=steps)
-    said = [replace(spec, prompt=f"{spec.prompt}, {TRIGGER}") for spec in plain]
-    taught_by = (Lora(run.result),)
-    ways = {"plain": plain, "words": said, "lora": [replace(spec, loras=taught_by) for spec in said]}
+    candidate_names = candidate_subjects(catalog)
+    subjects = [subject for subject in candidate_names if subject not in taught_subjects][:count]
+    plain = make_specs(list(map(phrase, subjects)), 500, steps=steps)
+    with_trigger = [replace(spec, prompt=f"{spec.prompt}, {TRIGGER}") for spec in plain]
+    loras = (Lora(run.result),)
+    variants = {"plain": plain, "words": with_trigger, "lora": [replace(spec, loras=loras) for spec in with_trigger]}
     raw = Pipeline.load(recipe.model, "raw", "cpu")
-    pictures = {name: paint(raw, each) for name, each in ways.items()}
+    pictures = {name: render_specs(raw, each) for name, each in variants.items()}
     if library.find(recipe.model, "turbo"):
-        quick = {f"turbo {name}": [replace(spec, steps=None) for spec in ways[name]] for name in ("words", "lora")}
-        ways |= quick
+        turbo_specs = {
+            f"turbo {name}": [replace(spec, steps=None) for spec in variants[name]] for name in ("words", "lora")
+        }
+        variants |= turbo_specs
         turbo = Pipeline.load(recipe.model, "turbo", "cpu")
-        pictures |= {name: paint(turbo, each) for name, each in quick.items()}
+        pictures |= {name: render_specs(turbo, each) for name, each in turbo_specs.items()}
     real = [item for item in catalog.items("styles") if item.look == look and not represents_look(item)]
-    pictures["real"] = [catalog.picture(item) for item in real if item.pair.subject not in taught][:count]
+    pictures["real"] = [catalog.picture(item) for item in real if item.pair.subject not in taught_subjects][:count]
 
     centres = np.stack([prototype(judge, catalog, each) for each in looks])
     likeness = {name: embed(judge, made)[1] @ centres.T for name, made in pictures.items()}
     to_look = {name: values[:, which] for name, values in likeness.items()}
     nearest = {name: (values.argmax(1) == which).astype(float) for name, values in likeness.items()}
-    told = {name: retrieval(judge, pictures[name], subjects, among).astype(float) for name in ways}
+    recognised = {name: retrieval(judge, pictures[name], subjects, candidate_names).astype(float) for name in variants}
     rows: list[tuple[str, Callable[..., float], tuple[NDArray[Any], ...]]] = [
         *((f"likeness, {name}", mean, (values,)) for name, values in to_look.items()),
         ("likeness, lora − plain", difference, (to_look["lora"], to_look["plain"])),
@@ -105,14 +107,17 @@ def study(
             else []
         ),
         *((f"look is the nearest of {len(looks)}, {name}", mean, (values,)) for name, values in nearest.items()),
-        *((f"subject is the nearest of {len(among)}, {name}", mean, (values,)) for name, values in told.items()),
+        *(
+            (f"subject is the nearest of {len(candidate_names)}, {name}", mean, (values,))
+            for name, values in recognised.items()
+        ),
     ]
-    shown = min(SHOWN, *map(len, pictures.values()))
-    rows_of = [each[:shown] for each in pictures.values()]
-    sheet(folder / "adapter.png", [""] * shown, rows_of, list(pictures))
+    shown = min(MAX_SHOWN, *map(len, pictures.values()))
+    image_rows = [each[:shown] for each in pictures.values()]
+    sheet(folder / "adapter.png", [""] * shown, image_rows, list(pictures))
     return {
         "look": asdict(look),
-        "taught": taught,
+        "taught": taught_subjects,
         "prompts": len(subjects),
         "steps": run.step,
         "seconds": round(seconds, 1),
@@ -134,7 +139,7 @@ def main() -> None:
     recipe = adapter.Recipe(
         name=f"study-{options.look}", pictures="pictures", model=options.model, steps=options.steps, batch=8
     )  # fmt: skip
-    found = study(
+    found = train_and_measure(
         Judge.load(options.judge),
         Catalog(DATA),
         options.out,

@@ -16,12 +16,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from model.dit import Krea2
-from model.train.parallel import whole
+from model.train.parallel import full_tensor
 
-CLEANER = 0.2  # the most by which the teacher's noise level lies below the pupil's
+MAX_SIGMA_GAP = 0.2  # the most by which the teacher's noise level lies below the pupil's
 
 
-class Features(nn.Module):
+class PassThrough(nn.Module):
     """Replaces the last layer: passes on the blocks' output as is."""
 
     def forward(self, x: Tensor, time: Tensor) -> Tensor:
@@ -31,20 +31,20 @@ class Features(nn.Module):
 class Teacher:
     """The averaged weights up to the later block; not a module, so that no run saves it."""
 
-    def __init__(self, pupil: Krea2):
+    def __init__(self, student: Krea2):
         with torch.device("meta"):
-            self.dit = Krea2(replace(pupil.config, blocks=max(1, 2 * pupil.config.blocks // 3)))
-        self.dit.last, self.dit.side = Features(), pupil.side  # type: ignore[assignment]
-        self.dit.to_empty(device=pupil.first.weight.device).requires_grad_(False)
+            self.dit = Krea2(replace(student.config, blocks=max(1, 2 * student.config.blocks // 3)))
+        self.dit.last, self.dit.side = PassThrough(), student.side  # type: ignore[assignment]
+        self.dit.to_empty(device=student.first.weight.device).requires_grad_(False)
 
     @torch.no_grad()
     def update(self, averages: Mapping[str, Tensor]) -> None:
         """Take over a trainee's averaged weights; every process must call this if they are sharded."""
         for name, param in self.dit.named_parameters():
-            param.copy_(whole(averages[f"dit.{name}"]))
+            param.copy_(full_tensor(averages[f"dit.{name}"]))
 
     @torch.no_grad()
-    def capture(self, tokens: Tensor, sigma: Tensor, embeds: Tensor, mask: Tensor, grid: tuple[int, int]) -> Tensor:
+    def features(self, tokens: Tensor, sigma: Tensor, embeds: Tensor, mask: Tensor, grid: tuple[int, int]) -> Tensor:
         """What the later block makes of noised pictures, several per prompt -> [B·R, L, D].
 
         tokens [B·R, L, C·p·p], sigma [B·R], embeds [B, T, N, E], mask [B, T], rows and columns of a picture in tokens
@@ -56,20 +56,20 @@ class Teacher:
         return self.dit.velocity(tokens, context, self.dit.modulate(sigma), rope, mask)
 
 
-class Pupil(nn.Module):
+class AlignmentHead(nn.Module):
     """What the early block sees, [B, L, D], through a head of its own that is discarded after training."""
 
     def __init__(self, dit: Krea2):
         super().__init__()
         width = dit.config.width
         self.head = nn.Sequential(nn.Linear(width, width), nn.SiLU(), nn.Linear(width, width))
-        self._seen: list[Tensor] = []
-        dit.blocks[max(0, dit.config.blocks // 3 - 1)].register_forward_hook(self._look)
+        self._recorded: list[Tensor] = []
+        dit.blocks[max(0, dit.config.blocks // 3 - 1)].register_forward_hook(self._record)
 
-    def _look(self, block: nn.Module, given: Any, made: Tensor) -> None:
-        self._seen[:] = [made] if self.training and torch.is_grad_enabled() else []
+    def _record(self, block: nn.Module, given: Any, output: Tensor) -> None:
+        self._recorded[:] = [output] if self.training and torch.is_grad_enabled() else []
 
-    def distance(self, taught: Tensor) -> Tensor:
+    def distance(self, target: Tensor) -> Tensor:
         """Mean cosine distance of the image tokens just seen from the teacher's view [B, L, D]: 0 the same … 2."""
-        seen = self._seen.pop()[:, -taught.shape[1] :]
-        return 1 - F.cosine_similarity(self.head(seen).float(), taught.float(), -1).mean()
+        seen = self._recorded.pop()[:, -target.shape[1] :]
+        return 1 - F.cosine_similarity(self.head(seen).float(), target.float(), -1).mean()

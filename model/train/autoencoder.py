@@ -30,17 +30,17 @@ from model.references import from_bytes
 from model.train import data, loop
 from model.train import recipe as recipes
 from model.train.data import DATA, Catalog, Item, fingerprint, stable_seed
-from model.train.linear_init import start_linear
+from model.train.linear_init import init_linear
 from model.train.loop import Batch, Report
-from model.train.recipe import at_least, check_share, reject
+from model.train.recipe import check_at_least, check_share, reject
 from model.train.states import RUNS
 from model.vae import QwenImageVAE, VAEConfig
 
-ENCODER = ("encoder.", "quant_conv.")
-WIDE, NARROW = 32, 4  # px, of windows
+ENCODER_PREFIXES = ("encoder.", "quant_conv.")
+WIDE_WINDOW, NARROW_WINDOW = 32, 4  # px, of windows
 DIRECTIONS, PATCHES = 48, 12.0  # of patches, and the weight of their distance relative to that of the strengths
-GRAINY = "film"  # the medium whose fine detail is noise
-SHAPE = VAEConfig(
+GRAINY_MEDIUM = "film"  # the medium whose fine detail is noise
+MINI_CONFIG = VAEConfig(
     base_dim=8, dim_mult=(1, 2, 6, 12), num_res_blocks=1, latents_mean=(0.0,) * 16, latents_std=(1.0,) * 16
 )
 
@@ -69,8 +69,8 @@ class Recipe(recipes.Recipe):
         reject(self, "init", "fresh")
         if self.decoder:
             reject(self, "kl", to="a decoder alone")
-        at_least(self, 1, "batch", "crop", "pictures", "held_out")
-        at_least(self, 0, "edges", "squares", "texture", "kl", "noise")
+        check_at_least(self, 1, "batch", "crop", "pictures", "held_out")
+        check_at_least(self, 0, "edges", "squares", "texture", "kl", "noise")
         check_share(self, "grainy", "plain")
 
 
@@ -81,35 +81,38 @@ class Pool(NamedTuple):
     grainy: NDArray[np.bool_]  # [N]
 
 
-def draw(items: Sequence[Item], count: int, plain: float, rng: np.random.Generator) -> list[Item]:
+def sample_items(items: Sequence[Item], count: int, plain: float, rng: np.random.Generator) -> list[Item]:
     """`count` items, a share `plain` of them without a medium: those first, then the others."""
     kinds = [item for item in items if item.look.medium == "plain"], [i for i in items if i.look.medium != "plain"]
     wanted = round(count * plain), count - round(count * plain)
     return [kind[i] for kind, n in zip(kinds, wanted, strict=True) for i in rng.permutation(len(kind))[:n]]
 
 
-def choose(catalog: Catalog, split: str, count: int, plain: float, seed: int) -> list[Item]:
+def choose_items(catalog: Catalog, split: str, count: int, plain: float, seed: int) -> list[Item]:
     """A fixed random choice of items of a split, in a random order."""
     rng = np.random.default_rng(seed)
-    chosen = draw(catalog.items(split), count, plain, rng)
+    chosen = sample_items(catalog.items(split), count, plain, rng)
     return [chosen[i] for i in rng.permutation(len(chosen))]
 
 
-def pool(catalog: Catalog, split: str, count: int, plain: float, seed: int, folder: Path) -> Pool:
+def load_pool(catalog: Catalog, split: str, count: int, plain: float, seed: int, folder: Path) -> Pool:
     """A fixed random choice of composed pictures, made once and kept in `folder`."""
     path = folder / f"{split}-{count}-{plain:g}-{seed}-{catalog.size}-{fingerprint(catalog)[:12]}.npy"
-    chosen = choose(catalog, split, count, plain, seed)
+    chosen = choose_items(catalog, split, count, plain, seed)
     if not path.exists():
         with atomic_write(path) as draft, draft.open("wb") as file:
             np.save(file, np.stack([catalog.picture(item) for item in chosen]))
-    return Pool(np.load(path, mmap_mode="r"), np.array([item.look.medium == GRAINY for item in chosen]))
+    return Pool(np.load(path, mmap_mode="r"), np.array([item.look.medium == GRAINY_MEDIUM for item in chosen]))
 
 
 def pick(grainy: NDArray[np.bool_], recipe: Recipe, rng: np.random.Generator) -> list[int]:
     """Indices of a batch from a pool with grainy pictures [N]; the recipe's share of them is always grainy."""
-    those = np.flatnonzero(grainy)
-    among = (those if len(those) and rng.random() < recipe.grainy else len(grainy) for _ in range(recipe.batch))
-    return [int(rng.choice(each)) for each in among]
+    grainy_indices = np.flatnonzero(grainy)
+    choices = (
+        grainy_indices if len(grainy_indices) and rng.random() < recipe.grainy else len(grainy)
+        for _ in range(recipe.batch)
+    )
+    return [int(rng.choice(each)) for each in choices]
 
 
 def crops(pool: Pool, recipe: Recipe, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
@@ -126,7 +129,7 @@ def crops(pool: Pool, recipe: Recipe, rng: np.random.Generator) -> tuple[Tensor,
     return images, torch.from_numpy(pool.grainy[which])
 
 
-def differences(error: Tensor) -> Tensor:
+def edge_error(error: Tensor) -> Tensor:
     """Mean absolute difference of neighbouring pixels, for an error [B, 3, H, W]: how wrong the edges are."""
     return error.diff(dim=-1).abs().mean() + error.diff(dim=-2).abs().mean()
 
@@ -144,34 +147,34 @@ def spectra(images: Tensor, side: int) -> Tensor:
     return power[..., (torch.maximum(across, down.abs()) >= 1 / 8).to(images.device)]
 
 
-def strength(decoded: Tensor, images: Tensor) -> Tensor:
+def spectral_distance(decoded: Tensor, images: Tensor) -> Tensor:
     """Pictures [B, 3, H, W] -> how much their fine detail differs in strength, regardless of position.
 
     By frequency over the whole picture, which rules out patterns that repeat from cell to cell, and by place over all
     frequencies, which rules out lone dots. Logarithms of means: logarithms of single powers would make noise a third
     too weak, as their median is. Differences below one grey level are ignored.
     """
-    apart = []
-    for side, over in ((WIDE, (2, 3)), (NARROW, (4,))):
+    distances = []
+    for side, over in ((WIDE_WINDOW, (2, 3)), (NARROW_WINDOW, (4,))):
         ours, theirs = ((spectra(each, side).mean(over) + (1 / 127.5) ** 2).log() for each in (decoded, images))
-        apart.append((ours - theirs).abs().mean())
-    return torch.stack(apart).sum()
+        distances.append((ours - theirs).abs().mean())
+    return torch.stack(distances).sum()
 
 
-def patches(decoded: Tensor, images: Tensor, generator: torch.Generator) -> Tensor:
+def patch_distance(decoded: Tensor, images: Tensor, generator: torch.Generator) -> Tensor:
     """Pictures [B, 3, H, W] -> how far apart the distributions of their small patches are, in standard deviations.
 
     The sliced Wasserstein distance (arXiv 2006.07229) along random directions: net and worm patterns have the spectrum
     of noise but not its patches.
     """
-    apart = []
+    distances = []
     for side in (3, 5):
         filters = torch.randn(DIRECTIONS, 3, side, side, generator=generator).to(images.device)
         filters -= filters.mean((2, 3), keepdim=True)
         filters /= filters.square().sum((1, 2, 3), keepdim=True).sqrt()
         ours, theirs = (F.conv2d(each, filters).flatten(2).sort(-1).values for each in (decoded, images))
-        apart.append(((ours - theirs).abs().mean(-1) / theirs.std(-1)).mean())
-    return torch.stack(apart).mean()
+        distances.append(((ours - theirs).abs().mean(-1) / theirs.std(-1)).mean())
+    return torch.stack(distances).mean()
 
 
 def reconstruction_loss(
@@ -186,11 +189,13 @@ def reconstruction_loss(
     if recipe.texture:
         coarse = F.avg_pool2d(error, 5, stride=1, padding=2, count_include_pad=False)
         error = torch.where(grainy[:, None, None, None], coarse, error)
-    total = error.abs().mean() + recipe.squares * error.square().mean() + recipe.edges * differences(error)
+    total = error.abs().mean() + recipe.squares * error.square().mean() + recipe.edges * edge_error(error)
     if recipe.texture:
-        texture = strength(decoded, images)
+        texture = spectral_distance(decoded, images)
         if grainy.any():
-            texture = texture + PATCHES * grainy.float().mean() * patches(decoded[grainy], images[grainy], generator)
+            texture = texture + PATCHES * grainy.float().mean() * patch_distance(
+                decoded[grainy], images[grainy], generator
+            )
         total = total + recipe.texture * texture
     return total
 
@@ -224,7 +229,7 @@ def psnr(vae: QwenImageVAE, pictures: NDArray[np.uint8]) -> float:
 
 
 @torch.no_grad()
-def sheet(vae: QwenImageVAE, pictures: NDArray[np.uint8], path: Path) -> None:
+def write_sheet(vae: QwenImageVAE, pictures: NDArray[np.uint8], path: Path) -> None:
     """Originals above their reconstructions, twelve per row."""
     images = torch.from_numpy(np.array(pictures)).permute(0, 3, 1, 2)
     decoded = (vae.decode(vae.encode(images / 127.5 - 1)) * 127.5 + 127.5).round().to(torch.uint8)
@@ -235,7 +240,7 @@ def sheet(vae: QwenImageVAE, pictures: NDArray[np.uint8], path: Path) -> None:
 
 
 @torch.no_grad()
-def measure(vae: QwenImageVAE, pictures: NDArray[np.uint8]) -> VAEConfig:
+def measure_latents(vae: QwenImageVAE, pictures: NDArray[np.uint8]) -> VAEConfig:
     """The configuration with the statistics of raw latents over complete pictures.
 
     Channels are only half equalised, by the geometric mean of their own deviation and the average one: with full
@@ -281,8 +286,8 @@ class AutoencoderStage(Stage):
         if recipe.decoder:
             self.model: QwenImageVAE = load(BUNDLED / "mini-vae.safetensors")
         else:
-            self.model = QwenImageVAE(SHAPE)
-            start_linear(self.model, from_bytes(np.array(pool.pictures[:40])))
+            self.model = QwenImageVAE(MINI_CONFIG)
+            init_linear(self.model, from_bytes(np.array(pool.pictures[:40])))
             self.model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
     def batch(self, step: int, part: int = 0) -> Batch:
@@ -295,18 +300,19 @@ class AutoencoderStage(Stage):
         return loss(self.model, batch["images"], batch["grainy"], self.recipe, batch["generator"]), {}
 
     def rate(self, name: str) -> float:
-        return 0.0 if self.recipe.decoder and name.startswith(ENCODER) else 1.0
+        return 0.0 if self.recipe.decoder and name.startswith(ENCODER_PREFIXES) else 1.0
 
 
 def write_result(vae: QwenImageVAE, catalog: Catalog, recipe: Recipe, steps: int, report: Report) -> None:
     """Measure a finished autoencoder, and leave `vae.safetensors` and a sheet of held-out pictures in its folder."""
     folder = RUNS / recipe.name
     plain, media = (
-        pool(catalog, "held-out", recipe.held_out, share, seed, folder).pictures for share, seed in ((1.0, 1), (0.0, 2))
+        load_pool(catalog, "held-out", recipe.held_out, share, seed, folder).pictures
+        for share, seed in ((1.0, 1), (0.0, 2))
     )
     scores = {"psnr_plain": round(psnr(vae, plain), 2), "psnr_media": round(psnr(vae, media), 2)}
     write(vae, folder / "vae.safetensors", {**asdict(recipe), "steps": steps, **scores}, recipe.size)
-    sheet(vae, np.concatenate([plain[:24], media[:24]]), folder / "sheet.png")
+    write_sheet(vae, np.concatenate([plain[:24], media[:24]]), folder / "sheet.png")
     report(f"{recipe.name}: {scores['psnr_plain']} dB plain, {scores['psnr_media']} dB with media, held out")
 
 
@@ -314,19 +320,19 @@ def main(recipe: Recipe, device: str = "cpu", report: Report = print) -> loop.Ru
     """Train, measure, and leave `vae.safetensors` and a sheet of held-out pictures in the run's folder."""
     catalog, folder = Catalog(DATA, recipe.size), RUNS / recipe.name
     folder.mkdir(parents=True, exist_ok=True)
-    trained_on = pool(catalog, "train", recipe.pictures, recipe.plain, recipe.seed, folder)
+    trained_on = load_pool(catalog, "train", recipe.pictures, recipe.plain, recipe.seed, folder)
     stage = AutoencoderStage(recipe, catalog, trained_on)
     run = loop.train(loop.Run(stage, folder, device), report)
-    vae = averaged(run, stage.model.config)
+    vae = averaged_vae(run, stage.model.config)
     if not recipe.decoder:
         trained = vae.state_dict()
-        vae = QwenImageVAE(measure(vae, trained_on.pictures[:3000])).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        vae = QwenImageVAE(measure_latents(vae, trained_on.pictures[:3000])).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         vae.load_state_dict(trained)
     write_result(vae, catalog, recipe, run.step, report)
     return run
 
 
-def averaged(run: loop.Run, config: VAEConfig, prefix: str = "") -> QwenImageVAE:
+def averaged_vae(run: loop.Run, config: VAEConfig, prefix: str = "") -> QwenImageVAE:
     """The autoencoder from a run's averaged weights whose names start with `prefix`."""
     vae = QwenImageVAE(config).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     vae.load_state_dict({k.removeprefix(prefix): v.cpu() for k, v in run.ema.items() if k.startswith(prefix)})

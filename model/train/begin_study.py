@@ -17,54 +17,56 @@ from PIL import Image
 from model.errors import reported
 from model.spec import RenderSpec
 from model.train.data import phrase
-from model.train.evaluate import retrieval, specs_of
-from model.train.study import Floats, Pixels, SubjectStudy, figure, mean, paint, parser_of, ratio
+from model.train.evaluate import make_specs, retrieval
+from model.train.study import Floats, Pixels, SubjectStudy, figure, mean, ratio, render_specs, study_parser
 
-SHARES = (0.25, 0.375, 0.5, 0.625, 0.75, 0.875, 1.0)
+DENOISE_SHARES = (0.25, 0.375, 0.5, 0.625, 0.75, 0.875, 1.0)
 
 
 class Study(SubjectStudy):
     """Each subject is repainted as the next."""
 
-    def first(self) -> tuple[list[Path], list[Pixels]]:
+    def init_images(self) -> tuple[list[Path], list[Pixels]]:
         """The init images and their files."""
-        pictures = paint(self.pipeline, self.specs(self.chosen, 100))
+        pictures = render_specs(self.pipeline, self.specs(self.chosen, 100))
         files = [self.folder / f"first-{index}.png" for index in range(len(pictures))]
         for file, picture in zip(files, pictures, strict=True):
             Image.fromarray(picture).save(file)
         return files, pictures
 
     def specs(self, subjects: list[str], seed: int) -> list[RenderSpec]:
-        return specs_of(list(map(phrase, subjects)), seed, steps=self.steps)
+        return make_specs(list(map(phrase, subjects)), seed, steps=self.steps)
 
-    def read_as(self, pictures: list[Pixels], subjects: list[str]) -> Floats:
+    def recognised(self, pictures: list[Pixels], subjects: list[str]) -> Floats:
         """Whether each picture's own subject has the nearest name."""
         return retrieval(self.judge, pictures, subjects, self.subjects).astype(float)
 
 
-def became(study: Study) -> dict[str, Any]:
+def measure_repainted(study: Study) -> dict[str, Any]:
     """Share of the steps -> how many are recognised as their prompt's subject, how many as the init image's, and the
     mean distance to it."""
-    files, before = study.first()
+    files, before = study.init_images()
     wanted = [*study.chosen[1:], study.chosen[0]]
-    made = {share: repainted(study, files, wanted, share) for share in SHARES}
-    gone = {share: np.array(list(map(distance, those, before))) for share, those in made.items()}
-    found = {"before": {"was": figure(mean, study.read_as(before, study.chosen))}}
+    made = {share: repainted(study, files, wanted, share) for share in DENOISE_SHARES}
+    distances = {share: np.array(list(map(distance, those, before))) for share, those in made.items()}
+    found = {"before": {"was": figure(mean, study.recognised(before, study.chosen))}}
     for share, those in made.items():
         found[f"{share:g}"] = {
-            "is": figure(mean, study.read_as(those, wanted)),
-            "was": figure(mean, study.read_as(those, study.chosen)),
-            "gone": figure(ratio, gone[share], gone[SHARES[-1]]),
+            "is": figure(mean, study.recognised(those, wanted)),
+            "was": figure(mean, study.recognised(those, study.chosen)),
+            "gone": figure(ratio, distances[share], distances[DENOISE_SHARES[-1]]),
         }
     return found
 
 
 def repainted(study: Study, files: list[Path], subjects: list[str], share: float) -> list[Pixels]:
     specs = study.specs(subjects, 500)
-    return paint(study.pipeline, [with_first(spec, file, share) for spec, file in zip(specs, files, strict=True)])
+    return render_specs(
+        study.pipeline, [with_init_image(spec, file, share) for spec, file in zip(specs, files, strict=True)]
+    )
 
 
-def with_first(spec: RenderSpec, file: Path, share: float, mask: str | None = None) -> RenderSpec:
+def with_init_image(spec: RenderSpec, file: Path, share: float, mask: str | None = None) -> RenderSpec:
     return replace(spec, init_image=file, denoise=share, mask=mask)
 
 
@@ -73,26 +75,28 @@ def distance(one: Pixels, other: Pixels) -> float:
     return float(np.sqrt(np.mean((one.astype(float) - other) ** 2)))
 
 
-def mended(study: Study) -> dict[str, Any]:
+def measure_masked(study: Study) -> dict[str, Any]:
     """How many are recognised as their subject, before and after their right half was repainted."""
-    files, before = study.first()
+    files, before = study.init_images()
     height, width = before[0].shape[:2]
     edge = width // 2
     asked = zip(study.specs(study.chosen, 900), files, strict=True)
-    after = paint(study.pipeline, [with_first(*each, 1.0, f"{width - edge}x{height}+{edge}+0") for each in asked])
-    gone = [distance(one[:, edge:], other[:, edge:]) / 255 for one, other in zip(after, before, strict=True)]
+    after = render_specs(
+        study.pipeline, [with_init_image(*each, 1.0, f"{width - edge}x{height}+{edge}+0") for each in asked]
+    )
+    distances = [distance(one[:, edge:], other[:, edge:]) / 255 for one, other in zip(after, before, strict=True)]
     return {
-        "before": figure(mean, study.read_as(before, study.chosen)),
-        "after": figure(mean, study.read_as(after, study.chosen)),
-        "gone": figure(mean, np.array(gone)),
+        "before": figure(mean, study.recognised(before, study.chosen)),
+        "after": figure(mean, study.recognised(after, study.chosen)),
+        "gone": figure(mean, np.array(distances)),
     }
 
 
-FIGURES = {"became": became, "mended": mended}
+FIGURES = {"became": measure_repainted, "mended": measure_masked}
 
 
 def main() -> None:
-    Study.conduct(parser_of(__doc__, list(FIGURES)).parse_args(), FIGURES)
+    Study.run(study_parser(__doc__, list(FIGURES)).parse_args(), FIGURES)
 
 
 if __name__ == "__main__":

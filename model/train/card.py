@@ -42,19 +42,19 @@ SIDE = 160  # of most pictures, in px
 SEEDS = 5  # by which a masked part is repainted
 GROUNDS = ("flat", "gradient", "scene", "floor")
 LOOK = "soft shaded vector"  # of the sheet of all subjects
-BEGUN = {  # subject of the init image -> prompt
+INIT_IMAGE_PROMPTS = {  # subject of the init image -> prompt
     "fox": "a wolf",
     "red apple": "a pumpkin",
     "house": "a house on an orange background, pencil hatching",
     "car": "a taxi, pixel art",
 }
-MASKED = {  # prompt -> the part of its picture to repaint
+MASK_REGIONS = {  # prompt -> the part of its picture to repaint
     "a guitar on a white background": "176x144+16+96",
     "a cactus on a white background": "96x128+16+64",
     "a house on a white background": "256x96+0+0",
 }
-EIGHTHS = [n / 8 for n in range(2, 9)]  # shares of Turbo's steps to take
-NEAR = {  # a word that no training used -> the subject that it means or is close to
+DENOISE_SHARES = [n / 8 for n in range(2, 9)]  # shares of Turbo's steps to take
+UNTRAINED_WORDS = {  # a word that no training used -> the subject that it means or is close to
     "hound": "dog",
     "kitty": "cat",
     "hammerhead": "shark",
@@ -66,7 +66,7 @@ NEAR = {  # a word that no training used -> the subject that it means or is clos
     "asteroid": "comet",
     "gown": "dress",
 }
-OTHERS = {  # words that only the thesaurus has -> their meaning
+THESAURUS_WORDS = {  # words that only the thesaurus has -> their meaning
     "puppy": "dog",
     "kitten": "cat",
     "bunny": "rabbit",
@@ -110,29 +110,31 @@ def sheet(pipeline: Pipeline, prompts: Sequence[str], columns: int, side: int) -
     return page
 
 
-def strength_ladder(pipeline: Pipeline) -> Image.Image:
+def denoise_ladder(pipeline: Pipeline) -> Image.Image:
     """Init images, each followed by its results by how much is repainted; seeds 0 to 3, results 100 to 103."""
-    begun = list(pipeline.stream([RenderSpec(phrase(name), seed=seed) for seed, name in enumerate(BEGUN)]))
-    page = Image.new("RGB", ((1 + len(EIGHTHS)) * SIDE, len(BEGUN) * SIDE))
+    originals = list(
+        pipeline.stream([RenderSpec(phrase(name), seed=seed) for seed, name in enumerate(INIT_IMAGE_PROMPTS)])
+    )
+    page = Image.new("RGB", ((1 + len(DENOISE_SHARES)) * SIDE, len(INIT_IMAGE_PROMPTS) * SIDE))
     with TemporaryDirectory() as folder:
-        for row, (first, prompt) in enumerate(zip(begun, BEGUN.values(), strict=True)):
-            first.image.save(path := Path(folder) / f"{row}.png")
+        for row, (original, prompt) in enumerate(zip(originals, INIT_IMAGE_PROMPTS.values(), strict=True)):
+            original.image.save(path := Path(folder) / f"{row}.png")
             spec = RenderSpec(prompt, seed=100 + row, init_image=path)
-            rest = pipeline.stream([replace(spec, denoise=share) for share in EIGHTHS])
-            for column, made in enumerate((first, *rest)):
+            repainted = pipeline.stream([replace(spec, denoise=share) for share in DENOISE_SHARES])
+            for column, made in enumerate((original, *repainted)):
                 page.paste(made.image.resize((SIDE, SIDE), Image.Resampling.LANCZOS), (column * SIDE, row * SIDE))
     return page
 
 
 def masked(pipeline: Pipeline) -> Image.Image:
     """Pictures with a part framed, each followed by that part repainted; seeds 0 to 2, then 0 to 4."""
-    begun = list(pipeline.stream([RenderSpec(prompt, seed=seed) for seed, prompt in enumerate(MASKED)]))
-    page = Image.new("RGB", ((1 + SEEDS) * SIDE, len(MASKED) * SIDE))
+    originals = list(pipeline.stream([RenderSpec(prompt, seed=seed) for seed, prompt in enumerate(MASK_REGIONS)]))
+    page = Image.new("RGB", ((1 + SEEDS) * SIDE, len(MASK_REGIONS) * SIDE))
     with TemporaryDirectory() as folder:
-        for row, (first, (prompt, region)) in enumerate(zip(begun, MASKED.items(), strict=True)):
-            first.image.save(path := Path(folder) / f"{row}.png")
+        for row, (original, (prompt, region)) in enumerate(zip(originals, MASK_REGIONS.items(), strict=True)):
+            original.image.save(path := Path(folder) / f"{row}.png")
             specs = [RenderSpec(prompt, seed=seed, init_image=path, mask=region) for seed in range(SEEDS)]
-            framed = first.image.copy()
+            framed = original.image.copy()
             if part := Region.read(region):
                 box = (part.left, part.top, part.left + part.width - 1, part.top + part.height - 1)
                 ImageDraw.Draw(framed).rectangle(box, outline="blue", width=2)
@@ -142,25 +144,25 @@ def masked(pipeline: Pipeline) -> Image.Image:
 
 
 def main(folder: Path = BUNDLED) -> None:
-    everything = [subject.name for subject in read_subjects()]
+    all_subjects = [subject.name for subject in read_subjects()]
     prompts = Path(__file__).with_name("prompts.txt").read_text("utf-8").splitlines()
     raw: dict[str, tuple[Sequence[str], int, int]] = {
         "subjects": ([phrase(name) for name in SUBJECTS], 10, SIDE),
-        "others": ([phrase(name) for name in OTHERS], 10, SIDE),
-        "near": ([phrase(name) for name in NEAR], 10, SIDE),
+        "others": ([phrase(name) for name in THESAURUS_WORDS], 10, SIDE),
+        "near": ([phrase(name) for name in UNTRAINED_WORDS], 10, SIDE),
         "samples": (PROMPTS, 8, 192),
         "scenes": (scenes(), 10, SIDE),
     }
     turbo: dict[str, tuple[Sequence[str], int, int]] = {
         "prompts": (prompts, 8, 192),
-        "all": ([f"{phrase(name)}, {LOOK}" for name in everything], 25, 64),
+        "all": ([f"{phrase(name)}, {LOOK}" for name in all_subjects], 25, 64),
     }
     for variant, sheets in (("raw", raw), ("turbo", turbo)):
         pipeline = Pipeline.load("mini", variant)
         for name, (texts, columns, side) in sheets.items():
             sheet(pipeline, texts, columns, side).save(folder / f"{name}.webp", quality=85)
             print(folder / f"{name}.webp")
-    for name, page in (("begun", strength_ladder(pipeline)), ("masked", masked(pipeline))):
+    for name, page in (("begun", denoise_ladder(pipeline)), ("masked", masked(pipeline))):
         page.save(folder / f"{name}.webp", quality=85)
         print(folder / f"{name}.webp")
 

@@ -19,13 +19,13 @@ from model.train.optim import uses_muon
 from model.train.pretrain import Recipe
 from model.train.products import WIDE
 
-CARDS = 64
+GPUS = 64
 PEAK = 989.5e12  # operations per second of an H200, bf16 without sparsity (NVIDIA's data sheet)
 UTILISATION = 0.40  # share of the peak that a step's own operations reach; Llama 3 reports 38 to 43 % on H100s
-FASTER = 1.17  # a step with 8-bit products: Krea's report says 15 to 20 %
-TEXT = 128  # tokens of a caption: "mostly long"
+SPEEDUP_8_BIT = 1.17  # a step with 8-bit products: Krea's report says 15 to 20 %
+TEXT_TOKENS = 128  # tokens of a caption: "mostly long"
 STAGES = ("medium-256", "medium-512", "medium-1024")
-MODULES = {"mini": PRESETS["mini"], "medium": PRESETS["medium"]}
+NETWORKS = {"mini": PRESETS["mini"], "medium": PRESETS["medium"]}
 
 
 # ---- parameters -------------------------------------------------------------------------------------------------
@@ -36,14 +36,14 @@ class Parameters:
     """How many numbers a network has."""
 
     block: int  # one of the stream's blocks
-    inside: int  # all of them
-    outside: int  # text fusion, ends, time
+    in_blocks: int  # all of them
+    outside_blocks: int  # text fusion, ends, time
     muon: int  # trained by Muon; AdamW trains the others
     modulation: int  # of the total, what turns time into scales, shifts and gates: `tproj` and each block's own vector
 
     @property
     def total(self) -> int:
-        return self.inside + self.outside
+        return self.in_blocks + self.outside_blocks
 
 
 def parameters(config: DiTConfig) -> Parameters:
@@ -55,14 +55,14 @@ def parameters(config: DiTConfig) -> Parameters:
     own = sum(p.numel() for name, p in network.blocks.named_parameters() if name.endswith("mod.lin"))
     return Parameters(
         block=inside // config.blocks,
-        inside=inside,
-        outside=sum(p.numel() for p in network.parameters()) - inside,
+        in_blocks=inside,
+        outside_blocks=sum(p.numel() for p in network.parameters()) - inside,
         muon=sum(p.numel() for name, p in network.named_parameters() if uses_muon(name, p)),
         modulation=shared + own,
     )
 
 
-def with_own_modulation(config: DiTConfig) -> int:
+def unshared_parameters(config: DiTConfig) -> int:
     """The same network if every block projected time with its own matrix, 6D × D and a bias, as in DiT."""
     own = 6 * config.width**2 + 6 * config.width
     return parameters(config).total - parameters(config).modulation + config.blocks * own
@@ -79,9 +79,9 @@ def forward_operations(c: DiTConfig, text: int, image: int) -> float:
     matrices = c.text_width * (5 * c.text_width + 3 * hidden_width(c.text_width, c.multiplier))
     across_layers = FUSION_BLOCKS * text * c.text_taps * (matrices + 2 * c.text_taps * c.text_width)
     across_prompt = FUSION_BLOCKS * text * (matrices + 2 * text * c.text_width) + text * c.text_taps * c.text_width
-    way_in = text * c.width * (c.text_width + c.width)
+    text_projection = text * c.width * (c.text_width + c.width)
     time = c.time_dim * c.width + 7 * c.width**2
-    return 2.0 * (stream + across_layers + across_prompt + way_in + time)
+    return 2.0 * (stream + across_layers + across_prompt + text_projection + time)
 
 
 # ---- memory -----------------------------------------------------------------------------------------------------
@@ -100,7 +100,7 @@ class Memory:
         return self.state + self.gathered + self.activations
 
 
-def kept_by_block(c: DiTConfig, tokens: int) -> float:
+def activation_bytes(c: DiTConfig, tokens: int) -> float:
     """Bytes, in bf16, that one block's backward pass needs for one picture: inputs of products, norms and gates.
 
     Counted by hand from the block, norms and rotations in fp32: 22 rows of the width, six of the keys and values, four
@@ -119,8 +119,8 @@ def memory(c: DiTConfig, tokens: int, pictures: int, devices: int, *, recompute:
     count = parameters(c)
     moments = 4 * count.muon + 8 * (count.total - count.muon)
     state = (12 * count.total + moments) / devices
-    gathered = 2 * (2 * count.block + count.outside) + 4 * count.block
-    inside = kept_by_block(c, tokens)
+    gathered = 2 * (2 * count.block + count.outside_blocks) + 4 * count.block
+    inside = activation_bytes(c, tokens)
     kept = c.blocks * 2.0 * tokens * c.width + inside if recompute else c.blocks * inside
     return Memory(state, float(gathered), pictures * kept)
 
@@ -131,8 +131,8 @@ def adapter_memory(c: DiTConfig, tokens: int, pictures: int, rank: int) -> tuple
     hidden, kv = hidden_width(c.width, c.multiplier), c.kv_heads * c.head_dim
     sides = 3 * 2 * c.width + 2 * (c.width + kv) + 3 * (c.width + hidden)
     halves = 20 * rank * c.blocks * sides  # fp32: weight, gradient, average, two moments
-    kept = c.blocks * 2.0 * tokens * c.width + kept_by_block(c, tokens)
-    return count.inside + 2.0 * count.outside + halves, pictures * kept
+    kept = c.blocks * 2.0 * tokens * c.width + activation_bytes(c, tokens)
+    return count.in_blocks + 2.0 * count.outside_blocks + halves, pictures * kept
 
 
 # ---- stages -----------------------------------------------------------------------------------------------------
@@ -160,17 +160,17 @@ class Cost:
 
     @property
     def operations(self) -> float:
-        return self.pictures * 3 * forward_operations(self.recipe.config, TEXT, self.tokens)
+        return self.pictures * 3 * forward_operations(self.recipe.config, TEXT_TOKENS, self.tokens)
 
     @property
     def days(self) -> float:
-        faster = FASTER if self.recipe.products != WIDE else 1.0
-        return self.operations / (CARDS * PEAK * UTILISATION * faster) / 86400
+        speedup = SPEEDUP_8_BIT if self.recipe.products != WIDE else 1.0
+        return self.operations / (GPUS * PEAK * UTILISATION * speedup) / 86400
 
     @property
     def memory(self) -> Memory:
         pictures = self.recipe.batch * self.recipe.repeats
-        return memory(self.recipe.config, self.tokens + TEXT, pictures, CARDS, recompute=self.recipe.recompute)
+        return memory(self.recipe.config, self.tokens + TEXT_TOKENS, pictures, GPUS, recompute=self.recipe.recompute)
 
 
 def stages() -> list[Cost]:
@@ -187,8 +187,8 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 def modulation_table() -> str:
     rows = []
-    for name, config in MODULES.items():
-        light, heavy = parameters(config), with_own_modulation(config)
+    for name, config in NETWORKS.items():
+        light, heavy = parameters(config), unshared_parameters(config)
         unit, digits = (1e9, 2) if heavy > 1e9 else (1e6, 1)
         suffix = "B" if unit == 1e9 else "M"
         rows.append(
@@ -213,7 +213,7 @@ def stage_table() -> str:
                 recipe.products,
                 f"{cost.pictures / 1e6:,.0f} M",
                 f"{cost.batch:,}",
-                f"{3 * forward_operations(recipe.config, TEXT, cost.tokens) / 1e12:.0f} T",
+                f"{3 * forward_operations(recipe.config, TEXT_TOKENS, cost.tokens) / 1e12:.0f} T",
                 f"{cost.operations:.1e}".replace("e+", " · 10^"),
                 f"{parts} = {need.total / 1e9:.0f} GB",
                 f"{cost.days:.1f}",
@@ -228,7 +228,7 @@ def stage_table() -> str:
 
 def adapter_line() -> str:
     size, rank = 1024, 16
-    weights, kept = adapter_memory(PRESETS["medium"], (size // 16) ** 2 + TEXT, 1, rank)
+    weights, kept = adapter_memory(PRESETS["medium"], (size // 16) ** 2 + TEXT_TOKENS, 1, rank)
     return (
         f"A LoRA of rank {rank} on Raw, blocks in int8, one picture of {size} px at a time:\n"
         f"{weights / 1e9:.1f} GB of weights and {kept / 1e9:.1f} GB of activations kept for the backward pass."

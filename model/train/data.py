@@ -32,7 +32,7 @@ from model.atomic import atomic_write
 from model.errors import K2Error, reported
 from model.hashes import sha256
 from model.library import BUNDLED
-from model.train.looks import DRAWINGS, MEDIA, Look, compose, looks, resize
+from model.train.looks import DRAWINGS, MEDIA, Look, compose, resize, split_looks
 
 PACKAGES = {  # npm package -> version; licences of the art: NOTICE
     "noto": "1.2.9",
@@ -120,7 +120,7 @@ class Catalog:
         self.size = size
         self.pairs = [Pair(*pair) for pair in json.loads((folder / "pairs.json").read_text())]
         self.renders = read_renders(folder, max(size, SIZE), len(self.pairs))
-        self.looks = {drawing: looks(drawing) for drawing in DRAWINGS}
+        self.looks = {drawing: split_looks(drawing) for drawing in DRAWINGS}
 
     def items(self, split: str) -> list[Item]:
         """The pictures of a split, in a fixed order.
@@ -198,12 +198,12 @@ headphones keys maracas bags money chains bricks swords chopsticks soap dna lips
 eyeglasses sunglasses goggles dolls yarn paper masks footprints claus
 """  # last words of names without an article
 BARE_WORDS = frozenset(BARE_NAMES.split())
-THE = ("sun", "moon", "statue of liberty", "tokyo tower", "planet earth")
+WITH_THE = ("sun", "moon", "statue of liberty", "tokyo tower", "planet earth")
 
 
 def article(name: str) -> str:
     """The article of a subject's name with its space; empty if the name has none."""
-    if name in THE:
+    if name in WITH_THE:
         return "the "
     if name.split()[-1] in BARE_WORDS and " of " not in name:
         return ""
@@ -216,7 +216,7 @@ def phrase(name: str) -> str:
     return f"{article(name)}{name}"
 
 
-def pack(package: str, version: str, folder: Path) -> Path:
+def fetch_archive(package: str, version: str, folder: Path) -> Path:
     """The registry's tarball of a package, fetched into a folder by npm. Raises K2Error."""
     archive = folder / f"{package.lstrip('@').replace('/', '-')}-{version}.tgz"
     if not archive.exists():
@@ -230,9 +230,9 @@ def pack(package: str, version: str, folder: Path) -> Path:
     return archive
 
 
-def fetch(package: str, version: str, folder: Path) -> dict[str, Any]:
+def load_icons(package: str, version: str, folder: Path) -> dict[str, Any]:
     """The icons of one set."""
-    with tarfile.open(pack(f"@iconify-json/{package}", version, folder)) as tar:
+    with tarfile.open(fetch_archive(f"@iconify-json/{package}", version, folder)) as tar:
         member = tar.extractfile("package/icons.json")
         assert member is not None
         return json.load(member)
@@ -301,7 +301,7 @@ def build(folder: Path = DATA) -> None:
     (folder / "manifest.toml").write_text(tomli_w.dumps(manifest))
 
 
-def enlarge(size: int, folder: Path = DATA) -> None:
+def render_at_size(size: int, folder: Path = DATA) -> None:
     """Render the drawings of the data set at another size."""
     catalog = Catalog(folder)
     asked = [(pair.drawing, catalog.subjects[pair.subject]) for pair in catalog.pairs]
@@ -313,20 +313,20 @@ def enlarge(size: int, folder: Path = DATA) -> None:
 def render_all(folder: Path, asked: Sequence[tuple[str, Subject]], size: int) -> Iterator[NDArray[np.uint8] | None]:
     """Subjects, each in a drawing set, in order; drawn on all cores."""
     for package, version in PACKAGES.items():
-        pack(f"@iconify-json/{package}", version, folder)
+        fetch_archive(f"@iconify-json/{package}", version, folder)
     packages, subjects = zip(*asked, strict=True)
     with ProcessPoolExecutor() as pool:
         yield from pool.map(render_subject, repeat(folder), packages, subjects, repeat(size), chunksize=32)
 
 
 @cache
-def icons_of_process(folder: Path, package: str) -> dict[str, Any]:
-    return fetch(package, PACKAGES[package], folder)
+def cached_icons(folder: Path, package: str) -> dict[str, Any]:
+    return load_icons(package, PACKAGES[package], folder)
 
 
 def render_subject(folder: Path, package: str, subject: Subject, size: int) -> NDArray[np.uint8] | None:
     """A subject in a drawing set, RGBA [size, size, 4]; None if the set has none of its icons."""
-    icons = icons_of_process(folder, package)
+    icons = cached_icons(folder, package)
     found = (render_icon(icons, name, size) for name in subject.icons)
     return next((picture for picture in found if picture is not None), None)
 
@@ -342,10 +342,10 @@ if __name__ == "__main__":
         parser.add_argument("size", type=int, nargs="?")
         size = parser.parse_args().size
         if size is not None:
-            enlarge(size)
+            render_at_size(size)
         else:
             build()
-            enlarge(NATIVE)
+            render_at_size(NATIVE)
         catalog = Catalog()
         print(f"{len(catalog.pairs)} renders of {len(catalog.subjects)} subjects")
         print(

@@ -22,19 +22,19 @@ from torch import Tensor
 from model.train.rollout import Velocity
 
 
-def to_level(t: Tensor, like: Tensor) -> Tensor:
+def expand_like(t: Tensor, like: Tensor) -> Tensor:
     """t [B] as [B, 1, ...], to multiply `like` by."""
     return t.view(-1, *[1] * (like.dim() - 1))
 
 
 def predicted_image(x: Tensor, v: Tensor, t: Tensor) -> Tensor:
     """x₀ of a point x [B, ...] of the flow at t [B], from its velocity there."""
-    return x - to_level(t, x) * v
+    return x - expand_like(t, x) * v
 
 
 def predicted_noise(x: Tensor, v: Tensor, t: Tensor) -> Tensor:
     """ε of the same point."""
-    return x + (1 - to_level(t, x)) * v
+    return x + (1 - expand_like(t, x)) * v
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ class Trajectory:
     points: Tensor  # [K, B, ...] where each segment starts
     velocities: Tensor  # [K, B, ...] the student's output there
 
-    def at(self, segment: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def segment(self, segment: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """segment [B] of 0 … K − 1 -> points and velocities [B, ...], times of the segments' starts and ends [B]."""
         rows = torch.arange(len(segment), device=self.points.device)
         times = torch.tensor(self.times, device=self.points.device)
@@ -71,7 +71,7 @@ def renoise(x0: Tensor, eps: Tensor, s: Tensor, t: Tensor, fresh: Tensor) -> tup
     x_t = a x_s + b ε' with a = (1 − t)/(1 − s), b² = t² − a² s²: it contains as much of x₀ as the flow does at t, and
     the two noises together have the flow's variance.
     """
-    s, t = to_level(s, x0), to_level(t, x0)
+    s, t = expand_like(s, x0), expand_like(t, x0)
     a = (1 - t) / (1 - s)
     noise = (a * s * eps + (t**2 - (a * s) ** 2).clamp_min(0).sqrt() * fresh) / t
     return (1 - t) * x0 + t * noise, noise - x0
@@ -109,18 +109,18 @@ class Draws:
     def draw(cls, segments: int, like: Tensor, generator: torch.Generator | None = None) -> Draws:
         """For pictures of the shape of `like` [B, ...]."""
         count = len(like)
-        dice: dict[str, Any] = {"generator": generator, "device": generator.device if generator else like.device}
+        rng_options: dict[str, Any] = {"generator": generator, "device": generator.device if generator else like.device}
         # every segment about as often within a batch
-        segment = (torch.randperm(count, **dice) + torch.randint(segments, (), **dice)) % segments
-        fresh, uniform = torch.randn(like.shape, **dice), torch.rand(count, **dice)
+        segment = (torch.randperm(count, **rng_options) + torch.randint(segments, (), **rng_options)) % segments
+        fresh, uniform = torch.randn(like.shape, **rng_options), torch.rand(count, **rng_options)
         return cls(segment, uniform.to(like.device), fresh.to(like.device))
 
 
-def fake_loss(fake: Velocity, way: Trajectory, chance: Draws) -> Tensor:
+def fake_loss(fake: Velocity, trajectory: Trajectory, draws: Draws) -> Tensor:
     """The fake score learns the student's pictures: flow matching on the noised ends of segments [B]."""
-    x, v, t, s = way.at(chance.segment)
-    tau = sample_between(s, t, chance.uniform)
-    x_tau, target = renoise(predicted_image(x, v, t), predicted_noise(x, v, t), s, tau, chance.fresh)
+    x, v, t, s = trajectory.segment(draws.segment)
+    tau = sample_between(s, t, draws.uniform)
+    x_tau, target = renoise(predicted_image(x, v, t), predicted_noise(x, v, t), s, tau, draws.fresh)
     return (fake(x_tau, tau) - target).square().flatten(1).mean(1)
 
 
@@ -128,21 +128,21 @@ def student_loss(
     student: Velocity,
     fake: Velocity,
     teacher: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]],
-    way: Trajectory,
-    chance: Draws,
+    trajectory: Trajectory,
+    draws: Draws,
     guidance: float,
 ) -> Tensor:
     """One segment of the student's walk, moved towards the teacher's guided pictures -> [B].
 
     teacher: (x, t) -> its velocities with and without the prompt.
     """
-    x, _, t, s = way.at(chance.segment)
+    x, _, t, s = trajectory.segment(draws.segment)
     v = student(x, t)
     x0 = predicted_image(x, v, t)
     with torch.no_grad():
-        tau = sample_between(s, t, chance.uniform)
-        x_tau, _ = renoise(x0, predicted_noise(x, v, t), s, tau, chance.fresh)
-        of_fake, with_prompt, without = (
+        tau = sample_between(s, t, draws.uniform)
+        x_tau, _ = renoise(x0, predicted_noise(x, v, t), s, tau, draws.fresh)
+        fake_estimate, with_prompt, without = (
             predicted_image(x_tau, v, tau) for v in (fake(x_tau, tau), *teacher(x_tau, tau))
         )
-    return matching_loss(x0, of_fake, with_prompt, without, guidance)
+    return matching_loss(x0, fake_estimate, with_prompt, without, guidance)

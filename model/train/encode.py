@@ -24,7 +24,7 @@ from model.references import from_bytes
 from model.train.autoencoder import load as load_autoencoder
 from model.train.data import AUTOENCODER, DATA, Catalog, Item, latents_file
 from model.train.looks import resize
-from model.train.shapes import Shape, of_shape
+from model.train.shapes import Shape, indices_in_shape
 
 
 def to_tensor(pictures: list[NDArray[np.uint8]], size: int) -> Tensor:
@@ -33,13 +33,13 @@ def to_tensor(pictures: list[NDArray[np.uint8]], size: int) -> Tensor:
 
 
 @cache
-def catalog_of_process(folder: Path, size: int) -> Catalog:
+def cached_catalog(folder: Path, size: int) -> Catalog:
     return Catalog(folder, size)
 
 
 def compose_all(folder: Path, size: int | Shape, items: list[Item]) -> NDArray[np.uint8]:
     """Pictures of items, uint8 RGB [B, H, W, 3]."""
-    catalog = catalog_of_process(folder, size if isinstance(size, int) else size.renders)
+    catalog = cached_catalog(folder, size if isinstance(size, int) else size.render_size)
     return np.stack([catalog.picture(item, None if isinstance(size, int) else size) for item in items])
 
 
@@ -49,7 +49,7 @@ def main(size: int | Shape, device: str = "cpu", *, batch: int = 64) -> None:
     catalog = Catalog(DATA)
     items = catalog.items("train")
     if isinstance(size, Shape):
-        items = [items[index] for index in of_shape(items, size)]
+        items = [items[index] for index in indices_in_shape(items, size)]
     vae = load_autoencoder(AUTOENCODER).to(device)
     cells = [side // vae.factor for side in ((size, size) if isinstance(size, int) else size)]
     with atomic_write(latents_file(DATA, size)) as draft, ProcessPoolExecutor() as pool:
@@ -68,4 +68,4 @@ if __name__ == "__main__":
         parser.add_argument("size", help="side of a square, or a shape like 320x192")
         parser.add_argument("device", nargs="?", default="cpu")
         options = parser.parse_args()
-        main(int(options.size) if options.size.isdecimal() else Shape.of(options.size), options.device)
+        main(int(options.size) if options.size.isdecimal() else Shape.parse(options.size), options.device)

@@ -34,23 +34,23 @@ from model.train.data import DATA, Catalog, Item, Pair
 from model.train.judge import Judge
 from model.train.looks import resize
 from model.train.rewards import top_octave
-from model.train.study import Floats, Pixels, embed, figure, lines_of, mean, names_of, paint, ratio
+from model.train.study import Floats, Pixels, embed, embed_names, figure, mean, ratio, render_specs, table_rows
 
-PROMPTS, SEEDS = 25, 4  # to measure diversity on
-GRAINY = 40  # pictures to measure grain on, at most
+DIVERSITY_PROMPTS, DIVERSITY_SEEDS = 25, 4  # to measure diversity on
+MAX_GRAINY = 40  # pictures to measure grain on, at most
 
 
-def nearest(judge: Judge, found: Floats, subjects: Sequence[str], among: Sequence[str]) -> NDArray[np.bool_]:
+def is_recognised(judge: Judge, found: Floats, subjects: Sequence[str], among: Sequence[str]) -> NDArray[np.bool_]:
     """Whether each subject embedding [N, 96] has its own subject's name nearest; chance is 1 / len(among)."""
-    first = (found @ names_of(judge, among).T).argmax(1).tolist()
-    return np.array([among[n] == subject for n, subject in zip(first, subjects, strict=True)])
+    best = (found @ embed_names(judge, among).T).argmax(1).tolist()
+    return np.array([among[n] == subject for n, subject in zip(best, subjects, strict=True)])
 
 
 def retrieval(
     judge: Judge, pictures: Sequence[Pixels], subjects: Sequence[str], among: Sequence[str]
 ) -> NDArray[np.bool_]:
-    """`nearest` of pictures."""
-    return nearest(judge, embed(judge, pictures)[0], subjects, among)
+    """`is_recognised` of pictures."""
+    return is_recognised(judge, embed(judge, pictures)[0], subjects, among)
 
 
 def frechet(a: Floats, b: Floats) -> float:
@@ -79,14 +79,14 @@ def kernel_distance(a: Floats, b: Floats) -> float:
     def kernel(x: Floats, y: Floats) -> Floats:
         return (x @ y.T / dim + 1) ** 3
 
-    def among(x: Floats, y: Floats) -> float:
+    def mean_kernel(x: Floats, y: Floats) -> float:
         of = kernel(x, y)
         return float((of.sum() - np.trace(of)) / (len(x) * (len(x) - 1)))
 
-    return among(a, a) + among(b, b) - 2 * among(a, b)
+    return mean_kernel(a, a) + mean_kernel(b, b) - 2 * mean_kernel(a, b)
 
 
-def spread(found: Floats, group: int) -> Floats:
+def group_spread(found: Floats, group: int) -> Floats:
     """Mean distance between the members of each group of neighbours [N · group, D] -> [N]."""
     sets = found.reshape(-1, group, found.shape[1])
     apart = np.linalg.norm(sets[:, :, None] - sets[:, None], axis=-1)
@@ -96,7 +96,7 @@ def spread(found: Floats, group: int) -> Floats:
 def held_out_prompts(catalog: Catalog, count: int) -> list[tuple[Item, str]]:
     """Captions of pictures that were never trained on, in medium form: subject, ground and style words."""
     rng = np.random.default_rng(5)
-    names = set(candidates(catalog))
+    names = set(candidate_subjects(catalog))
     items = [item for item in catalog.items("held-out") if item.pair.subject in names]
     chosen = rng.permutation(len(items)).tolist()
     while len(chosen) < count:
@@ -104,12 +104,12 @@ def held_out_prompts(catalog: Catalog, count: int) -> list[tuple[Item, str]]:
     return [(items[i], catalog.caption(items[i], rng, "medium")) for i in chosen[:count]]
 
 
-def candidates(catalog: Catalog, count: int = 100) -> list[str]:
+def candidate_subjects(catalog: Catalog, count: int = 100) -> list[str]:
     """The first subjects of the list."""
     return list(catalog.subjects)[:count]
 
 
-def specs_of(captions: Sequence[str], seed: int, **settings: Any) -> list[RenderSpec]:
+def make_specs(captions: Sequence[str], seed: int, **settings: Any) -> list[RenderSpec]:
     """A picture of each, each with its own seed; other settings default to the checkpoint's own."""
     return [RenderSpec(prompt=caption, seed=seed + index, **settings) for index, caption in enumerate(captions)]
 
@@ -123,9 +123,9 @@ class Task(NamedTuple):
     among: list[str]  # candidates whose names are compared
     grainy: list[str]  # captions of film grain
     pictures: list[Pixels]  # real ones of the items
-    right: NDArray[np.bool_]  # whether the subject's name is the nearest
+    recognised: NDArray[np.bool_]  # whether the subject's name is the nearest
     features: Floats  # [N, 144]: the judge's two views of a picture
-    power: Floats  # [GRAINY] of the top octave, in the real pictures of film grain
+    power: Floats  # [MAX_GRAINY] of the top octave, in the real pictures of film grain
 
     @property
     def drawings(self) -> list[Pair]:
@@ -133,14 +133,14 @@ class Task(NamedTuple):
         return [item.pair for item in self.items]
 
     @classmethod
-    def of(cls, judge: Judge, catalog: Catalog, count: int) -> Task:
+    def prepare(cls, judge: Judge, catalog: Catalog, count: int) -> Task:
         """`count` captions of pictures that were never trained on."""
-        among, prompts = candidates(catalog), held_out_prompts(catalog, count)
+        among, prompts = candidate_subjects(catalog), held_out_prompts(catalog, count)
         items, captions = [item for item, _ in prompts], [caption for _, caption in prompts]
         subjects, pictures = [item.pair.subject for item in items], [catalog.picture(item) for item in items]
         rng = np.random.default_rng(7)
         film = [item for item in catalog.items("held-out") if item.look.medium == "film"]  # drawing set by drawing set
-        grainy = [film[i] for i in rng.permutation(len(film))[:GRAINY]]
+        grainy = [film[i] for i in rng.permutation(len(film))[:MAX_GRAINY]]
         seen = embed(judge, pictures)
         return cls(
             items,
@@ -149,7 +149,7 @@ class Task(NamedTuple):
             among,
             [catalog.caption(item, rng, "medium") for item in grainy],
             pictures,
-            nearest(judge, seen[0], subjects, among),
+            is_recognised(judge, seen[0], subjects, among),
             np.concatenate(seen, 1),
             top_octave(from_bytes(np.stack([catalog.picture(item) for item in grainy]))).numpy(),
         )
@@ -159,26 +159,28 @@ class Measured(NamedTuple):
     """A checkpoint's pictures of a task, and what the judge sees in them."""
 
     pictures: list[Pixels]
-    right: NDArray[np.bool_]
+    recognised: NDArray[np.bool_]
     style: Floats  # [N, 48], unit
     features: Floats
-    distances: Floats  # [PROMPTS] mean distance between pictures of one prompt
+    distances: Floats  # [DIVERSITY_PROMPTS] mean distance between pictures of one prompt
     power: Floats
 
 
 def render_task(task: Task, judge: Judge, pipeline: Pipeline, **settings: Any) -> Measured:
     """Render all captions once, some of them several times, and those of film grain; always from the same seeds."""
-    pictures = paint(pipeline, specs_of(task.captions, seed=1000, **settings))
-    first = list(dict.fromkeys(task.captions))[:PROMPTS]
-    alike = paint(pipeline, specs_of([each for each in first for _ in range(SEEDS)], seed=5000, **settings))
-    grain = paint(pipeline, specs_of(task.grainy, seed=9000, **settings))
+    pictures = render_specs(pipeline, make_specs(task.captions, seed=1000, **settings))
+    first = list(dict.fromkeys(task.captions))[:DIVERSITY_PROMPTS]
+    repeated = render_specs(
+        pipeline, make_specs([each for each in first for _ in range(DIVERSITY_SEEDS)], seed=5000, **settings)
+    )
+    grain = render_specs(pipeline, make_specs(task.grainy, seed=9000, **settings))
     seen = embed(judge, pictures)
     return Measured(
         pictures,
-        nearest(judge, seen[0], task.subjects, task.among),
+        is_recognised(judge, seen[0], task.subjects, task.among),
         seen[1],
         np.concatenate(seen, 1),
-        spread(np.concatenate(embed(judge, alike), 1), SEEDS),
+        group_spread(np.concatenate(embed(judge, repeated), 1), DIVERSITY_SEEDS),
         top_octave(from_bytes(np.stack(grain))).numpy(),
     )
 
@@ -187,22 +189,22 @@ def measure(
     judge: Judge, catalog: Catalog, pipeline: Pipeline, count: int, sheet: Path, **settings: Any
 ) -> dict[str, Any]:
     """The figures of one checkpoint, each beside that of real pictures if known."""
-    task = Task.of(judge, catalog, count)
-    painted = render_task(task, judge, pipeline, **settings)
-    small = [resize(picture, 64) for picture in painted.pictures[:200]]
+    task = Task.prepare(judge, catalog, count)
+    measured = render_task(task, judge, pipeline, **settings)
+    small = [resize(picture, 64) for picture in measured.pictures[:200]]
     rows = [np.concatenate(small[i : i + 20], 1) for i in range(0, len(small) - 19, 20)]
     Image.fromarray(np.concatenate(rows)).save(sheet)
     real = task.features
     return {
         "retrieval": {
-            "rendered": figure(mean, painted.right, groups=task.drawings),
-            "real": figure(mean, task.right, groups=task.drawings),
+            "rendered": figure(mean, measured.recognised, groups=task.drawings),
+            "real": figure(mean, task.recognised, groups=task.drawings),
             "of": len(task.among),
         },
-        "distance": {"rendered": frechet(painted.features, real)},
-        "kernel": {"rendered": kernel_distance(painted.features, real)},
-        "diversity": {"rendered": figure(mean, painted.distances)},
-        "grain": {"share of real": figure(ratio, painted.power, task.power)},
+        "distance": {"rendered": frechet(measured.features, real)},
+        "kernel": {"rendered": kernel_distance(measured.features, real)},
+        "diversity": {"rendered": figure(mean, measured.distances)},
+        "grain": {"share of real": figure(ratio, measured.power, task.power)},
     }
 
 
@@ -226,7 +228,7 @@ def main(
         sheet = out.with_name(f"rendered-{variant}.png")
         found[variant] = measure(judge, Catalog(DATA, pipeline.native), pipeline, count, sheet, **settings)
         out.write_text(tomli_w.dumps(found))
-        print(*lines_of(variant, found[variant]), sep="\n", flush=True)
+        print(*table_rows(variant, found[variant]), sep="\n", flush=True)
 
 
 if __name__ == "__main__":

@@ -17,26 +17,26 @@ import numpy as np
 from model.errors import reported
 from model.pipeline import Pipeline
 from model.train.data import DATA, Catalog, phrase, stable_seed
-from model.train.evaluate import candidates, retrieval, specs_of
+from model.train.evaluate import candidate_subjects, make_specs, retrieval
 from model.train.judge import Judge
 from model.train.looks import DRAWINGS, MEDIA
-from model.train.study import Floats, paint
+from model.train.study import Floats, render_specs
 
-ENOUGH = 0.75  # share of correct subjects
+MIN_CORRECT = 0.75  # share of correct subjects
 FIRST_SEED = 900_000  # far from those of the studies
 
 
 def measure(pipeline: Pipeline, judge: Judge, catalog: Catalog, count: int) -> Floats:
     """Shares of correct subjects among `count` pictures, [drawings, media] in the data set's order."""
-    among = candidates(catalog)
+    among = candidate_subjects(catalog)
     table = np.zeros((len(DRAWINGS), len(MEDIA)))
-    for i, (drawing, how) in enumerate(DRAWINGS.items()):
-        for j, (medium, told) in enumerate(MEDIA.items()):
+    for i, (drawing, drawing_words) in enumerate(DRAWINGS.items()):
+        for j, (medium, medium_words) in enumerate(MEDIA.items()):
             rng = np.random.default_rng(stable_seed("expander", drawing, medium))
             subjects = [str(name) for name in rng.choice(among, count, replace=False)]
-            texts = [", ".join([phrase(name), how[0], *told[:1]]) for name in subjects]
+            texts = [", ".join([phrase(name), drawing_words[0], *medium_words[:1]]) for name in subjects]
             first = FIRST_SEED + count * (i * len(MEDIA) + j)
-            table[i, j] = retrieval(judge, paint(pipeline, specs_of(texts, first)), subjects, among).mean()
+            table[i, j] = retrieval(judge, render_specs(pipeline, make_specs(texts, first)), subjects, among).mean()
     return table
 
 
@@ -44,7 +44,7 @@ def asked_only(table: Floats) -> dict[str, list[str]]:
     """Drawing sets, by their mean over media, and media, by theirs over drawing sets, that lose too many subjects."""
     slots = {"drawing": (DRAWINGS, table.mean(1)), "medium": (MEDIA, table.mean(0))}
     return {
-        slot: [name for name, share in zip(names, shares, strict=True) if share < ENOUGH and name != "plain"]
+        slot: [name for name, share in zip(names, shares, strict=True) if share < MIN_CORRECT and name != "plain"]
         for slot, (names, shares) in slots.items()
     }
 

@@ -28,19 +28,27 @@ from model.latents import patchify, unpatchify
 from model.train import loop, pretrain, states
 from model.train.data import fingerprint, stable_seed
 from model.train.loop import Batch, Report
-from model.train.recipe import at_least, more_than_none
-from model.train.rewards import JUDGED_BY, Judged, Rewards, apply_gates, chosen_by
-from model.train.rollout import RolloutPrompt, Velocity, conditioned_velocity, decode, draw_prompts, sample, sigmas_for
+from model.train.recipe import check_at_least, check_positive
+from model.train.rewards import JUDGING_KEYS, JudgedRecipe, Rewards, apply_gates, choice_key
+from model.train.rollout import (
+    RolloutPrompt,
+    Velocity,
+    conditioned_velocity,
+    decode,
+    draw_prompts,
+    sample,
+    sampling_sigmas,
+)
 from model.train.states import RUNS
-from model.train.training_set import TrainingSet, training_set
+from model.train.training_set import TrainingSet, load_training_set
 from model.train.validation import hold_out, validation_loss
 
-REWARD_KEYS = (*JUDGED_BY, "gates", "pool")  # keys that the choice of prompts depends on
-FLAT = 1e-3  # a reward whose standard deviation in a group is below this counts as constant
+CHOICE_KEYS = (*JUDGING_KEYS, "gates", "pool")  # keys that the choice of prompts depends on
+MIN_STD = 1e-3  # a reward whose standard deviation in a group is below this counts as constant
 
 
 @dataclass(frozen=True, kw_only=True)
-class Recipe(Judged):
+class Recipe(JudgedRecipe):
     """A run of GRPO; `batch` counts prompts, each rendered `group` times."""
 
     stage: str = "grpo"
@@ -56,9 +64,9 @@ class Recipe(Judged):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        at_least(self, 1, "updates", "prompts", "pool")
-        at_least(self, 2, "group")
-        more_than_none(self, "noise", "trust")
+        check_at_least(self, 1, "updates", "prompts", "pool")
+        check_at_least(self, 2, "group")
+        check_positive(self, "noise", "trust")
         if self.every % self.updates:
             raise K2Error(
                 f'Recipe "{self.name}": every must be a multiple of updates.', hint="A run is saved between rollouts."
@@ -108,17 +116,17 @@ def rollout(
     generator: torch.Generator,
 ) -> tuple[Tensor, list[Transition]]:
     """From noise [B, L, D] to pictures, and the transitions at the stochastic steps; the others are Euler's."""
-    made: list[Transition] = []
+    transitions: list[Transition] = []
     for step, (sigma, next_sigma) in enumerate(pairwise(sigmas)):
         v = velocity(tokens, torch.full((len(tokens),), sigma, device=tokens.device))
-        here = noise if step in stochastic else 0.0
-        mean, std = sde_step(tokens, v, sigma, next_sigma, here, sigmas[1])
+        step_noise = noise if step in stochastic else 0.0
+        mean, std = sde_step(tokens, v, sigma, next_sigma, step_noise, sigmas[1])
         after = mean
-        if here:
+        if step_noise:
             after = mean + std * torch.randn(mean.shape, generator=generator).to(mean.device)
-            made.append(Transition(sigma, next_sigma, tokens, after, log_prob(after, mean, std)))
+            transitions.append(Transition(sigma, next_sigma, tokens, after, log_prob(after, mean, std)))
         tokens = after
-    return tokens, made
+    return tokens, transitions
 
 
 def advantages(
@@ -134,9 +142,9 @@ def advantages(
     for name, weight in weights.items():
         reward = rewards[name].float()
         spread = reward.std(1, keepdim=True)
-        telling = spread >= FLAT
-        counts |= telling[:, 0]
-        total += weight * torch.where(telling, (reward - reward.mean(1, keepdim=True)) / spread.clamp_min(FLAT), 0.0)
+        varies = spread >= MIN_STD
+        counts |= varies[:, 0]
+        total += weight * torch.where(varies, (reward - reward.mean(1, keepdim=True)) / spread.clamp_min(MIN_STD), 0.0)
     kept = total[counts]
     if not len(kept):
         return torch.zeros_like(total), counts
@@ -145,14 +153,16 @@ def advantages(
 
 
 def policy_loss(
-    velocity: Velocity, made: Sequence[Transition], advantage: Tensor, noise: float, cap: float, trust: float
+    velocity: Velocity, transitions: Sequence[Transition], advantage: Tensor, noise: float, cap: float, trust: float
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """The clipped policy loss of transitions under the current velocity; advantage [B]."""
     losses, ratios = [], []
-    for move in made:
-        v = velocity(move.before, torch.full((len(move.before),), move.sigma, device=move.before.device))
-        mean, std = sde_step(move.before, v, move.sigma, move.next_sigma, noise, cap)
-        ratio = (log_prob(move.after, mean, std) - move.log_prob).exp()
+    for transition in transitions:
+        v = velocity(
+            transition.before, torch.full((len(transition.before),), transition.sigma, device=transition.before.device)
+        )
+        mean, std = sde_step(transition.before, v, transition.sigma, transition.next_sigma, noise, cap)
+        ratio = (log_prob(transition.after, mean, std) - transition.log_prob).exp()
         losses.append(torch.maximum(-advantage * ratio, -advantage * ratio.clamp(1 - trust, 1 + trust)))
         ratios.append(ratio.detach())
     ratio = torch.stack(ratios)
@@ -160,7 +170,7 @@ def policy_loss(
     return torch.stack(losses).mean(), figures
 
 
-class RolloutGroup(NamedTuple):
+class JudgedRollout(NamedTuple):
     """A judged rollout, which some optimiser steps learn from."""
 
     number: int
@@ -179,7 +189,7 @@ class GRPOStage(pretrain.RenderingStage):
         self.set, self.rewards = data, rewards
         self.data = fingerprint(data.catalog)
         self.model: pretrain.TrainedModel = pretrain.build_model(recipe, len(data.looks), device)
-        self.rounds: dict[int, RolloutGroup] = {}  # the last of each part
+        self.judged_rollouts: dict[int, JudgedRollout] = {}  # the last of each part
 
     def rate(self, name: str) -> float:
         return float(name.startswith("dit."))
@@ -187,35 +197,35 @@ class GRPOStage(pretrain.RenderingStage):
     def batch(self, step: int, part: int = 0) -> Batch:
         """The prompts of a rollout, each `group` times, and its seed: the same for all of its updates."""
         recipe = self.recipe
-        round_ = step // recipe.updates
-        rng = np.random.default_rng(stable_seed(recipe.seed, recipe.name, round_, part))
+        number = step // recipe.updates
+        rng = np.random.default_rng(stable_seed(recipe.seed, recipe.name, number, part))
         chosen = rng.choice(len(self.pool), min(recipe.batch, len(self.pool)), replace=False)
-        wanted = [self.pool[index] for index in chosen for _ in range(recipe.group)]
-        embeds, mask = self.set.embed([each.caption for each in wanted])
+        prompts = [self.pool[index] for index in chosen for _ in range(recipe.group)]
+        embeds, mask = self.set.embed([each.caption for each in prompts])
         steps = rng.choice(recipe.sample_steps - 1, recipe.stochastic, replace=False)  # the last ends in the picture
         return {
-            "asked": wanted,
+            "asked": prompts,
             "embeds": embeds,
             "mask": mask,
             "stochastic": sorted(steps.tolist()),
             "seed": int(rng.integers(2**62)),
-            "round": (round_, part),
+            "round": (number, part),
         }
 
     def loss(self, batch: Batch) -> tuple[Tensor, dict[str, Any]]:
         recipe, dit = self.recipe, self.model.dit
         device, patch, cells = dit.first.weight.device, dit.config.patch, self.set.cells
-        sigmas = sigmas_for(recipe.sample_steps, cells, dit)
+        sigmas = sampling_sigmas(recipe.sample_steps, cells, dit)
         grid = (cells // patch, cells // patch)
         embeds, mask = batch["embeds"].to(device), batch["mask"].to(device)
-        round_, part = batch["round"]
-        if part not in self.rounds or self.rounds[part].number != round_:
+        number, part = batch["round"]
+        if part not in self.judged_rollouts or self.judged_rollouts[part].number != number:
             generator = torch.Generator().manual_seed(batch["seed"])
             shape = (len(batch["asked"]), dit.config.channels, cells, cells)
             start = patchify(torch.randn(shape, generator=generator), patch).to(device)
             with torch.no_grad():
                 velocity = conditioned_velocity(dit, embeds, mask, grid)
-            tokens, made = rollout(velocity, start, sigmas, batch["stochastic"], recipe.noise, generator)
+            tokens, transitions = rollout(velocity, start, sigmas, batch["stochastic"], recipe.noise, generator)
             pictures = decode(self.rewards.vae, unpatchify(tokens, patch, cells, cells))
             needed = {**recipe.weights, **dict.fromkeys(recipe.gates.values(), 0.0)}
             found = self.rewards.chosen(pictures, batch["asked"], needed)
@@ -223,12 +233,12 @@ class GRPOStage(pretrain.RenderingStage):
             advantage, counts = advantages(by_group, recipe.weights, recipe.gates)
             figures = {name: float(value.mean()) for name, value in found.items()}
             figures["groups"] = float(counts.float().mean())
-            self.rounds[part] = RolloutGroup(round_, made, advantage.flatten(), figures)
+            self.judged_rollouts[part] = JudgedRollout(number, transitions, advantage.flatten(), figures)
             torch.clear_autocast_cache()  # else weights first cast without gradient stay without
-        known = self.rounds[part]
+        judged = self.judged_rollouts[part]
         velocity = conditioned_velocity(dit, embeds, mask, grid)
-        loss, more = policy_loss(velocity, known.transitions, known.advantage, recipe.noise, sigmas[1], recipe.trust)
-        return loss, known.figures | more
+        loss, more = policy_loss(velocity, judged.transitions, judged.advantage, recipe.noise, sigmas[1], recipe.trust)
+        return loss, judged.figures | more
 
     def pictures(self) -> int:
         return self.recipe.batch * self.recipe.group
@@ -260,32 +270,32 @@ def informative_prompts(
     return [prompts[i] for i in chosen]
 
 
-def choose(path: Path, data: TrainingSet, rewards: Rewards, recipe: Recipe, device: str, report: Report) -> None:
+def write_pool(path: Path, data: TrainingSet, rewards: Rewards, recipe: Recipe, device: str, report: Report) -> None:
     """Write the prompts that distinguish the parent's rewards best, unless they exist."""
     parent = pretrain.TrainedModel(recipe.config, len(data.looks))
-    states.start(parent, states.parent(recipe.init))
+    states.init_from(parent, states.parent_weights(recipe.init))
     dit = parent.to(device).dit
-    now = chosen_by(recipe, REWARD_KEYS, dit, rewards, data)
-    if path.exists() and json.loads(path.read_text()).get("chosen_by") == now:
+    key = choice_key(recipe, CHOICE_KEYS, dit, rewards, data)
+    if path.exists() and json.loads(path.read_text()).get("chosen_by") == key:
         return
     chosen = informative_prompts(dit, data, rewards, recipe, report)
     with atomic_write(path) as draft:
         prompts = [(each.caption, each.subject, str(each.look)) for each in chosen]
-        draft.write_text(json.dumps({"chosen_by": now, "prompts": prompts}))
+        draft.write_text(json.dumps({"chosen_by": key, "prompts": prompts}))
 
 
 def main(recipe: Recipe, device: str = "cpu", report: Report = print) -> loop.Run:
     """Choose the prompts, unless those of the recipe exist, then run to the end from where it stands."""
-    data = training_set(recipe, device)
+    data = load_training_set(recipe, device)
     hold_out(data)
     rewards = Rewards.load(recipe.judge, data, device)
     stage = GRPOStage(recipe, data, rewards, device)
     run = loop.Run(stage, RUNS / recipe.name, device)
     path = run.folder / "pool.json"
-    over = run.done and path.exists()  # then it learned from the existing ones
-    if run.world.is_main and not over:
-        choose(path, data, rewards, recipe, device, report)
+    already_trained = run.done and path.exists()  # then it learned from the existing ones
+    if run.world.is_main and not already_trained:
+        write_pool(path, data, rewards, recipe, device, report)
     run.world.wait()
-    looks, kept = {str(look): look for look in data.looks}, json.loads(path.read_text())["prompts"]
-    stage.pool = [RolloutPrompt(caption, subject, looks[look]) for caption, subject, look in kept if look in looks]
+    looks, stored = {str(look): look for look in data.looks}, json.loads(path.read_text())["prompts"]
+    stage.pool = [RolloutPrompt(caption, subject, looks[look]) for caption, subject, look in stored if look in looks]
     return loop.train(run, report)

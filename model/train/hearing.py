@@ -25,13 +25,13 @@ from model.train import loop, pretrain
 from model.train.data import Item, fingerprint, stable_seed
 from model.train.loop import Batch, Report
 from model.train.pretrain import TrainedModel
-from model.train.recipe import at_least, check_share, reject
-from model.train.rollout import conditioned_velocity, noised, with_rows
+from model.train.recipe import check_at_least, check_share, reject
+from model.train.rollout import add_noise, append_rows, conditioned_velocity
 from model.train.states import RUNS
 from model.train.thesaurus import pick_one
-from model.train.training_set import TrainingSet, training_set
+from model.train.training_set import TrainingSet, load_training_set
 
-TRAINED = ("dit.txtfusion.", "dit.txtmlp.")
+TRAINED_PREFIXES = ("dit.txtfusion.", "dit.txtmlp.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,8 +53,8 @@ class Recipe(pretrain.Recipe):
     def __post_init__(self) -> None:
         super().__post_init__()
         reject(self, "style_loss", "frozen", "align", "recompute", "products", "repeats")
-        at_least(self, 1, "whole", "swapped", "pool")
-        at_least(self, 0, "swap")
+        check_at_least(self, 1, "whole", "swapped", "pool")
+        check_at_least(self, 0, "swap")
         check_share(self, "plain", "inserted")
 
 
@@ -70,19 +70,19 @@ class HearingStage(pretrain.RenderingStage):
         self.frozen = teacher.dit
         self.model = TrainedModel(recipe.config, looks)
         self.model.load_state_dict(teacher.state_dict())
-        self.kept: dict[int, Batch] = {}
+        self.swap_batches: dict[int, Batch] = {}
         if data is not None:
             self.data = fingerprint(data.catalog)
             self.model.dit.side = teacher.dit.side = data.side
-            self.of: dict[str, list[Item]] = defaultdict(list)
+            self.items_by_subject: dict[str, list[Item]] = defaultdict(list)
             for item in data.items:
-                self.of[item.pair.subject].append(item)
+                self.items_by_subject[item.pair.subject].append(item)
 
     def batch(self, step: int, part: int = 0) -> Batch:
         number = (step * self.recipe.accumulate + part) % self.recipe.pool
-        if number not in self.kept:
-            self.kept[number] = self.swaps(number)
-        swaps = self.kept[number]
+        if number not in self.swap_batches:
+            self.swap_batches[number] = self.swaps(number)
+        swaps = self.swap_batches[number]
         return swaps if step % self.recipe.whole else swaps | self.reworded_batch(step, part)
 
     def reworded_batch(self, step: int, part: int) -> Batch:
@@ -110,23 +110,23 @@ class HearingStage(pretrain.RenderingStage):
         catalog, text, wording = self.set.catalog, self.set.text, self.set.wording
         thesaurus = wording.thesaurus
         rng = np.random.default_rng(stable_seed(self.recipe.seed, "swaps", number))
-        named = [subject for subject in self.of for _ in thesaurus.taught(subject)]
-        items = [pick_one(self.of[pick_one(named, rng)], rng) for _ in range(self.recipe.swapped)]
+        named = [subject for subject in self.items_by_subject for _ in thesaurus.taught_names(subject)]
+        items = [pick_one(self.items_by_subject[pick_one(named, rng)], rng) for _ in range(self.recipe.swapped)]
         form = "short" if number % 4 else "medium"  # of a batch: rows are padded to the longest
         plain = [catalog.caption(item, rng, form) for item in items]
-        said = []
+        reworded = []
         for caption, item in zip(plain, items, strict=True):
             subject = catalog.subjects[item.pair.subject]
             if rng.random() < self.recipe.plain:
-                said.append(caption)
+                reworded.append(caption)
             elif rng.random() < self.recipe.inserted:
-                said.append(wording.wilderness.insert(caption, subject.words, rng))
+                reworded.append(wording.strange_words.insert(caption, subject.words, rng))
             else:
-                said.append(thesaurus.swap(caption, subject, rng))
-        embeds, mask = self.set.embed(said)
+                reworded.append(thesaurus.swap(caption, subject, rng))
+        embeds, mask = self.set.embed(reworded)
         target, target_mask = self.set.embed(plain)
-        maps = torch.zeros(len(said), mask.shape[1], target_mask.shape[1], device=mask.device)
-        for each, *captions in zip(maps, said, plain, strict=True):
+        maps = torch.zeros(len(reworded), mask.shape[1], target_mask.shape[1], device=mask.device)
+        for each, *captions in zip(maps, reworded, plain, strict=True):
             aligned = align(*map(text.token_ids, captions))
             each[: len(aligned), : aligned.shape[1]] = aligned
         return {"said": embeds, "said_mask": mask, "meant": maps @ self.teacher.dit.encode_text(target, target_mask)}
@@ -135,21 +135,21 @@ class HearingStage(pretrain.RenderingStage):
         return self.recipe.batch / self.recipe.whole
 
     def rate(self, name: str) -> float:
-        return float(name.startswith(TRAINED))
+        return float(name.startswith(TRAINED_PREFIXES))
 
     def loss(self, batch: Batch) -> tuple[Tensor, dict[str, Any]]:
         device = self.model.look_head.weight.device
         tensors = {k: v.to(device) for k, v in batch.items() if isinstance(v, Tensor)}
         real, meant = tensors["said_mask"], tensors["meant"]
-        off = (self.model.dit.encode_text(tensors["said"], real) - meant)[real].square().mean()
-        swapped = off / meant[real].square().mean()
+        error = (self.model.dit.encode_text(tensors["said"], real) - meant)[real].square().mean()
+        swapped = error / meant[real].square().mean()
         figures = {"swapped": swapped.detach()}
         if "latents" not in batch:
             return self.recipe.swap * swapped, figures
-        heard, more = self.answers(tensors, batch["generator"])
-        return heard + self.recipe.swap * swapped, figures | more
+        picture_loss, more = self.output_loss(tensors, batch["generator"])
+        return picture_loss + self.recipe.swap * swapped, figures | more
 
-    def answers(self, tensors: dict[str, Tensor], generator: torch.Generator) -> tuple[Tensor, dict[str, Any]]:
+    def output_loss(self, tensors: dict[str, Tensor], generator: torch.Generator) -> tuple[Tensor, dict[str, Any]]:
         """How far the network's output for captions as people say them is from the teacher's for the plain ones."""
         patch = self.recipe.config.patch
         image, grid = patchify(tensors["latents"], patch), grid_of(tensors["latents"], patch)
@@ -160,9 +160,9 @@ class HearingStage(pretrain.RenderingStage):
                 rows = self.teacher.style(references)[0]
             rows = torch.where(tensors["null"][:, None, None, None], self.teacher.style.null, rows)
             (plain, plain_mask), (wild, wild_mask) = (
-                with_rows(embeds, mask, rows) for embeds, mask in ((plain, plain_mask), (wild, wild_mask))
+                append_rows(embeds, mask, rows) for embeds, mask in ((plain, plain_mask), (wild, wild_mask))
             )
-        x, _, sigma = noised(image, self.recipe.mu, generator)
+        x, _, sigma = add_noise(image, self.recipe.mu, generator)
         with torch.no_grad():
             target = conditioned_velocity(self.teacher.dit, plain, plain_mask, grid)(x, sigma)
         off = (conditioned_velocity(self.model.dit, wild, wild_mask, grid)(x, sigma) - target).square().mean((1, 2))
@@ -170,22 +170,22 @@ class HearingStage(pretrain.RenderingStage):
         return off.mean(), {"share": share, "high": off.detach()[sigma > 0.7].mean()}
 
 
-def align(said: Sequence[int], meant: Sequence[int]) -> Tensor:
+def align(tokens: Sequence[int], plain_tokens: Sequence[int]) -> Tensor:
     """Tokens of a caption in other words, and of the plain one -> [said, meant], which rows are to become which.
 
     A common start and end map row by row. Each row between is to become the mean of the rows between; inserted words
     are to become what they are inserted before, and words at the end what they follow.
     """
-    shorter = min(len(said), len(meant))
-    first = next((i for i in range(shorter) if said[i] != meant[i]), shorter)
-    last = next((i for i in range(shorter - first) if said[-1 - i] != meant[-1 - i]), shorter - first)
-    if first + last == len(meant) < len(said):
+    shorter = min(len(tokens), len(plain_tokens))
+    first = next((i for i in range(shorter) if tokens[i] != plain_tokens[i]), shorter)
+    last = next((i for i in range(shorter - first) if tokens[-1 - i] != plain_tokens[-1 - i]), shorter - first)
+    if first + last == len(plain_tokens) < len(tokens):
         first, last = (first, last - 1) if last > SUFFIX_TOKENS else (first - 1, last)
-    maps = torch.zeros(len(said), len(meant))
+    maps = torch.zeros(len(tokens), len(plain_tokens))
     maps[:first, :first].fill_diagonal_(1)
-    maps[len(said) - last :, len(meant) - last :].fill_diagonal_(1)
-    ours, theirs = slice(first, len(said) - last), slice(first, len(meant) - last)
-    between = maps[ours, theirs]
+    maps[len(tokens) - last :, len(plain_tokens) - last :].fill_diagonal_(1)
+    rows, columns = slice(first, len(tokens) - last), slice(first, len(plain_tokens) - last)
+    between = maps[rows, columns]
     if between.shape[0] == between.shape[1]:
         between.fill_diagonal_(1)
     elif between.numel():
@@ -195,7 +195,7 @@ def align(said: Sequence[int], meant: Sequence[int]) -> Tensor:
 
 def main(recipe: Recipe, device: str = "cpu", report: Report = print) -> loop.Run:
     """Run it to its end from where it stands."""
-    data = training_set(recipe, device)
+    data = load_training_set(recipe, device)
     teacher = pretrain.load_teacher(recipe, recipe.teacher, len(data.looks), device)
     run = loop.Run(HearingStage(recipe, data, teacher, len(data.looks)), RUNS / recipe.name, device)
     report(f"{recipe.name}: from step {run.step}")

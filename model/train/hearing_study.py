@@ -22,15 +22,15 @@ from numpy.typing import NDArray
 from model.errors import reported
 from model.pipeline import Pipeline
 from model.train.data import DATA, Catalog, phrase
-from model.train.evaluate import candidates, held_out_prompts, retrieval, specs_of
+from model.train.evaluate import candidate_subjects, held_out_prompts, make_specs, retrieval
 from model.train.judge import Judge
 from model.train.looks import DRAWINGS, MEDIA
-from model.train.strangers import Wording
-from model.train.study import Floats, Pixels, embed, figure, mean, paint, parser_of, run_study
-from model.train.thesaurus import called, pick_one
+from model.train.strangers import CaptionWording
+from model.train.study import Floats, Pixels, embed, figure, mean, render_specs, run_study, study_parser
+from model.train.thesaurus import pick_one, with_article
 from model.vocabulary import held_out
 
-SAID = {"plain": (0.0, 0.0), "other words": (1.0, 0.0), "wrapped": (0.0, 1.0), "both": (1.0, 1.0)}
+WORDINGS = {"plain": (0.0, 0.0), "other words": (1.0, 0.0), "wrapped": (0.0, 1.0), "both": (1.0, 1.0)}
 
 
 @dataclass(frozen=True)
@@ -40,14 +40,14 @@ class Study:
     pipeline: Pipeline
     judge: Judge
     catalog: Catalog
-    wording: Wording
+    wording: CaptionWording
     steps: int | None
     count: int
 
     def paint(self, captions: Sequence[str], seed: int) -> list[Pixels]:
-        return paint(self.pipeline, specs_of(captions, seed, steps=self.steps))
+        return render_specs(self.pipeline, make_specs(captions, seed, steps=self.steps))
 
-    def right(self, captions: Sequence[str], subjects: Sequence[str], among: Sequence[str]) -> NDArray[np.bool_]:
+    def recognised(self, captions: Sequence[str], subjects: Sequence[str], among: Sequence[str]) -> NDArray[np.bool_]:
         """Whether each caption's picture shows its subject."""
         return retrieval(self.judge, self.paint(captions, 2000), subjects, among)
 
@@ -62,12 +62,12 @@ def names(study: Study) -> dict[str, Any]:
         pairs = [pair for pair in others if held_out(*pair) == (kind == "untaught")]
         chosen = [pairs[i] for i in rng.permutation(len(pairs))[: study.count]]
         subjects, every = [subject for subject, _ in chosen], list(study.catalog.subjects)
-        for said, captions in (
-            (kind, [called(name) for _, name in chosen]),
+        for label, captions in (
+            (kind, [with_article(name) for _, name in chosen]),
             (f"own names of the {kind}", list(map(phrase, subjects))),
         ):
-            found[said] = figure(mean, study.right(captions, subjects, every), groups=subjects)
-            found[said]["of"] = len(chosen)
+            found[label] = figure(mean, study.recognised(captions, subjects, every), groups=subjects)
+            found[label]["of"] = len(chosen)
     return found
 
 
@@ -79,34 +79,34 @@ def looks(study: Study) -> dict[str, Any]:
     captions: dict[str, list[str]] = {"unsaid": [], "own words": [], "other words": []}
     for item in chosen:
         subject = item.pair.subject
-        spoken = pick_one(MEDIA[item.look.medium] or DRAWINGS[item.pair.drawing], rng)
-        other = pick_one(study.wording.thesaurus.looks[spoken], rng)
-        for said, look in zip(captions, ("", f", {spoken}", f", {other}"), strict=True):
-            captions[said].append(phrase(subject) + look)
+        own_words = pick_one(MEDIA[item.look.medium] or DRAWINGS[item.pair.drawing], rng)
+        other = pick_one(study.wording.thesaurus.looks[own_words], rng)
+        for label, look in zip(captions, ("", f", {own_words}", f", {other}"), strict=True):
+            captions[label].append(phrase(subject) + look)
     real = embed(study.judge, [study.catalog.picture(item) for item in chosen])[1]
     kinds = [item.pair.drawing if item.look.medium == "plain" else item.look.medium for item in chosen]
     found: dict[str, Any] = {}
-    for said, each in captions.items():
+    for label, each in captions.items():
         likeness: Floats = (embed(study.judge, study.paint(each, 3000))[1] * real).sum(1)
-        found[said] = figure(mean, likeness, groups=kinds)
+        found[label] = figure(mean, likeness, groups=kinds)
     return found
 
 
 def strangers(study: Study) -> dict[str, Any]:
     """Shares of subjects recognised, by captions as is, in other words, and among strange ones too."""
-    prompts, among = held_out_prompts(study.catalog, study.count), candidates(study.catalog)
+    prompts, among = held_out_prompts(study.catalog, study.count), candidate_subjects(study.catalog)
     subjects = [item.pair.subject for item, _ in prompts]
     found = {}
-    for said, shares in (*SAID.items(), ("crowded", None)):
+    for label, shares in (*WORDINGS.items(), ("crowded", None)):
         rng = np.random.default_rng(99)
         captions = [
             study.wording.say(caption, item.pair.subject, *shares, rng)
             if shares is not None
-            else study.wording.wilderness.surround(caption, study.catalog.subjects[item.pair.subject].words, rng)
+            else study.wording.strange_words.surround(caption, study.catalog.subjects[item.pair.subject].words, rng)
             for item, caption in prompts
         ]
-        right = study.right(captions, subjects, among)
-        found[said] = figure(mean, right, groups=[item.pair for item, _ in prompts])
+        right = study.recognised(captions, subjects, among)
+        found[label] = figure(mean, right, groups=[item.pair for item, _ in prompts])
     return found
 
 
@@ -114,11 +114,11 @@ FIGURES = {"names": names, "looks": looks, "strangers": strangers}
 
 
 def main() -> None:
-    options = parser_of(__doc__, list(FIGURES)).parse_args()
+    options = study_parser(__doc__, list(FIGURES)).parse_args()
 
     def begin(pipeline: Pipeline, judge: Judge) -> Study:
         catalog = Catalog(DATA, pipeline.native)
-        return Study(pipeline, judge, catalog, Wording(catalog.subjects), options.steps, options.count)
+        return Study(pipeline, judge, catalog, CaptionWording(catalog.subjects), options.steps, options.count)
 
     run_study(options, FIGURES, begin)
 

@@ -17,7 +17,7 @@ COLOURS = (
     *("#54aeff", "#ff8182", "#4ac26b", "#d4a72c", "#d8b9ff", "#afb8c1"),
 )
 COLUMNS = 6  # figures in a row of the legend
-LEFT_OUT = ("step", "seconds", "lr", "norm")  # figures without a curve
+NOT_DRAWN = ("step", "seconds", "lr", "norm")  # figures without a curve
 
 
 class Journal:
@@ -35,14 +35,14 @@ class Journal:
     def add(self, row: Mapping[str, float]) -> None:
         """Add a line; new figures get columns of their own, missing ones stay empty."""
         names = self._names()
-        joined = [name for name in row if name not in names]
-        if not joined:
+        new_names = [name for name in row if name not in names]
+        if not new_names:
             with self.path.open("a", newline="") as file:
                 csv.DictWriter(file, names).writerow(row)
             return
         _, rows = self._table()
         with atomic_write(self.path) as draft, draft.open("w", newline="") as file:
-            writer = csv.DictWriter(file, names + joined)
+            writer = csv.DictWriter(file, names + new_names)
             writer.writeheader()
             writer.writerows([*rows, row])
 
@@ -77,18 +77,18 @@ class Journal:
         picture = Image.new("RGB", size, "white")
         pen = ImageDraw.Draw(picture)
         steps = columns["step"]
-        drawn = [(name, values) for name, values in columns.items() if name not in LEFT_OUT]
+        drawn = [(name, values) for name, values in columns.items() if name not in NOT_DRAWN]
         drawn = [(name, values) for name, values in drawn if any(map(math.isfinite, values))]
         rows = -(-len(drawn) // COLUMNS)
         top = 32 + 16 * rows
         for index, (name, values) in enumerate(drawn):
             colour = COLOURS[index % len(COLOURS)]
-            known = [(x, y) for x, y in zip(steps, values, strict=True) if math.isfinite(y)]
-            low, high = min(y for _, y in known), max(y for _, y in known)
+            finite = [(x, y) for x, y in zip(steps, values, strict=True) if math.isfinite(y)]
+            low, high = min(y for _, y in finite), max(y for _, y in finite)
             across, up = max(steps[-1] - steps[0], 1), (high - low) or 1
             points = [
                 (10 + (width - 20) * (x - steps[0]) / across, height - 12 - (height - 12 - top) * (y - low) / up)
-                for x, y in known
+                for x, y in finite
             ]
             pen.line(points, colour, 2)
             row, place = divmod(index, COLUMNS)
@@ -97,7 +97,7 @@ class Journal:
         picture.save(self.path.with_name("curves.png"))
 
 
-def mean_of(rows: Sequence[Mapping[str, float]]) -> dict[str, float]:
+def mean_figures(rows: Sequence[Mapping[str, float]]) -> dict[str, float]:
     """Each figure's mean over the rows that have it, as a number."""
     known: dict[str, list[float]] = defaultdict(list)
     for row in rows:

@@ -29,7 +29,7 @@ from model.references import from_bytes
 from model.train import data, loop
 from model.train import recipe as recipes
 from model.train.data import DATA, Catalog, Item, fingerprint, stable_seed
-from model.train.encode import catalog_of_process
+from model.train.encode import cached_catalog
 from model.train.looks import resize
 from model.train.loop import Batch, Report
 from model.train.states import RUNS
@@ -48,7 +48,7 @@ class Recipe(recipes.Recipe):
     def __post_init__(self) -> None:
         super().__post_init__()
         recipes.reject(self, "average")
-        recipes.at_least(self, 1, "batch", "size")
+        recipes.check_at_least(self, 1, "batch", "size")
 
 
 @dataclass(frozen=True)
@@ -59,9 +59,9 @@ class JudgeConfig:
 
 
 class ConvBlock(nn.Module):
-    def __init__(self, inward: int, width: int):
+    def __init__(self, channels_in: int, width: int):
         super().__init__()
-        self.down = nn.Conv2d(inward, width, 3, stride=2, padding=1)
+        self.down = nn.Conv2d(channels_in, width, 3, stride=2, padding=1)
         self.norm1, self.norm2 = nn.BatchNorm2d(width), nn.BatchNorm2d(width)
         self.conv = nn.Conv2d(width, width, 3, padding=1)
 
@@ -93,7 +93,7 @@ class Judge(nn.Module):
 
     def read(self, phrases: Sequence[str]) -> Tensor:
         """Phrases -> unit subject embeddings [P, 96]; words outside the vocabulary are ignored."""
-        bags = [[self.index.get(word, 0) for word in words_of(phrase)] or [0] for phrase in phrases]
+        bags = [[self.index.get(word, 0) for word in split_words(phrase)] or [0] for phrase in phrases]
         device = self.word.weight.device
         offsets = torch.tensor([0, *np.cumsum([len(bag) for bag in bags])[:-1]], device=device)
         flat = torch.tensor([index for bag in bags for index in bag], device=device)
@@ -108,7 +108,7 @@ class Judge(nn.Module):
         return judge.eval()
 
 
-def words_of(phrase: str) -> list[str]:
+def split_words(phrase: str) -> list[str]:
     return re.findall(r"[a-z0-9]+", phrase.lower())
 
 
@@ -138,7 +138,7 @@ class Critic(nn.Module):
         return critic.eval()
 
 
-def broken(pictures: Tensor, rng: np.random.Generator) -> Tensor:
+def damage(pictures: Tensor, rng: np.random.Generator) -> Tensor:
     """Each picture [B, 3, H, W] broken in one of five ways, none of which smooths its grain."""
     out = pictures.clone()
     side = pictures.shape[-1]
@@ -178,58 +178,58 @@ class JudgeStage(loop.Stage):
         self.items = [item for item in catalog.items("train") if may_train_judge(item, recipe.seed)]
         self.subjects = list(catalog.subjects.values())
         looks = sorted({item.look for item in self.items}, key=repr)
-        self.which_subject = {subject.name: i for i, subject in enumerate(self.subjects)}
-        self.which_look = {look: i for i, look in enumerate(looks)}
-        words = tuple(sorted({w for s in self.subjects for name in s.words for w in words_of(name)}))
+        self.subject_index = {subject.name: i for i, subject in enumerate(self.subjects)}
+        self.look_index = {look: i for i, look in enumerate(looks)}
+        words = tuple(sorted({w for s in self.subjects for name in s.words for w in split_words(name)}))
         judge = Judge(JudgeConfig(words))
         look_head = nn.Linear(judge.config.style, len(looks), bias=False)
         self.judge, self.look_head, self.critic = judge, look_head, Critic()
         self.model = nn.ModuleDict({"judge": judge, "look_head": look_head, "critic": self.critic})
-        self.seen: dict[int, NDArray[np.uint8]] = {}  # pictures at a judge's size, by index
+        self.composed: dict[int, NDArray[np.uint8]] = {}  # pictures at a judge's size, by index
 
     def compose(self) -> None:
         """Compose all pictures at once, on all cores; otherwise each is composed when first drawn."""
         parts = [self.items[start : start + 256] for start in range(0, len(self.items), 256)]
         with ProcessPoolExecutor() as pool:
             made = pool.map(thumbnails, repeat(self.catalog.folder), repeat(self.recipe.size), parts)
-            self.seen = dict(enumerate(picture for part in made for picture in part))
+            self.composed = dict(enumerate(picture for part in made for picture in part))
 
     def batch(self, step: int, part: int = 0) -> Batch:
         """Pictures, slightly shifted and tinted, intact and broken; and a name of each subject."""
         rng = np.random.default_rng(stable_seed(self.recipe.seed, "judge", step, part))
         chosen = rng.choice(len(self.items), min(self.recipe.batch, len(self.items)), replace=False)
         for index in chosen:
-            if index not in self.seen:
-                self.seen[index] = resize(self.catalog.picture(self.items[index]), SIZE)
-        x = from_bytes(np.stack([self.seen[index] for index in chosen]))
+            if index not in self.composed:
+                self.composed[index] = resize(self.catalog.picture(self.items[index]), SIZE)
+        x = from_bytes(np.stack([self.composed[index] for index in chosen]))
         x = torch.roll(x, tuple(rng.integers(-3, 4, 2).tolist()), (2, 3))
         x = x * float(rng.uniform(0.9, 1.1)) + float(rng.uniform(-0.1, 0.1))
-        x = x.clamp(-1, 1)  # as `broken` does: else the range of values gives them away
+        x = x.clamp(-1, 1)  # as `damage` does: else the range of values gives them away
         soft = torch.from_numpy(rng.random((len(x), 1, 1, 1)) ** 2).float()  # as decoders do
         x = torch.lerp(x, F.avg_pool2d(x, 3, 1, 1, count_include_pad=False), soft)
         grain = torch.from_numpy(rng.normal(0, 0.04, tuple(x.shape))).float()
         return {
             "x": x + grain,
-            "broken": broken(x, rng) + grain,
+            "broken": damage(x, rng) + grain,
             "names": [str(rng.choice(subject.words)) for subject in self.subjects],
-            "subjects": torch.tensor([self.which_subject[self.items[i].pair.subject] for i in chosen]),
-            "looks": torch.tensor([self.which_look[self.items[i].look] for i in chosen]),
+            "subjects": torch.tensor([self.subject_index[self.items[i].pair.subject] for i in chosen]),
+            "looks": torch.tensor([self.look_index[self.items[i].look] for i in chosen]),
         }
 
     def loss(self, batch: Batch) -> tuple[Tensor, dict[str, Any]]:
         subject, style = self.judge(batch["x"])
         logits = 16 * subject @ self.judge.read(batch["names"]).T
         by_look = 16 * F.linear(style, F.normalize(self.look_head.weight, dim=-1))
-        whole, wrong = self.critic(torch.cat((batch["x"], batch["broken"]))).float().chunk(2)
+        intact, damaged = self.critic(torch.cat((batch["x"], batch["broken"]))).float().chunk(2)
         figures = {
             "subject": F.cross_entropy(logits.float(), batch["subjects"]),
             "style": F.cross_entropy(by_look.float(), batch["looks"]),
-            "whole": (F.softplus(-whole) + F.softplus(wrong)).mean() / 2,
+            "whole": (F.softplus(-intact) + F.softplus(damaged)).mean() / 2,
         }
         right = (logits.argmax(1) == batch["subjects"]).float().mean()
-        told = ((whole > 0).float().mean() + (wrong < 0).float().mean()) / 2
+        critic_right = ((intact > 0).float().mean() + (damaged < 0).float().mean()) / 2
         total = figures["subject"] + 0.5 * figures["style"] + 0.5 * figures["whole"]
-        return total, {name: value.detach() for name, value in figures.items()} | {"right": right, "told": told}
+        return total, {name: value.detach() for name, value in figures.items()} | {"right": right, "told": critic_right}
 
     def pictures(self) -> int:
         return self.recipe.batch
@@ -237,11 +237,11 @@ class JudgeStage(loop.Stage):
 
 def thumbnails(folder: Path, size: int, items: Sequence[Item]) -> list[NDArray[np.uint8]]:
     """Pictures of items at a judge's size, uint8 RGB."""
-    catalog = catalog_of_process(folder, size)
+    catalog = cached_catalog(folder, size)
     return [resize(catalog.picture(item), SIZE) for item in items]
 
 
-def place(kind: str, seed: int) -> Path:
+def judge_path(kind: str, seed: int) -> Path:
     """The path of the trained judge of a seed, or its critic."""
     return RUNS / "judge" / f"{kind}-{seed}.safetensors"
 
@@ -255,12 +255,12 @@ def main(recipe: Recipe, device: str = "cpu", report: Report = print) -> loop.Ru
         stage.compose()
     run = loop.Run(stage, RUNS / recipe.name, "cpu")
     loop.train(run, report)
-    place("judge", recipe.seed).parent.mkdir(parents=True, exist_ok=True)
+    judge_path("judge", recipe.seed).parent.mkdir(parents=True, exist_ok=True)
     training = {"seed": recipe.seed, "minutes": round(run.seconds / 60, 1), "steps": run.step, "size": recipe.size}
     for kind, module in (("judge", stage.judge), ("critic", stage.critic)):
         config = asdict(stage.judge.config) if kind == "judge" else {}
         about = {"kind": kind, "config": config, "training": training}
-        save(place(kind, recipe.seed), module.state_dict(), about)
+        save(judge_path(kind, recipe.seed), module.state_dict(), about)
     return run
 
 

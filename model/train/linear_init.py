@@ -16,7 +16,7 @@ from model.vae import Decoder, Downsample, Encoder, QwenImageVAE, ResidualBlock,
 CONSTANT = 6.0  # of the channels that steady a norm; signals are about 1
 
 
-def principal(cells: Tensor, keep: int) -> tuple[Tensor, Tensor]:
+def principal_components(cells: Tensor, keep: int) -> tuple[Tensor, Tensor]:
     """cells [N, D] -> the `keep` strongest directions [keep, D], scaled to unit output, and the mean [D]."""
     mean = cells.mean(0)
     values, vectors = torch.linalg.eigh((cells - mean).T @ (cells - mean) / len(cells))
@@ -24,7 +24,7 @@ def principal(cells: Tensor, keep: int) -> tuple[Tensor, Tensor]:
     return vectors[:, order].T, mean
 
 
-def fit(x: Tensor, y: Tensor, kernel: int, ridge: float = 1e-4) -> tuple[Tensor, Tensor]:
+def fit_conv(x: Tensor, y: Tensor, kernel: int, ridge: float = 1e-4) -> tuple[Tensor, Tensor]:
     """Least squares for a convolution: x [B, C, H, W], y [B, O, H, W] -> weight [O, C, k, k], bias [O]."""
     rows = nn.functional.unfold(x, kernel, padding=kernel // 2).transpose(1, 2).flatten(0, 1)
     rows = torch.cat([rows, torch.ones(len(rows), 1)], 1)
@@ -46,7 +46,7 @@ def set_conv(conv: nn.Module, weight: Tensor, bias: Tensor | float = 0.0) -> nn.
     return conv
 
 
-def put_pair(conv: nn.Module, weight: Tensor, bias: Tensor) -> nn.Conv2d:
+def set_conv_pair(conv: nn.Module, weight: Tensor, bias: Tensor) -> nn.Conv2d:
     """Make a convolution output (x, -x, constants) instead of x."""
     conv = set_conv(conv, torch.cat([weight, -weight]), torch.cat([bias, -bias]))
     assert conv.bias is not None
@@ -54,14 +54,14 @@ def put_pair(conv: nn.Module, weight: Tensor, bias: Tensor) -> nn.Conv2d:
     return conv
 
 
-def copy(conv: nn.Module, channels: int) -> nn.Conv2d:
+def set_identity(conv: nn.Module, channels: int) -> nn.Conv2d:
     """Make a convolution pass on its first channels as is; the rest of its output is zero."""
     assert isinstance(conv, nn.Conv2d)
     return set_conv(conv, torch.eye(channels)[: conv.out_channels, : conv.in_channels, None, None])
 
 
 @torch.no_grad()
-def start_linear(vae: QwenImageVAE, images: Tensor) -> None:
+def init_linear(vae: QwenImageVAE, images: Tensor) -> None:
     """images [B, 3, H, W] in -1 ... 1, a few dozen -> the weights of `vae`, in place."""
     for name, module in vae.named_modules():
         if isinstance(module, nn.Conv2d):
@@ -70,25 +70,25 @@ def start_linear(vae: QwenImageVAE, images: Tensor) -> None:
             nn.init.normal_(module.weight, std=(0.02 if branch else 1.0) / module.weight[0].numel() ** 0.5)
             nn.init.zeros_(module.bias)
     z_dim = vae.config.z_dim
-    levels = start_encoder(vae.encoder, z_dim, images)
-    moments = copy(vae.quant_conv, z_dim)
+    levels = init_encoder(vae.encoder, z_dim, images)
+    moments = set_identity(vae.quant_conv, z_dim)
     assert moments.bias is not None
     moments.bias[z_dim:] = -5.0  # the variance, which starts small
-    copy(vae.post_quant_conv, z_dim)
-    start_decoder(vae.decoder, vae.moments(images)[0], levels)
+    set_identity(vae.post_quant_conv, z_dim)
+    init_decoder(vae.decoder, vae.moments(images)[0], levels)
 
 
-def start_encoder(encoder: Encoder, z_dim: int, images: Tensor) -> list[Tensor]:
+def init_encoder(encoder: Encoder, z_dim: int, images: Tensor) -> list[Tensor]:
     """-> the coefficients at every scale, starting with the pictures themselves."""
-    copy(encoder.conv_in, 3)
+    set_identity(encoder.conv_in, 3)
     x, levels, shortcut = images, [images], None
     for layer in encoder.down_blocks:
         if isinstance(layer, ResidualBlock) and isinstance(layer.conv_shortcut, nn.Conv2d):
-            shortcut = copy(layer.conv_shortcut, x.shape[1])
+            shortcut = set_identity(layer.conv_shortcut, x.shape[1])
         elif isinstance(layer, Downsample):
             cells = nn.functional.unfold(x, 2, stride=2).transpose(1, 2).flatten(0, 1)
-            keep = min(width(layer), cells.shape[1])
-            directions, mean = principal(cells, keep)
+            keep = min(channels_out(layer), cells.shape[1])
+            directions, mean = principal_components(cells, keep)
             weight = directions.view(keep, x.shape[1], 2, 2) / 2  # averages: colours keep their size
             bias = -(weight.flatten(1) @ mean)
             set_conv(layer.resample[1], weight, bias)
@@ -96,39 +96,41 @@ def start_encoder(encoder: Encoder, z_dim: int, images: Tensor) -> list[Tensor]:
             levels.append(x)
     assert shortcut is not None and shortcut.out_channels > 2 * z_dim
     coefficients = x.transpose(0, 1).flatten(1).T
-    directions, mean = principal(coefficients, z_dim)
+    directions, mean = principal_components(coefficients, z_dim)
     deviation = ((coefficients - mean) @ directions.T).std(0).clamp_min(1e-3)
     directions = directions / deviation[:, None]
     weight, bias = directions[..., None, None], -(directions @ mean)
-    put_pair(shortcut, weight, bias)
+    set_conv_pair(shortcut, weight, bias)
     wide = nn.functional.pad(x, (0, 0, 0, 0, 0, shortcut.in_channels - x.shape[1]))
     features = norm_silu(shortcut(wide), encoder.norm_out.gamma)
-    set_conv(encoder.conv_out, *fit(features, nn.functional.conv2d(x, weight, bias), 1))
+    set_conv(encoder.conv_out, *fit_conv(features, nn.functional.conv2d(x, weight, bias), 1))
     return levels
 
 
-def start_decoder(decoder: Decoder, z: Tensor, levels: list[Tensor]) -> None:
+def init_decoder(decoder: Decoder, z: Tensor, levels: list[Tensor]) -> None:
     """Fit every step to the encoder's coefficients at that scale, from the previous step's output."""
     z_dim = z.shape[1]
-    conv = copy(decoder.conv_in, z_dim)
+    conv = set_identity(decoder.conv_in, z_dim)
     for k, (row, column) in enumerate(((0, 1), (2, 1), (1, 0), (1, 2))):  # neighbours, for smoother interpolation
-        lanes = torch.arange(z_dim * (k + 1), min(z_dim * (k + 2), conv.out_channels))
-        conv.weight[lanes, torch.arange(len(lanes)), row, column] = 1
+        channels = torch.arange(z_dim * (k + 1), min(z_dim * (k + 2), conv.out_channels))
+        conv.weight[channels, torch.arange(len(channels)), row, column] = 1
     x = conv(z)
     for block, target in zip(decoder.up_blocks, [*levels[-2::-1], None], strict=True):
         assert isinstance(block, UpBlock)
         for resnet in block.resnets:
             assert isinstance(resnet, ResidualBlock)
             if isinstance(resnet.conv_shortcut, nn.Conv2d):
-                x = copy(resnet.conv_shortcut, x.shape[1])(x)
+                x = set_identity(resnet.conv_shortcut, x.shape[1])(x)
         for layer in block.upsamplers:
             assert isinstance(layer, Upsample) and target is not None
             wide = layer.resample[0](x)
-            x = (set_conv if target is not levels[0] else put_pair)(layer.resample[1], *fit(wide, target, 3))(wide)
-    set_conv(decoder.conv_out, *fit(norm_silu(x, decoder.norm_out.gamma), levels[0], 3))
+            x = (set_conv if target is not levels[0] else set_conv_pair)(layer.resample[1], *fit_conv(wide, target, 3))(
+                wide
+            )
+    set_conv(decoder.conv_out, *fit_conv(norm_silu(x, decoder.norm_out.gamma), levels[0], 3))
 
 
-def width(layer: Downsample) -> int:
+def channels_out(layer: Downsample) -> int:
     """The number of output channels of a downsampling step."""
     conv = layer.resample[1]
     assert isinstance(conv, nn.Conv2d)

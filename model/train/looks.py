@@ -102,7 +102,7 @@ def _grid(shape: tuple[int, ...], side: int) -> tuple[Array, Array]:
     return (x - left) * (128 / side), (y - top) * (128 / side)  # lengths below are for 128 px
 
 
-def ground(look: Look, height: int, width: int, rng: Generator) -> Array:
+def draw_ground(look: Look, height: int, width: int, rng: Generator) -> Array:
     """The background of the subject, [height, width, 3]."""
     light, deep = (_colour(c) for c in PALETTES[look.palette])
     x, y = _grid((height, width), min(height, width))
@@ -219,7 +219,7 @@ EFFECTS: dict[str, Callable[[Array, Generator], Array]] = {
 }
 
 
-def place(render: NDArray[np.uint8], look: Look, rng: Generator, shape: tuple[int, int] | None = None) -> Array:
+def place_subject(render: NDArray[np.uint8], look: Look, rng: Generator, shape: tuple[int, int] | None = None) -> Array:
     """A subject in the middle of its ground, before its medium.
 
     render   uint8 RGBA [S, S, 4], the bare drawing
@@ -227,7 +227,7 @@ def place(render: NDArray[np.uint8], look: Look, rng: Generator, shape: tuple[in
     returns  float32 RGB [H, W, 3], 0 ... 1
     """
     height, width = shape or render.shape[:2]
-    behind, size = ground(look, height, width, rng), min(height, width)
+    canvas, size = draw_ground(look, height, width, rng), min(height, width)
     side = round(size * rng.uniform(0.80, 0.88))
     left, top = (int((length - side) / 2 + rng.uniform(-0.03, 0.03) * size) for length in (width, height))
     subject = np.asarray(
@@ -235,15 +235,15 @@ def place(render: NDArray[np.uint8], look: Look, rng: Generator, shape: tuple[in
     )
     alpha, colour = subject[..., 3:] / 255, subject[..., :3] / 255  # premultiplied
     if look.drawing in MONOCHROME:
-        ink = _colour((244, 240, 230)) if _luminance(behind).mean() < 0.4 else _colour((30, 30, 34))
+        ink = _colour((244, 240, 230)) if _luminance(canvas).mean() < 0.4 else _colour((30, 30, 34))
         colour = alpha * ink
-    window = behind[top : top + side, left : left + side]
-    behind[top : top + side, left : left + side] = window * (1 - alpha) + colour
-    return behind
+    window = canvas[top : top + side, left : left + side]
+    canvas[top : top + side, left : left + side] = window * (1 - alpha) + colour
+    return canvas
 
 
-def finish(placed: Array, look: Look, rng: Generator) -> NDArray[np.uint8]:
-    """Apply the medium to the result of `place`: uint8 RGB [H, W, 3]."""
+def apply_medium(placed: Array, look: Look, rng: Generator) -> NDArray[np.uint8]:
+    """Apply the medium to the result of `place_subject`: uint8 RGB [H, W, 3]."""
     picture = EFFECTS[look.medium](placed, rng)
     return (np.clip(picture, 0, 1) * 255 + 0.5).astype(np.uint8)
 
@@ -251,8 +251,8 @@ def finish(placed: Array, look: Look, rng: Generator) -> NDArray[np.uint8]:
 def compose(
     render: NDArray[np.uint8], look: Look, rng: Generator, shape: tuple[int, int] | None = None
 ) -> NDArray[np.uint8]:
-    """Put a subject on its ground and apply its medium, see `place`: uint8 RGBA -> uint8 RGB [H, W, 3]."""
-    return finish(place(render, look, rng, shape), look, rng)
+    """Put a subject on its ground and apply its medium, see `place_subject`: uint8 RGBA -> uint8 RGB [H, W, 3]."""
+    return apply_medium(place_subject(render, look, rng, shape), look, rng)
 
 
 def resize(picture: NDArray[np.uint8], size: int) -> NDArray[np.uint8]:
@@ -260,7 +260,7 @@ def resize(picture: NDArray[np.uint8], size: int) -> NDArray[np.uint8]:
     return np.asarray(Image.fromarray(picture).resize((size, size), Image.Resampling.BOX))
 
 
-def looks(drawing: str) -> tuple[list[Look], list[Look]]:
+def split_looks(drawing: str) -> tuple[list[Look], list[Look]]:
     """The looks of one drawing set: those for training and those permanently held out.
 
     Each set has the plain medium on six grounds and five of the eight media; its other three media are held out. Which

@@ -30,24 +30,24 @@ from model.fast import can_compile
 from model.plan import native_bf16
 from model.train import parallel
 from model.train.interrupt import stop_requests
-from model.train.journal import Journal, mean_of
-from model.train.optim import optimisers_of, params_of, uses_muon, warmup_stable_decay
-from model.train.parallel import as_sharded, local
+from model.train.journal import Journal, mean_figures
+from model.train.optim import make_optimisers, ordered_params, uses_muon, warmup_stable_decay
+from model.train.parallel import local, shard_like
 from model.train.prefetch import Prefetcher
 from model.train.recipe import Recipe
 from model.train.run_lock import run_lock
 from model.train.states import (
     check_modules,
-    commit,
-    digest,
+    code_commit,
+    init_from,
     newest_state,
-    parent,
-    place_of,
-    read_gathered,
+    parent_weights,
+    read_copied,
+    read_progress,
+    snapshot_step,
     snapshots,
-    start,
-    step_of,
-    write,
+    weights_hash,
+    write_state,
 )
 
 SAVE_EVERY = 180.0  # seconds
@@ -120,24 +120,26 @@ class Run:
         check_modules(self.model, self.recipe.name, "fresh", self.recipe.fresh)
         self.folder.mkdir(parents=True, exist_ok=True)
         state = newest_state(self.folder)
-        if state is not None and not place_of(state)["step"]:
+        if state is not None and not read_progress(state)["step"]:
             state = None  # no step was taken: start as the recipe now says
         if self.recipe.init and state is None:
-            start(self.model, parent(self.recipe.init, self.folder.parent), (*self.recipe.fresh, *stage.own))
+            init_from(
+                self.model, parent_weights(self.recipe.init, self.folder.parent), (*self.recipe.fresh, *stage.own)
+            )
         self.sharded = self.world.size > 1 and bool(stage.entry)
         if self.sharded:
             units = [m for m in self.model.modules() if isinstance(m, SingleStreamBlock | TextBlock)]
             parallel.shard(self.model, units, stage.entry, self.device)
-        self.optimisers = optimisers_of(self.model, self.recipe, stage.muon, stage.rate)
+        self.optimisers = make_optimisers(self.model, self.recipe, stage.muon, stage.rate)
         self.ema = {name: value.clone() for name, value in self.model.state_dict().items()}
         self.step, self.seconds = 0, 0.0
         self.figures: dict[str, float] = {}
         self.idle = False  # nothing was left to do or to write
-        self.changed: list[str] = []  # how the recipe differs from the one that the run was saved with
+        self.recipe_changes: list[str] = []  # how the recipe differs from the one that the run was saved with
         self.bf16 = stage.narrow and native_bf16(self.device)
         self.learned_from = {"data set": stage.data} if stage.data else {}
         if stage.frozen is not None:
-            self.learned_from["frozen network"] = digest(stage.frozen)
+            self.learned_from["frozen network"] = weights_hash(stage.frozen)
         if state is not None:
             self.load(state)
         stage.begin(self.ema)
@@ -175,7 +177,7 @@ class Run:
         trained = [param for param in self.model.parameters() if param.requires_grad]
         if self.world.size > 1 and not self.sharded:
             parallel.average_gradients(trained)
-        norm = parallel.whole(nn.utils.clip_grad_norm_(trained, recipe.clip))
+        norm = parallel.full_tensor(nn.utils.clip_grad_norm_(trained, recipe.clip))
         if not math.isfinite(norm):
             raise self.diverged(f"the gradient of step {self.step + 1} is not finite")
         for optimiser in self.optimisers.values():
@@ -188,14 +190,16 @@ class Run:
         floats = [(self.ema[k], v) for k, v in self.model.state_dict().items() if v.is_floating_point()]
         torch._foreach_lerp_([local(mean) for mean, _ in floats], [local(value) for _, value in floats], 1 - decay)
         self.stage.after(self.step)
-        return mean_of(self.world.gather(rows)) | {"norm": float(norm), "lr": factor * recipe.lr}
+        return mean_figures(self.world.gather(rows)) | {"norm": float(norm), "lr": factor * recipe.lr}
 
     @property
     def layout(self) -> dict[str, Any]:
         """What a state consists of: the model's tensors and shapes, and each optimiser's parameters in order."""
         names: dict[Tensor, str] = {param: name for name, param in self.model.named_parameters()}
         shapes = {name: list(value.shape) for name, value in self.model.state_dict().items()}
-        return {"model": shapes} | {key: [names[p] for p in params_of(each)] for key, each in self.optimisers.items()}
+        return {"model": shapes} | {
+            key: [names[p] for p in ordered_params(each)] for key, each in self.optimisers.items()
+        }
 
     def state(self) -> dict[str, Tensor]:
         """All tensors that a run resumes from, by the names that they are saved under."""
@@ -214,9 +218,9 @@ class Run:
         """Save the complete state, replacing the old one in one move; while several processes train, each writes its
         own part. Raises K2Error if the last step broke the weights, which no gradient has shown yet."""
         trained = [(name, param) for name, param in self.model.named_parameters() if param.requires_grad]
-        if not parallel.finite(tensor for name, param in trained for tensor in (param, self.ema[name])):
+        if not parallel.all_finite(tensor for name, param in trained for tensor in (param, self.ema[name])):
             raise self.diverged(f"the weights of step {self.step} are not finite")
-        place = {
+        progress = {
             "step": self.step,
             "seconds": self.seconds,
             "recipe": asdict(self.recipe),
@@ -225,12 +229,12 @@ class Run:
             "layout": self.layout,
         }
         if self.sharded and not last:
-            parallel.save(self.folder, self.state(), place, self.record())
+            parallel.save(self.folder, self.state(), progress, self.record())
             return
         tensors = parallel.collect(self.state())
         if self.world.is_main:
-            write(self.folder, tensors, place, self.record())
-            for old in parallel.saved(self.folder):
+            write_state(self.folder, tensors, progress, self.record())
+            for old in parallel.sharded_states(self.folder):
                 shutil.rmtree(old)
         self.world.wait()
 
@@ -239,37 +243,38 @@ class Run:
 
         Raises K2Error if the recipe now makes or trains other tensors than were saved.
         """
-        place = place_of(path)
-        self.step, self.seconds = place["step"], place["seconds"]
-        self.figures = place.get("figures", {})
-        now = asdict(self.recipe)
-        self.changed = [
-            f"{key} {old} → {now[key]}"
-            for key, old in place["recipe"].items()
-            if key in now and (list(now[key]) if isinstance(now[key], tuple) else now[key]) != old
+        progress = read_progress(path)
+        self.step, self.seconds = progress["step"], progress["seconds"]
+        self.figures = progress.get("figures", {})
+        new_recipe = asdict(self.recipe)
+        self.recipe_changes = [
+            f"{key} {old} → {new_recipe[key]}"
+            for key, old in progress["recipe"].items()
+            if key in new_recipe
+            and (list(new_recipe[key]) if isinstance(new_recipe[key], tuple) else new_recipe[key]) != old
         ]
-        before = place.get("learned_from", {})
-        self.changed += [
-            f"another {key}" for key, hash_ in self.learned_from.items() if before.get(key, hash_) != hash_
+        old_sources = progress.get("learned_from", {})
+        self.recipe_changes += [
+            f"another {key}" for key, hash_ in self.learned_from.items() if old_sources.get(key, hash_) != hash_
         ]
-        if place.get("layout", self.layout) != self.layout:
+        if progress.get("layout", self.layout) != self.layout:
             raise K2Error(
                 f'The run "{self.recipe.name}" was saved with other weights than its recipe now trains: '
-                f"{', '.join(self.changed) or 'they are of another kind'}.",
+                f"{', '.join(self.recipe_changes) or 'they are of another kind'}.",
                 hint=f"Restore the recipe, remove {self.folder} to start over, or give the run another name.",
             )
-        tensors = parallel.load(path, self._buffer) if path.is_dir() else read_gathered(path, self.device)
+        tensors = parallel.load(path, self._buffer) if path.is_dir() else read_copied(path, self.device)
         weights = self.model.state_dict()
-        self.model.load_state_dict({name: as_sharded(tensors[f"model.{name}"], like) for name, like in weights.items()})
-        self.ema = {name: as_sharded(tensors[f"ema.{name}"], like) for name, like in weights.items()}
+        self.model.load_state_dict({name: shard_like(tensors[f"model.{name}"], like) for name, like in weights.items()})
+        self.ema = {name: shard_like(tensors[f"ema.{name}"], like) for name, like in weights.items()}
         for name, optimiser in self.optimisers.items():
             states: dict[int, dict[str, Tensor]] = defaultdict(dict)
             for key, value in tensors.items():
                 if key.startswith(f"{name}."):
                     _, index, slot = key.split(".")
-                    param = params_of(optimiser)[int(index)]
+                    param = ordered_params(optimiser)[int(index)]
                     if value.shape == param.shape:  # fused kernels walk through memory and ignore strides
-                        value = torch.empty_like(param, dtype=value.dtype).copy_(as_sharded(value, param))
+                        value = torch.empty_like(param, dtype=value.dtype).copy_(shard_like(value, param))
                     states[int(index)][slot] = value
             optimiser.load_state_dict({"state": dict(states), "param_groups": optimiser.state_dict()["param_groups"]})
 
@@ -278,7 +283,7 @@ class Run:
         kind, _, rest = name.partition(".")
         if kind in ("model", "ema"):
             return torch.empty_like(self.model.state_dict()[rest])
-        param = params_of(self.optimisers[kind])[int(rest.partition(".")[0])]
+        param = ordered_params(self.optimisers[kind])[int(rest.partition(".")[0])]
         return torch.empty_like(param) if param.shape == shape else torch.empty(shape, dtype=dtype)
 
     @contextmanager
@@ -311,7 +316,7 @@ class Run:
         return {
             "recipe": asdict(self.recipe),
             "data": self.stage.data,
-            "commit": commit(),
+            "commit": code_commit(),
             "versions": {"torch": torch.__version__, "numpy": np.__version__},
             "device": torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else self.device.type,
             "bf16": self.bf16,
@@ -326,14 +331,14 @@ class Run:
 def train(run: Run, report: Report = print) -> Run:
     """Take a run to its end from where it stands; `report` gets a line now and then. Raises K2Error, and
     KeyboardInterrupt: at once if several processes train, else when the run is saved."""
-    heeds = stop_requests() if run.world.size == 1 else nullcontext(lambda: False)
-    with run_lock(run.folder) if run.world.is_main else nullcontext(), heeds as pressed:
+    requests = stop_requests() if run.world.size == 1 else nullcontext(lambda: False)
+    with run_lock(run.folder) if run.world.is_main else nullcontext(), requests as stop_requested:
         if run.world.is_main:
-            clear(run)
-        return _train(run, report, pressed)
+            remove_stale(run)
+        return _train(run, report, stop_requested)
 
 
-def clear(run: Run) -> None:
+def remove_stale(run: Run) -> None:
     """Remove snapshots of steps that were not saved. Raises K2Error if they, or a result, are all that is left of a
     run, or if another process has meanwhile gone further: the run was read before it was locked."""
     state = newest_state(run.folder)
@@ -343,59 +348,61 @@ def clear(run: Run) -> None:
             f"{run.folder} holds files of a run without a saved state: {listed([path.name for path in left], 3)}.",
             hint="Move them elsewhere to start over, or give the run another name in a recipe.",
         )
-    if state is not None and place_of(state)["step"] > run.step:
+    if state is not None and read_progress(state)["step"] > run.step:
         raise K2Error(
             f"Another process has meanwhile trained in {run.folder}.", hint="Train again: it resumes from there."
         )
     for later in snapshots(run.folder):
-        if step_of(later) > run.step:
+        if snapshot_step(later) > run.step:
             later.unlink()
 
 
-def _train(run: Run, report: Report, pressed: Callable[[], bool]) -> Run:
-    recipe, stage, here = run.recipe, run.stage, run.world
-    journal = Journal(run.folder / "log.csv", run.step) if here.is_main else None
-    report = report if here.is_main else lambda line: None
+def _train(run: Run, report: Report, stop_requested: Callable[[], bool]) -> Run:
+    recipe, stage, world = run.recipe, run.stage, run.world
+    journal = Journal(run.folder / "log.csv", run.step) if world.is_main else None
+    report = report if world.is_main else lambda line: None
     if run.done and newest_state(run.folder) == run.saved:
         run.idle = True
         report(f"{recipe.name}: already done at step {run.step}; with more steps or minutes it continues")
-        if run.changed:
-            report(f"{recipe.name}: changes without effect on a finished run: {', '.join(run.changed)}")
+        if run.recipe_changes:
+            report(f"{recipe.name}: changes without effect on a finished run: {', '.join(run.recipe_changes)}")
         return run
-    if run.changed:
-        report(f"{recipe.name}: resumed with changes: {', '.join(run.changed)}")
+    if run.recipe_changes:
+        report(f"{recipe.name}: resumed with changes: {', '.join(run.recipe_changes)}")
     compiles = type(stage).compile is not Stage.compile
     if compiles and max(recipe.minutes, recipe.steps / 100) > 2:  # compiling takes a minute
         if can_compile(run.device):
             stage.compile()
         else:
             report(f"{recipe.name}: no working compiler here (C++; on a GPU Triton), so it takes longer")
-    if recipe.keep and not run.step:  # so that snapshots always have a state, whenever the run is killed: see `clear`
+    if (
+        recipe.keep and not run.step
+    ):  # so that snapshots always have a state, whenever the run is killed: see `remove_stale`
         run.save()
     last_save = started = time.monotonic()
-    before, first, last_sheet = run.seconds, run.step, run.seconds
+    seconds_before, first_step, last_sheet = run.seconds, run.step, run.seconds
     window: list[dict[str, float]] = []
-    stops = False
+    stopping = False
     batches = Prefetcher(lambda step: [stage.batch(step, part) for part in run.parts], run.device)
     while not run.done:
         window.append(run.advance(*batches(run.step)))
-        run.seconds = here.agree(before + time.monotonic() - started)
+        run.seconds = world.broadcast(seconds_before + time.monotonic() - started)
         run.snapshot()
-        known, stops = stops, pressed()
-        if stops and not known and (how := stop_note(run)):
-            report(f"{recipe.name}: {how}; press Ctrl-C again to stop at once")
+        was_stopping, stopping = stopping, stop_requested()
+        if stopping and not was_stopping and (note := stop_note(run)):
+            report(f"{recipe.name}: {note}; press Ctrl-C again to stop at once")
         if run.step % recipe.every == 0 or run.done:
-            figures = mean_of(window) | {"lr": window[-1]["lr"]} | dict(stage.figures())
+            figures = mean_figures(window) | {"lr": window[-1]["lr"]} | dict(stage.figures())
             run.figures = {key: float(f"{value:.4g}") for key, value in figures.items()}
             window = []
             if journal:
                 journal.add({"step": run.step, "seconds": round(run.seconds, 1)} | run.figures)
-            report(progress_line(run, first, before))
-            if not run.done and (stops or here.agree(time.monotonic() - last_save) > SAVE_EVERY):
+            report(progress_line(run, first_step, seconds_before))
+            if not run.done and (stopping or world.broadcast(time.monotonic() - last_save) > SAVE_EVERY):
                 run.save()
                 if journal:
                     journal.draw()
-                if stops:
+                if stopping:
                     batches.stop()
                     raise KeyboardInterrupt
                 last_sheet = draw_samples(run, last_sheet, report)
@@ -428,11 +435,11 @@ def draw_samples(run: Run, last: float, report: Report) -> float:
     return run.seconds
 
 
-def progress_line(run: Run, first: int, before: float) -> str:
-    """One line on how a run is doing; speed is measured since step `first`, at `before` seconds."""
-    recipe, spent = run.recipe, max(run.seconds - before, 1e-9)
-    speed = (run.step - first) * recipe.accumulate * run.stage.pictures() / spent
+def progress_line(run: Run, first_step: int, seconds_before: float) -> str:
+    """One line on how a run is doing; speed is measured since step `first_step`, at `seconds_before`."""
+    recipe, spent = run.recipe, max(run.seconds - seconds_before, 1e-9)
+    speed = (run.step - first_step) * recipe.accumulate * run.stage.pictures() / spent
     left = recipe.total - run.progress
-    seconds = left * spent / (run.step - first) if recipe.steps else left
+    seconds = left * spent / (run.step - first_step) if recipe.steps else left
     figures = ", ".join(f"{key} {value:g}" for key, value in run.figures.items())
     return f"{recipe.name} {run.step}: {figures}; {speed:.1f} pictures/s, {max(seconds, 0) / 60:.1f} min left"

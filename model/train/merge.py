@@ -24,7 +24,7 @@ from model.errors import K2Error, listed
 from model.library import BUNDLED
 from model.train import states
 from model.train.loop import Report
-from model.train.recipe import Table, at_least, reject, saved
+from model.train.recipe import Table, check_at_least, reject, saved_recipe
 from model.train.states import RUNS
 
 State = Mapping[str, Tensor]
@@ -56,7 +56,7 @@ class Recipe(Table):
             reject(self, "divisions", to="weights that are known")
         if self.weights:
             reject(self, "pictures", to="weights that are stated")
-        at_least(self, 1, "divisions", "pictures")
+        check_at_least(self, 1, "divisions", "pictures")
 
 
 def combine(states: Sequence[State], weights: Sequence[float]) -> dict[str, Tensor]:
@@ -76,7 +76,7 @@ def combine(states: Sequence[State], weights: Sequence[float]) -> dict[str, Tens
     return merged
 
 
-def simplex(count: int, divisions: int) -> list[tuple[float, ...]]:
+def simplex_grid(count: int, divisions: int) -> list[tuple[float, ...]]:
     """Weights that sum to 1 in steps of 1 / divisions, each parent alone and the plain mean among them."""
     grid = [
         tuple(part / divisions for part in parts)
@@ -87,11 +87,11 @@ def simplex(count: int, divisions: int) -> list[tuple[float, ...]]:
     return grid if mean in grid else [*grid, mean]
 
 
-def choose(
+def best_weights(
     states: Sequence[State], score: Callable[[State], float], divisions: int
 ) -> tuple[tuple[float, ...], float, dict[tuple[float, ...], float]]:
     """The weights with the lowest score, that score, and all scores by weights."""
-    scores = {weights: score(combine(states, weights)) for weights in simplex(len(states), divisions)}
+    scores = {weights: score(combine(states, weights)) for weights in simplex_grid(len(states), divisions)}
     best = min(scores, key=lambda weights: scores[weights])
     return best, scores[best], scores
 
@@ -99,18 +99,18 @@ def choose(
 def weighted_mean(recipe: Recipe, parent: Any, paths: Sequence[Path], device: str) -> tuple[State, dict[str, Any]]:
     """The mean of a run's snapshots, or of runs by weights that are stated or validate best, and figures."""
     if recipe.weights:
-        parents = [states.parent(name, RUNS) for name in recipe.runs]
-        own = {name for name in parents[0] if name.startswith("style.")}  # a Turbo has a transformer alone
-        own |= {name for state in parents for name in state if name.startswith("dit.")}
-        own |= set(parents[0]).intersection(*parents)  # of training parts, like a fake score, what all have
-        alike = [{name: tensor for name, tensor in state.items() if name in own} for state in parents]
-        return combine(alike, recipe.weights), {"weights": dict(zip(recipe.runs, recipe.weights, strict=True))}
+        parents = [states.parent_weights(name, RUNS) for name in recipe.runs]
+        shared_names = {name for name in parents[0] if name.startswith("style.")}  # a Turbo has a transformer alone
+        shared_names |= {name for state in parents for name in state if name.startswith("dit.")}
+        shared_names |= set(parents[0]).intersection(*parents)  # of training parts, like a fake score, what all have
+        comparable = [{name: tensor for name, tensor in state.items() if name in shared_names} for state in parents]
+        return combine(comparable, recipe.weights), {"weights": dict(zip(recipe.runs, recipe.weights, strict=True))}
 
     from model.train.pretrain import TrainedModel
-    from model.train.training_set import training_set
+    from model.train.training_set import load_training_set
     from model.train.validation import validation_loss
 
-    data = training_set(parent, device)
+    data = load_training_set(parent, device)
     model = TrainedModel(parent.config, len(data.looks)).to(device)
     names = set(model.state_dict())
 
@@ -128,24 +128,24 @@ def weighted_mean(recipe: Recipe, parent: Any, paths: Sequence[Path], device: st
             )
         weights = [load_file(path) for path in kept]
         merged = combine(weights, [1 / len(weights)] * len(weights))
-        mean, ema, last = score(merged), score(states.averages(paths[0])), score(weights[-1])
+        mean, ema, last = score(merged), score(states.averaged_weights(paths[0])), score(weights[-1])
         return merged, {"mean": mean, "ema": ema, "last": last, "snapshots": len(kept)}
-    averages = [states.averages(path) for path in paths]
-    alike = [{name: tensor for name, tensor in state.items() if name in names} for state in averages]
-    count = len(alike)
-    best, value, scores = choose(alike, score, recipe.divisions)
-    alone = {name: scores[tuple(float(i == k) for k in range(count))] for i, name in enumerate(recipe.runs)}
-    return combine(alike, best), {
+    averages = [states.averaged_weights(path) for path in paths]
+    comparable = [{name: tensor for name, tensor in state.items() if name in names} for state in averages]
+    count = len(comparable)
+    best, value, scores = best_weights(comparable, score, recipe.divisions)
+    single_scores = {name: scores[tuple(float(i == k) for k in range(count))] for i, name in enumerate(recipe.runs)}
+    return combine(comparable, best), {
         "weights": dict(zip(recipe.runs, best, strict=True)),
         "validation": value,
-        "alone": alone,
+        "alone": single_scores,
         "mean": scores[(1 / count,) * count],
     }
 
 
-def packaged_path(name: str) -> dict[str, Any]:
+def bundled_progress(name: str) -> dict[str, Any]:
     """The progress of the run that the bundled weights come from."""
-    training = read(BUNDLED / f"mini-{states.PACKAGED[name]}.safetensors")[1]["training"]
+    training = read(BUNDLED / f"mini-{states.BUNDLED_VARIANTS[name]}.safetensors")[1]["training"]
     return {"step": training["steps"], "seconds": 60 * training["minutes"], "recipe": training["recipe"]}
 
 
@@ -156,29 +156,33 @@ def main(recipe: Recipe, device: str = "cpu", report: Report = print) -> Any:
     parents = list(recipe.runs) or [recipe.snapshots]
     paths = [RUNS / name / "state.safetensors" for name in parents]
     for name, path in zip(parents, paths, strict=True):
-        if not (path.exists() or (name in states.PACKAGED and recipe.weights)):
+        if not (path.exists() or (name in states.BUNDLED_VARIANTS and recipe.weights)):
             raise K2Error(f'There is no run "{name}" to merge.', hint=f"{path} does not exist: train that run first.")
-    places = [
-        packaged_path(name) if name in states.PACKAGED else states.place_of(path)
+    all_progress = [
+        bundled_progress(name) if name in states.BUNDLED_VARIANTS else states.read_progress(path)
         for name, path in zip(parents, paths, strict=True)
     ]
-    for name, each in zip(parents, places, strict=True):
-        if not isinstance(saved(each["recipe"]), pretrain.Recipe):
+    for name, each in zip(parents, all_progress, strict=True):
+        if not isinstance(saved_recipe(each["recipe"]), pretrain.Recipe):
             hint = "A LoRA, an encoder or a judge cannot be merged."
             raise K2Error(f'The run "{name}" has no transformer: its stage is "{each["recipe"]["stage"]}".', hint=hint)
-    shapes = max((tuple(each["recipe"].get("shapes", ())) for each in places), key=len)  # one has, all have
-    parent = replace(saved(places[0]["recipe"]), shapes=shapes)
+    shapes = max((tuple(each["recipe"].get("shapes", ())) for each in all_progress), key=len)  # one has, all have
+    parent = replace(saved_recipe(all_progress[0]["recipe"]), shapes=shapes)
     merged, figures = weighted_mean(recipe, parent, paths, device)
     report(f"{recipe.name}: {figures}")
     folder = RUNS / recipe.name
-    place = {
-        "step": max(each["step"] for each in places),
-        "seconds": sum(each["seconds"] for each in places),
+    progress = {
+        "step": max(each["step"] for each in all_progress),
+        "seconds": sum(each["seconds"] for each in all_progress),
         "recipe": asdict(replace(parent, name=recipe.name, init=parents[0])),
         "layout": {},  # averages only: no run resumes from them
     }
-    record = {"recipe": asdict(recipe), "parents": [each["recipe"] for each in places], "commit": states.commit()}
-    states.write(
-        folder, {f"ema.{name}": tensor for name, tensor in merged.items()}, place, record | {"figures": figures}
+    record = {
+        "recipe": asdict(recipe),
+        "parents": [each["recipe"] for each in all_progress],
+        "commit": states.code_commit(),
+    }
+    states.write_state(
+        folder, {f"ema.{name}": tensor for name, tensor in merged.items()}, progress, record | {"figures": figures}
     )
     return SimpleNamespace(folder=folder, result=folder / "state.safetensors", figures=figures)

@@ -17,11 +17,11 @@ from model.errors import K2Error
 from model.train import loop, pretrain, states
 from model.train.loop import Report
 from model.train.pretrain import PretrainStage
-from model.train.recipe import at_least, check_share
-from model.train.training_set import TrainingSet, training_set
-from model.train.validation import finish, hold_out
+from model.train.recipe import check_at_least, check_share
+from model.train.training_set import TrainingSet, load_training_set
+from model.train.validation import hold_out, train_and_validate
 
-ROUNDS = 25  # of k-means, at most
+MAX_ROUNDS = 25  # of k-means, at most
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,7 +34,7 @@ class Recipe(pretrain.Recipe):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        at_least(self, 1, "clusters")
+        check_at_least(self, 1, "clusters")
         check_share(self, "balance")
         if not self.init:
             raise K2Error(f'Recipe "{self.name}": midtraining continues a run, but init names none.')
@@ -55,16 +55,18 @@ def kmeans(points: NDArray[np.floating], count: int, seed: int = 0) -> NDArray[n
         if not nearest.sum():  # fewer distinct points than clusters
             break
         centres = np.concatenate((centres, points[rng.choice(len(points), p=nearest / nearest.sum())][None]))
-    own = distances(centres).argmin(1)
-    for _ in range(ROUNDS):
-        centres = np.stack([points[own == k].mean(0) if (own == k).any() else centres[k] for k in range(len(centres))])
-        before, own = own, distances(centres).argmin(1)
-        if (own == before).all():
+    assigned = distances(centres).argmin(1)
+    for _ in range(MAX_ROUNDS):
+        centres = np.stack(
+            [points[assigned == k].mean(0) if (assigned == k).any() else centres[k] for k in range(len(centres))]
+        )
+        before, assigned = assigned, distances(centres).argmin(1)
+        if (assigned == before).all():
             break
-    return own
+    return assigned
 
 
-def balanced(weights: NDArray[np.floating], clusters: NDArray[np.int64], balance: float) -> NDArray[np.floating]:
+def balanced_odds(weights: NDArray[np.floating], clusters: NDArray[np.int64], balance: float) -> NDArray[np.floating]:
     """Odds of pictures [N] such that cluster c has a share proportional to s_c^(1 − balance), s_c its share before."""
     share = np.bincount(clusters, weights)
     wanted = np.where(share > 0, np.maximum(share, 1e-300) ** (1 - balance), 0.0)
@@ -86,12 +88,12 @@ def features(data: TrainingSet, model: pretrain.TrainedModel) -> NDArray[np.floa
 
 def main(recipe: Recipe, device: str = "cpu", report: Report = print) -> loop.Run:
     """Cluster by the parent's style encoder, balance, train."""
-    data = training_set(recipe, device)
+    data = load_training_set(recipe, device)
     hold_out(data)
     stage = PretrainStage(recipe, len(data.looks), data, device)
     before = pretrain.build_model(recipe, len(data.looks), device)
-    states.start(before, states.parent(recipe.init), ("look_head",))
+    states.init_from(before, states.parent_weights(recipe.init), ("look_head",))
     clusters = kmeans(features(data, before.to(device)), recipe.clusters, recipe.seed)
-    data.weights = balanced(data.weights, clusters, recipe.balance)
+    data.weights = balanced_odds(data.weights, clusters, recipe.balance)
     report(f"{recipe.name}: {len(np.unique(clusters))} clusters of {np.bincount(clusters).min()} pictures and more")
-    return finish(stage, data, device, report)
+    return train_and_validate(stage, data, device, report)

@@ -12,14 +12,14 @@ from torch.distributed.tensor import DTensor
 
 from model.errors import K2Error
 from model.plan import native_bf16
-from model.train.parallel import local, scatter
+from model.train.parallel import distribute_work, local
 from model.train.recipe import Recipe
 
 # The quintic of Jordan et al. (Muon, 2024): steep at zero, singular values end near one.
 QUINTIC = (3.4445, -4.7750, 2.0315)
-STEPS = 4  # of the quintic
+QUINTIC_STEPS = 4
 MOMENTUM = 0.95
-MUON = (".blocks.", ".txtfusion.", ".txtmlp.")  # modules whose matrices it trains, wherever the transformer is nested
+MUON_MODULES = (".blocks.", ".txtfusion.", ".txtmlp.")  # whose matrices it trains, wherever the transformer is nested
 
 
 def orthogonalise(matrices: Tensor) -> Tensor:
@@ -31,7 +31,7 @@ def orthogonalise(matrices: Tensor) -> Tensor:
     tall = matrices.shape[-2] > matrices.shape[-1]
     x = matrices.mT if tall else matrices
     x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
-    for _ in range(STEPS):
+    for _ in range(QUINTIC_STEPS):
         gram = x @ x.mT
         x = a * x + (b * gram + c * gram @ gram) @ x
     return x.mT if tall else x
@@ -45,7 +45,7 @@ class Muon(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> None:  # type: ignore[override]
-        def work(stacked: Tensor) -> Tensor:
+        def orthogonal_update(stacked: Tensor) -> Tensor:
             return orthogonalise(stacked.bfloat16() if native_bf16(stacked.device) else stacked).float()
 
         for group in self.param_groups:
@@ -63,7 +63,11 @@ class Muon(torch.optim.Optimizer):
 
             for shape, pairs in by_shape.items():
                 aheads, sharded = [ahead for _, ahead in pairs], isinstance(pairs[0][0], DTensor)
-                updates = scatter(aheads, shape[0], work) if sharded else work(torch.stack(aheads))
+                updates = (
+                    distribute_work(aheads, shape[0], orthogonal_update)
+                    if sharded
+                    else orthogonal_update(torch.stack(aheads))
+                )
                 scale = 0.2 * max(shape[0], shape[1:].numel()) ** 0.5
                 for (param, _), update in zip(pairs, updates, strict=True):
                     local(param).mul_(1 - group["lr"] * group["weight_decay"])
@@ -76,7 +80,7 @@ def uses_muon(name: str, param: Tensor) -> bool:
     The text input layers need Muon: AdamW, at a rate that suits the rest, grows one common direction in all their rows
     within a few hundred steps, until the difference between two subjects is a few hundredths of a row.
     """
-    return param.ndim == 2 and min(param.shape) > 1 and any(part in f".{name}" for part in MUON)
+    return param.ndim == 2 and min(param.shape) > 1 and any(part in f".{name}" for part in MUON_MODULES)
 
 
 def warmup_stable_decay(step: int, warmup_steps: int, done: float, decay: float) -> float:
@@ -89,7 +93,7 @@ def warmup_stable_decay(step: int, warmup_steps: int, done: float, decay: float)
     return min(1.0, (step + 1) / warmup_steps) * falling
 
 
-def optimisers_of(
+def make_optimisers(
     model: nn.Module, recipe: Recipe, muon: Callable[[str, Tensor], bool], rate: Callable[[str], float]
 ) -> dict[str, torch.optim.Optimizer]:
     """Muon and AdamW, each only if it has something to train; parameters of rate 0 stay unchanged.
@@ -98,27 +102,27 @@ def optimisers_of(
     rate   factor of a parameter's learning rate, by its name
     Raises K2Error if nothing learns.
     """
-    shares: dict[bool, dict[float, list[Tensor]]] = {True: defaultdict(list), False: defaultdict(list)}
+    by_optimiser: dict[bool, dict[float, list[Tensor]]] = {True: defaultdict(list), False: defaultdict(list)}
     for name, param in model.named_parameters():
         param.requires_grad_(rate(name) > 0)
         if param.requires_grad:
-            shares[muon(name, param)][rate(name)].append(param)
+            by_optimiser[muon(name, param)][rate(name)].append(param)
 
     def groups(by_rate: dict[float, list[Tensor]], lr: float) -> list[dict[str, Any]]:
         return [{"params": params, "lr": lr * factor, "peak": lr * factor} for factor, params in by_rate.items()]
 
-    made: dict[str, torch.optim.Optimizer] = {}
-    if inside := groups(shares[True], recipe.muon_lr):
-        made["muon"] = Muon(inside, recipe.muon_lr, weight_decay=recipe.weight_decay)
-    if rest := groups(shares[False], recipe.lr):
-        made["adamw"] = torch.optim.AdamW(
-            rest, recipe.lr, betas=(0.9, 0.98), weight_decay=recipe.weight_decay, fused=True
+    optimisers: dict[str, torch.optim.Optimizer] = {}
+    if muon_groups := groups(by_optimiser[True], recipe.muon_lr):
+        optimisers["muon"] = Muon(muon_groups, recipe.muon_lr, weight_decay=recipe.weight_decay)
+    if adamw_groups := groups(by_optimiser[False], recipe.lr):
+        optimisers["adamw"] = torch.optim.AdamW(
+            adamw_groups, recipe.lr, betas=(0.9, 0.98), weight_decay=recipe.weight_decay, fused=True
         )
-    if not made:
+    if not optimisers:
         raise K2Error(f'Recipe "{recipe.name}": nothing learns, as everything is frozen.')
-    return made
+    return optimisers
 
 
-def params_of(optimiser: torch.optim.Optimizer) -> list[Tensor]:
+def ordered_params(optimiser: torch.optim.Optimizer) -> list[Tensor]:
     """An optimiser's parameters, in the order of its state dict's indices."""
     return [param for group in optimiser.param_groups for param in group["params"]]

@@ -50,21 +50,21 @@ class World:
             )
         return range(self.rank, count, self.size)
 
-    def gather(self, own: list[Any]) -> list[Any]:
+    def gather(self, items: list[Any]) -> list[Any]:
         """The items of all processes, each one's first, then each one's second, in the order of a single process."""
         if self.size == 1:
-            return own
-        every: list[list[Any]] = [[]] * self.size
-        dist.all_gather_object(every, own)
-        return [item for row in zip(*every, strict=True) for item in row]
+            return items
+        gathered: list[list[Any]] = [[]] * self.size
+        dist.all_gather_object(gathered, items)
+        return [item for row in zip(*gathered, strict=True) for item in row]
 
-    def agree(self, value: float) -> float:
+    def broadcast(self, value: float) -> float:
         """The leader's value: clocks differ, and a process that stops alone leaves the others waiting."""
         if self.size == 1:
             return value
-        told = [value]
-        dist.broadcast_object_list(told)
-        return told[0]
+        values = [value]
+        dist.broadcast_object_list(values)
+        return values[0]
 
     def wait(self) -> None:
         if self.size > 1:
@@ -75,7 +75,7 @@ def world() -> World:
     return World(dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else World()
 
 
-def leave() -> None:
+def exit_group() -> None:
     """End this process, its work done, if it is one of several; else do nothing.
 
     Interpreter shutdown is skipped: a gloo thread that wants the interpreter then is stopped in the middle of C++,
@@ -89,7 +89,7 @@ def leave() -> None:
         os._exit(0)
 
 
-def join(device: str) -> str:
+def join_group(device: str) -> str:
     """Join the other processes that torchrun started, if any -> this process's own device of the kind."""
     if int(os.environ.get("WORLD_SIZE", 1)) == 1 or dist.is_initialized():
         return device
@@ -128,12 +128,12 @@ def local(tensor: Tensor) -> Tensor:
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
-def whole(tensor: Tensor) -> Tensor:
+def full_tensor(tensor: Tensor) -> Tensor:
     """The complete tensor; every process must call this."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
-def finite(tensors: Iterable[Tensor]) -> bool:
+def all_finite(tensors: Iterable[Tensor]) -> bool:
     """Whether all numbers are finite, in every process's share; every process must call this."""
     return all(world().gather([all(bool(local(tensor).isfinite().all()) for tensor in tensors)]))
 
@@ -142,13 +142,13 @@ def collect(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The complete tensors, gathered one by one into the leader's main memory; the others keep none."""
     leads, found = world().is_main, {}
     for name, tensor in tensors.items():
-        full = whole(tensor)
+        full = full_tensor(tensor)
         if leads:
             found[name] = full.cpu() if isinstance(tensor, DTensor) else full
     return found
 
 
-def as_sharded(tensor: Tensor, like: Tensor) -> Tensor:
+def shard_like(tensor: Tensor, like: Tensor) -> Tensor:
     """A complete tensor, sharded like another."""
     if isinstance(tensor, DTensor) or not isinstance(like, DTensor):
         return tensor
@@ -167,7 +167,7 @@ def average_gradients(params: Sequence[Tensor]) -> None:
         param.grad = part.view_as(param).clone()
 
 
-def scatter(shards: Sequence[Tensor], rows: int, work: Callable[[Tensor], Tensor]) -> list[Tensor]:
+def distribute_work(shards: Sequence[Tensor], rows: int, work: Callable[[Tensor], Tensor]) -> list[Tensor]:
     """Work that needs complete matrices of one shape, each done by one process.
 
     shards   this process's rows of each matrix, [r, n]; rows are split as by `torch.chunk`
@@ -176,17 +176,17 @@ def scatter(shards: Sequence[Tensor], rows: int, work: Callable[[Tensor], Tensor
     returns  this process's rows of every result
     """
     here, columns = world(), shards[0].shape[1]
-    most = -(-rows // here.size)
-    shares = [max(0, min(most, rows - most * rank)) * columns for rank in range(here.size)]
+    rows_each = -(-rows // here.size)
+    shares = [max(0, min(rows_each, rows - rows_each * rank)) * columns for rank in range(here.size)]
     results: list[Tensor] = []
     for start in range(0, len(shards), here.size):
         group = shards[start : start + here.size]
-        mine = here.rank < len(group)
+        has_matrix = here.rank < len(group)
         out = [shares[here.rank]] * len(group) + [0] * (here.size - len(group))
-        back = shares if mine else [0] * here.size
+        back = shares if has_matrix else [0] * here.size
         matrix = shards[0].new_empty(sum(back))
         dist.all_to_all_single(matrix, torch.cat([each.flatten() for each in group]), back, out)
-        done = work(matrix.view(1, rows, columns)).flatten() if mine else matrix
+        done = work(matrix.view(1, rows, columns)).flatten() if has_matrix else matrix
         own = done.new_empty(sum(out))
         dist.all_to_all_single(own, done.contiguous(), out, back)
         results += [each.view(-1, columns) for each in own.split(out[: len(group)])]
@@ -196,44 +196,44 @@ def scatter(shards: Sequence[Tensor], rows: int, work: Callable[[Tensor], Tensor
 # ---- checkpoints ------------------------------------------------------------------------------------------------
 
 
-def save(folder: Path, tensors: dict[str, Tensor], place: dict[str, Any], record: dict[str, Any]) -> None:
+def save(folder: Path, tensors: dict[str, Tensor], progress: dict[str, Any], record: dict[str, Any]) -> None:
     """Each process writes its shares into `folder/state-STEP`; older states are removed once this one is complete."""
     import torch.distributed.checkpoint as dcp
 
-    here, target = world(), folder / f"state-{place['step']:08d}"
+    here, target = world(), folder / f"state-{progress['step']:08d}"
     if here.is_main and target.exists():
         shutil.rmtree(target)
     here.wait()
     dcp.save(dict(tensors), checkpoint_id=target)
     if here.is_main:
         with whole_file(target / STATE_INFO) as draft:
-            draft.write_text(json.dumps({"place": place, "record": record}))
-        for old in saved(folder):
+            draft.write_text(json.dumps({"place": progress, "record": record}))
+        for old in sharded_states(folder):
             if old != target:
                 shutil.rmtree(old)
     here.wait()
 
 
-def saved(folder: Path) -> list[Path]:
+def sharded_states(folder: Path) -> list[Path]:
     """The sharded states of a run's folder, oldest first, without incomplete ones."""
     return sorted(path for path in folder.glob("state-*") if (path / STATE_INFO).is_file())
 
 
-def place_of(state: Path) -> dict[str, Any]:
+def read_progress(state: Path) -> dict[str, Any]:
     return json.loads((state / STATE_INFO).read_text())["place"]
 
 
-def load(state: Path, room: Callable[[str, torch.Size, torch.dtype], Tensor]) -> dict[str, Tensor]:
+def load(state: Path, allocate: Callable[[str, torch.Size, torch.dtype], Tensor]) -> dict[str, Tensor]:
     """A sharded state, whatever number of processes wrote it and reads it.
 
-    room: a tensor's name, complete shape and dtype -> memory to read it into, sharded or not
+    allocate: a tensor's name, complete shape and dtype -> memory to read it into, sharded or not
     """
     import torch.distributed.checkpoint as dcp
     from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
     reader = dcp.FileSystemReader(state)
     tensors = {
-        name: room(name, about.size, about.properties.dtype)
+        name: allocate(name, about.size, about.properties.dtype)
         for name, about in reader.read_metadata().state_dict_metadata.items()
         if isinstance(about, TensorStorageMetadata)
     }

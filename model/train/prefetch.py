@@ -17,29 +17,29 @@ class Prefetcher:
     last: a batch depends on the step alone, so it does not matter when it is made."""
 
     def __init__(self, make: Callable[[int], Batches], device: torch.device):
-        self.make, self.device, self.card = make, device, device.type == "cuda"
-        self.coming: dict[int, Future[Batches]] = {}
-        if self.card:
+        self.make, self.device, self.on_gpu = make, device, device.type == "cuda"
+        self.pending: dict[int, Future[Batches]] = {}
+        if self.on_gpu:
             self.thread, self.stream = ThreadPoolExecutor(1), torch.cuda.Stream(device)
 
-    def start(self, step: int) -> Batches:
+    def make_on_stream(self, step: int) -> Batches:
         with torch.cuda.stream(self.stream):
             made = self.make(step)
         self.stream.synchronize()
         return made
 
     def __call__(self, step: int) -> Batches:
-        if not self.card:
+        if not self.on_gpu:
             return self.make(step)
         for each in (step, step + 1, step + 2):
-            if each not in self.coming:
-                self.coming[each] = self.thread.submit(self.start, each)
-        batches = self.coming.pop(step).result()
+            if each not in self.pending:
+                self.pending[each] = self.thread.submit(self.make_on_stream, each)
+        batches = self.pending.pop(step).result()
         for tensor in (value for batch in batches for value in batch.values() if isinstance(value, Tensor)):
             if tensor.is_cuda:
                 tensor.record_stream(torch.cuda.current_stream(self.device))
         return batches
 
     def stop(self) -> None:
-        if self.card:
+        if self.on_gpu:
             self.thread.shutdown(cancel_futures=True)

@@ -20,13 +20,13 @@ from model.errors import K2Error
 from model.latents import grid_of, patchify
 from model.style import StyleConfig, StyleEncoder
 from model.train import loop, samples, states
-from model.train.alignment import CLEANER, Pupil, Teacher
+from model.train.alignment import MAX_SIGMA_GAP, AlignmentHead, Teacher
 from model.train.data import fingerprint
 from model.train.loop import Batch, Report
-from model.train.products import convert, parse
-from model.train.rollout import noised, with_rows
+from model.train.products import parse_products, use_8_bit_products
+from model.train.rollout import add_noise, append_rows
 from model.train.states import RUNS
-from model.train.training_set import Recipe, TrainingSet, training_set
+from model.train.training_set import Recipe, TrainingSet, load_training_set
 
 
 class Losses(NamedTuple):
@@ -52,7 +52,7 @@ class TrainedModel(nn.Module):
         self.look_head = nn.Linear(self.style.config.vector, looks)
         self.dit.initialise()
         self.style.initialise()
-        self.pupil = Pupil(self.dit) if align else None
+        self.pupil = AlignmentHead(self.dit) if align else None
 
     def losses(self, batch: dict[str, Any], recipe: Recipe, teacher: Teacher | None = None) -> Losses:
         """All losses of a batch; with a teacher also the distance of its view."""
@@ -64,22 +64,22 @@ class TrainedModel(nn.Module):
             rows, vectors = self.style(batch["references"])
             style_loss = F.cross_entropy(10 * self.look_head(vectors), batch["looks"])
             rows = torch.where(batch["null"][:, None, None, None], self.style.null, rows)
-            embeds, mask = with_rows(embeds, mask, rows)
+            embeds, mask = append_rows(embeds, mask, rows)
         context = self.dit.encode_text(embeds, mask)
         apart = (context - context.mean(0)).detach().norm() / context.detach().norm()
         context = context.repeat_interleave(repeats, 0)
-        every = mask.repeat_interleave(repeats, 0)
+        repeated_mask = mask.repeat_interleave(repeats, 0)
 
         image = patchify(latents, self.dit.config.patch).repeat_interleave(repeats, 0)
-        tokens, noise, sigma = noised(image, recipe.mu, generator)
+        tokens, noise, sigma = add_noise(image, recipe.mu, generator)
         grid = grid_of(latents, self.dit.config.patch)
         rope = self.dit.rope(context.shape[1], grid)
-        velocity = self.dit.velocity(tokens, context, self.dit.modulate(sigma), rope, every)
+        velocity = self.dit.velocity(tokens, context, self.dit.modulate(sigma), rope, repeated_mask)
         if teacher is not None and self.pupil is not None:
             lag = torch.rand(sigma.shape, generator=generator, device=generator.device).to(device)
-            cleaner = (sigma - CLEANER * lag).clamp_min(0)
+            cleaner = (sigma - MAX_SIGMA_GAP * lag).clamp_min(0)
             tokens = torch.lerp(image, noise, cleaner[:, None, None])
-            align = self.pupil.distance(teacher.capture(tokens, cleaner, embeds.detach(), mask, grid))
+            align = self.pupil.distance(teacher.features(tokens, cleaner, embeds.detach(), mask, grid))
         flow = (velocity.float() - (noise - image)).square().mean((1, 2))
         return Losses(flow, sigma, style_loss, apart, align)
 
@@ -97,7 +97,7 @@ def compile_blocks(recipe: Recipe, *networks: Krea2) -> None:
             block.compile(dynamic=bool(recipe.shapes))
 
 
-def recompute(dit: Krea2) -> None:
+def checkpoint_blocks(dit: Krea2) -> None:
     """Keep only each block's input, and recompute the block in the backward pass: a third more work, but memory grows
     with one block instead of all."""
     for block in dit.blocks:
@@ -107,21 +107,21 @@ def recompute(dit: Krea2) -> None:
 def build_model(recipe: Recipe, looks: int, device: str = "cpu") -> TrainedModel:
     """What a recipe trains, initialised by its seed."""
     torch.manual_seed(recipe.seed)
-    made = TrainedModel(recipe.config, looks, align=recipe.align > 0)
-    convert(made.dit.blocks, parse(recipe.products, device))
+    model = TrainedModel(recipe.config, looks, align=recipe.align > 0)
+    use_8_bit_products(model.dit.blocks, parse_products(recipe.products, device))
     if recipe.recompute:
-        recompute(made.dit)
-    return made
+        checkpoint_blocks(model.dit)
+    return model
 
 
 def load_teacher(recipe: Recipe, name: str, looks: int, device: str = "cpu") -> TrainedModel:
     """A teacher: a run or the bundled weights. Raises K2Error if it cannot read the references that it is shown."""
-    made, weights = TrainedModel(recipe.config, looks).to(device), states.parent(name, RUNS)
+    model, weights = TrainedModel(recipe.config, looks).to(device), states.parent_weights(name, RUNS)
     if recipe.references and "style.null" not in weights:
         hint = "Name a run that has one, such as pretraining, or show no references: references = 0.0."
         raise K2Error(f'The teacher "{name}" has no style encoder to read references with.', hint=hint)
-    states.start(made, weights)
-    return made
+    states.init_from(model, weights)
+    return model
 
 
 class RenderingStage(loop.Stage):
@@ -163,7 +163,7 @@ class PretrainStage(RenderingStage):
     def begin(self, averages: Mapping[str, Tensor]) -> None:
         self.averages = averages
 
-    def taught(self, batch: Batch) -> Teacher | None:
+    def current_teacher(self, batch: Batch) -> Teacher | None:
         """The current teacher, in the first epoch of a run that has one."""
         if not (self.recipe.align and batch.get("first")):
             self.teacher = None
@@ -177,7 +177,7 @@ class PretrainStage(RenderingStage):
             self.teacher.update(self.averages)
 
     def loss(self, batch: Batch) -> tuple[Tensor, dict[str, Any]]:
-        teacher = self.taught(batch)
+        teacher = self.current_teacher(batch)
         flow, sigma, style, apart, align = self.model.losses(batch, self.recipe, teacher)
         seen = flow.detach()
         figures = {"loss": seen.mean(), "low": seen[sigma < 0.4].mean(), "high": seen[sigma > 0.7].mean()}
@@ -196,7 +196,7 @@ class PretrainStage(RenderingStage):
 
 def main(recipe: Recipe, device: str = "cpu", report: Report = print) -> loop.Run:
     """Run a stage to its end from where it stands."""
-    data = training_set(recipe, device)
+    data = load_training_set(recipe, device)
     run = loop.Run(PretrainStage(recipe, len(data.looks), data, device), RUNS / recipe.name, device)
     report(f"{recipe.name}: from step {run.step}, {len(data.items)} pictures, {len(data.looks)} looks")
     loop.train(run, report)

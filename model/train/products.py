@@ -23,13 +23,13 @@ from model.errors import K2Error
 from model.low_bit import MIN_TOKENS
 from model.quantize import LARGEST_NUMBER
 
-MULTIPLE = 16  # both sides of a matrix must be multiples of this: 8-bit kernels require it
+SIDE_MULTIPLE = 16  # both sides of a matrix must be multiples of this: 8-bit kernels require it
 
 WIDE = "wide"  # not in 8 bits
 E5M2 = torch.float8_e5m2
 
 
-class Rounded(NamedTuple):
+class QuantisedMatrix(NamedTuple):
     """A matrix in 8 bits: numbers [R, K] · scale, fp32 [R, 1] or [1, 1]."""
 
     numbers: Tensor
@@ -40,50 +40,59 @@ class Rounded(NamedTuple):
 class Products:
     """How products are computed."""
 
-    number: torch.dtype  # int8 or e4m3
+    dtype: torch.dtype  # int8 or e4m3
     rowwise: bool  # a scale per row, else one for the tensor
-    multiply: Callable[[Rounded, Rounded], Tensor]  # a [M, K], b [N, K] -> a · bᵀ [M, N], scales included
+    # a [M, K], b [N, K] -> a · bᵀ [M, N], scales included
+    multiply: Callable[[QuantisedMatrix, QuantisedMatrix], Tensor]
 
     @property
-    def gradient_number(self) -> torch.dtype:
+    def gradient_dtype(self) -> torch.dtype:
         """The format that an incoming gradient is rounded to."""
-        return E5M2 if self.number == torch.float8_e4m3fn and not self.rowwise else self.number
+        return E5M2 if self.dtype == torch.float8_e4m3fn and not self.rowwise else self.dtype
 
     @property
     def wide_weight_gradient(self) -> bool:
-        return self.number == torch.int8
+        return self.dtype == torch.int8
 
-    def round(self, matrix: Tensor, number: torch.dtype | None = None, *, turned: bool = False) -> Rounded:
+    def quantise(
+        self, matrix: Tensor, dtype: torch.dtype | None = None, *, transposed: bool = False
+    ) -> QuantisedMatrix:
         """matrix [R, K] -> 8 bits; the largest number of a row, or of the tensor, uses the format's full range.
 
-        turned: for the transposed matrix, which is rounded before it is moved, so that a quarter of the bytes move.
+        transposed: for the transposed matrix, which is rounded before it is moved, so that a quarter of the bytes move.
         """
-        number = number or self.number
+        dtype = dtype or self.dtype
         size = matrix.abs()
-        largest = size.amax(0 if turned else 1, keepdim=True) if self.rowwise else size.amax().view(1, 1)
-        scale = largest.float() / (57344.0 if number == E5M2 else LARGEST_NUMBER[number])
+        largest = size.amax(0 if transposed else 1, keepdim=True) if self.rowwise else size.amax().view(1, 1)
+        scale = largest.float() / (57344.0 if dtype == E5M2 else LARGEST_NUMBER[dtype])
         scaled = matrix * (1 / scale.clamp(min=torch.finfo(torch.float32).tiny))
-        numbers = (scaled.round_() if number == torch.int8 else scaled).to(number)
-        return Rounded(numbers.t().contiguous(), scale.t()) if turned else Rounded(numbers.contiguous(), scale)
+        numbers = (scaled.round_() if dtype == torch.int8 else scaled).to(dtype)
+        return (
+            QuantisedMatrix(numbers.t().contiguous(), scale.t())
+            if transposed
+            else QuantisedMatrix(numbers.contiguous(), scale)
+        )
 
-    def across(self, rounded: Rounded | None, matrix: Tensor, number: torch.dtype | None = None) -> Rounded:
+    def quantise_transposed(
+        self, rounded: QuantisedMatrix | None, matrix: Tensor, number: torch.dtype | None = None
+    ) -> QuantisedMatrix:
         """The transposed matrix, for sums over the other dimension. One scale serves both; row scales do not."""
         if self.rowwise or rounded is None:
-            return self.round(matrix, number, turned=True)
-        return Rounded(rounded.numbers.t().contiguous(), rounded.scale)
+            return self.quantise(matrix, number, transposed=True)
+        return QuantisedMatrix(rounded.numbers.t().contiguous(), rounded.scale)
 
 
-def exact_product(a: Rounded, b: Rounded) -> Tensor:
+def exact_product(a: QuantisedMatrix, b: QuantisedMatrix) -> Tensor:
     """int8 × int8 -> int32, exact; then the scales."""
     return torch._int_mm(a.numbers, b.numbers.t()).float() * a.scale * b.scale.t()
 
 
-def emulated_product(a: Rounded, b: Rounded) -> Tensor:
+def emulated_product(a: QuantisedMatrix, b: QuantisedMatrix) -> Tensor:
     """8-bit numbers multiplied in fp32: what hardware would compute, without the speed."""
     return (a.numbers.float() @ b.numbers.float().t()) * a.scale * b.scale.t()
 
 
-def scaled_product(a: Rounded, b: Rounded) -> Tensor:
+def scaled_product(a: QuantisedMatrix, b: QuantisedMatrix) -> Tensor:
     """fp8 × fp8 by the hardware, sums in fp32."""
     rowwise = a.scale.numel() > 1 or b.scale.numel() > 1
     scales = (
@@ -99,23 +108,23 @@ BACK_ENDS = {
     "fp8": (torch.float8_e4m3fn, scaled_product),
     "fp8-emulated": (torch.float8_e4m3fn, emulated_product),
 }
-NAMES = (WIDE, *(f"{end}-{scales}" for end in BACK_ENDS for scales in ("tensorwise", "rowwise")))
+PRODUCT_NAMES = (WIDE, *(f"{end}-{scales}" for end in BACK_ENDS for scales in ("tensorwise", "rowwise")))
 
 
-def parse(name: str, device: torch.device | str = "cpu") -> Products | None:
+def parse_products(name: str, device: torch.device | str = "cpu") -> Products | None:
     """What a recipe's `products` means on a device; None is wide. Raises K2Error if unknown or unsupported here."""
-    if name not in NAMES:
-        raise K2Error(f'There are no products "{name}".', hint=f"Choose one of {', '.join(NAMES)}.")
+    if name not in PRODUCT_NAMES:
+        raise K2Error(f'There are no products "{name}".', hint=f"Choose one of {', '.join(PRODUCT_NAMES)}.")
     if name == WIDE:
         return None
     end, _, scales = name.rpartition("-")
-    if end == "fp8" and not multiplies_fp8(torch.device(device)):
+    if end == "fp8" and not supports_fp8(torch.device(device)):
         raise K2Error(f'Products "{name}" need a GPU that multiplies fp8.', hint="fp8-emulated runs anywhere, slowly.")
     number, multiply = BACK_ENDS[end]
     return Products(number, scales == "rowwise", multiply)
 
 
-def multiplies_fp8(device: torch.device) -> bool:
+def supports_fp8(device: torch.device) -> bool:
     """From Ada on, with one scale or one per row: PyTorch has both kernels for all of these GPUs."""
     return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 9)
 
@@ -124,37 +133,37 @@ class EightBitProduct(torch.autograd.Function):
     """x [M, K] · wᵀ, w [N, K], in 8 bits, with gradients for both."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, how: Products) -> Tensor:
-        left, right = how.round(x), how.round(weight)
-        ctx.how = how
+    def forward(ctx: Any, x: Tensor, weight: Tensor, products: Products) -> Tensor:
+        left, right = products.quantise(x), products.quantise(weight)
+        ctx.how = products
         # what is rounded a second time is kept wide; if one scale serves both ways, the 8 bits are kept instead
-        wide = x if how.rowwise or how.wide_weight_gradient else None
-        ctx.save_for_backward(wide, weight, *(() if how.rowwise else (*left, *right)))
-        return how.multiply(left, right).to(x.dtype)
+        wide = x if products.rowwise or products.wide_weight_gradient else None
+        ctx.save_for_backward(wide, weight, *(() if products.rowwise else (*left, *right)))
+        return products.multiply(left, right).to(x.dtype)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
-        how: Products = ctx.how
+        products: Products = ctx.how
         x, weight, *rest = ctx.saved_tensors
-        left, right = (Rounded(*rest[:2]), Rounded(*rest[2:])) if rest else (None, None)
-        incoming = how.round(gradient, how.gradient_number)
+        left, right = (QuantisedMatrix(*rest[:2]), QuantisedMatrix(*rest[2:])) if rest else (None, None)
+        incoming = products.quantise(gradient, products.gradient_dtype)
         for_x = for_weight = None
         if ctx.needs_input_grad[0]:
-            for_x = how.multiply(incoming, how.across(right, weight)).to(gradient.dtype)
+            for_x = products.multiply(incoming, products.quantise_transposed(right, weight)).to(gradient.dtype)
         if ctx.needs_input_grad[1]:
-            if how.wide_weight_gradient:
+            if products.wide_weight_gradient:
                 for_weight = gradient.t() @ x
             else:
-                turned = how.across(incoming, gradient, how.gradient_number)
-                for_weight = how.multiply(turned, how.across(left, x))
+                turned = products.quantise_transposed(incoming, gradient, products.gradient_dtype)
+                for_weight = products.multiply(turned, products.quantise_transposed(left, x))
             for_weight = for_weight.to(weight.dtype)
         return for_x, for_weight, None
 
 
-class TrainedLinear(nn.Linear):
+class EightBitLinear(nn.Linear):
     """A linear layer with 8-bit products; its weight is an ordinary one."""
 
-    how: Products
+    products: Products
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., in] -> [..., out], in the dtype that autocast asks for, else x's."""
@@ -163,25 +172,30 @@ class TrainedLinear(nn.Linear):
         tokens = x.flatten(0, -2)
         if len(tokens) <= MIN_TOKENS:  # kernels refuse so few, and there is nothing to gain
             return F.linear(x, self.weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
-        rows = F.pad(tokens, (0, 0, 0, -len(tokens) % MULTIPLE))  # the weight's gradient sums over rows
-        answer = EightBitProduct.apply(rows, self.weight, self.how)[: len(tokens)]
+        rows = F.pad(tokens, (0, 0, 0, -len(tokens) % SIDE_MULTIPLE))  # the weight's gradient sums over rows
+        answer = EightBitProduct.apply(rows, self.weight, self.products)[: len(tokens)]
         if self.bias is not None:
             answer = answer + self.bias.to(x.dtype)
         return answer.unflatten(0, x.shape[:-1])
 
 
-def convert(network: nn.Module, how: Products | None) -> list[str]:
+def use_8_bit_products(network: nn.Module, products: Products | None) -> list[str]:
     """Give a network's linear layers 8-bit products where their sides fit -> the names of the converted ones.
 
     Parameters stay the same objects, so optimisers and state dicts do not notice.
     """
     changed = []
     for name, layer in list(network.named_modules()):
-        if how is None or type(layer) is not nn.Linear or layer.in_features % MULTIPLE or layer.out_features % MULTIPLE:
+        if (
+            products is None
+            or type(layer) is not nn.Linear
+            or layer.in_features % SIDE_MULTIPLE
+            or layer.out_features % SIDE_MULTIPLE
+        ):
             continue
         parent, _, own = name.rpartition(".")
-        made = TrainedLinear(layer.in_features, layer.out_features, layer.bias is not None, device="meta")
-        made.weight, made.bias, made.how = layer.weight, layer.bias, how
+        made = EightBitLinear(layer.in_features, layer.out_features, layer.bias is not None, device="meta")
+        made.weight, made.bias, made.products = layer.weight, layer.bias, products
         setattr(network.get_submodule(parent), own, made)
         changed.append(name)
     return changed

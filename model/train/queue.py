@@ -18,7 +18,7 @@ import torch
 from model.errors import reported
 from model.train import data, encode, recipe, release, samples
 from model.train.data import DATA
-from model.train.shapes import LARGE, Shape
+from model.train.shapes import LARGE_RENDERS, Shape
 from model.train.states import RUNS
 
 STAGES = (
@@ -34,14 +34,14 @@ def main(minutes: float, out: Path, device: str) -> None:
     out.mkdir(parents=True, exist_ok=True)
     if not (DATA / "manifest.toml").exists():
         data.build(DATA)
-        for size in (data.NATIVE, LARGE):
-            data.enlarge(size, DATA)
+        for size in (data.NATIVE, LARGE_RENDERS):
+            data.render_at_size(size, DATA)
     for name, share in STAGES:
         stage = replace(recipe.load(name), minutes=minutes * share)
-        for size in (stage.size, *map(Shape.of, stage.shapes)):
+        for size in (stage.size, *map(Shape.parse, stage.shapes)):
             if not data.latents_file(DATA, size).exists():
                 encode.main(size, device, batch=256)
-        recipe.module(stage.stage, name).main(stage, device)
+        recipe.stage_module(stage.stage, name).main(stage, device)
         samples.main(name, device=device)
         shutil.copy(max((RUNS / name).glob("samples-*.png"), key=lambda path: path.stat().st_mtime), out)
         for log in (RUNS / name).glob("log.csv"):  # very short runs have none

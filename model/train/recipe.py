@@ -35,9 +35,9 @@ STAGES = {  # value of `stage` -> its module
     "stpo": "model.train.stpo",
     "grpo": "model.train.grpo",
 }
-EITHER = "Name a folder of pictures or a recipe: a .toml file, or a bundled one like pretrain-256."
+GIVE_EITHER = "Name a folder of pictures or a recipe: a .toml file, or a bundled one like pretrain-256."
 MAX_NAME = 200  # bytes of a name: file systems allow 255, and names of drafts are longer
-MAX_STEPS = 10**9  # of any count
+MAX_COUNT = 10**9  # of any count
 LORA_STEPS = 300  # for a LoRA from a folder of pictures, without a recipe
 
 
@@ -55,13 +55,13 @@ class Table:
             raise K2Error(f'"{self.name[:40]}…" is too long to name a run.', hint=f"At most {MAX_NAME} bytes.")
         for field in fields(self):
             value = getattr(self, field.name)
-            if isinstance(value, int) and value > MAX_STEPS and field.name != "seed":
-                raise K2Error(f'Recipe "{self.name}": {field.name} must be at most {MAX_STEPS:,}.')
+            if isinstance(value, int) and value > MAX_COUNT and field.name != "seed":
+                raise K2Error(f'Recipe "{self.name}": {field.name} must be at most {MAX_COUNT:,}.')
 
     @classmethod
     def read(cls, path: Path) -> Self:
         """The recipe in a TOML file. Raises `K2Error` for unknown or missing keys and for values of another kind."""
-        return cls.of(table_of(path), str(path))
+        return cls.of(read_table(path), str(path))
 
     @classmethod
     def of(cls, table: Mapping[str, Any], where: str) -> Self:
@@ -71,7 +71,7 @@ class Table:
             if key not in known:
                 raise K2Error(f'{where}: unknown key "{key}".', hint=close_to(key, known))
             if not fits(table[key], hints[key]):
-                raise K2Error(f"{where}: {key} must be {kind(hints[key])}.")
+                raise K2Error(f"{where}: {key} must be {type_text(hints[key])}.")
         for key, field in known.items():
             if key not in table and field.default is MISSING and field.default_factory is MISSING:
                 raise K2Error(f"{where}: {key} is missing.")
@@ -102,9 +102,9 @@ class Recipe(Table):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        at_least(self, 0, "minutes", "steps", "lr", "muon_lr", "weight_decay", "keep", "keep_every")
-        at_least(self, 1, "accumulate", "every", "warmup_steps")
-        more_than_none(self, "clip")
+        check_at_least(self, 0, "minutes", "steps", "lr", "muon_lr", "weight_decay", "keep", "keep_every")
+        check_at_least(self, 1, "accumulate", "every", "warmup_steps")
+        check_positive(self, "clip")
         check_share(self, "decay", "average")
         if not 0 <= self.seed < 2**63:
             raise K2Error(f'Recipe "{self.name}": {self.seed} is not a seed.', hint="Seeds go from 0 to 2^63 − 1.")
@@ -121,7 +121,7 @@ class Recipe(Table):
         return self.steps or self.minutes * 60
 
 
-def table_of(path: Path) -> dict[str, Any]:
+def read_table(path: Path) -> dict[str, Any]:
     """The contents of a TOML file. Raises `K2Error` if it cannot be read."""
     try:
         return tomllib.loads(path.read_text("utf-8-sig"))
@@ -130,7 +130,7 @@ def table_of(path: Path) -> dict[str, Any]:
     except OSError as error:
         raise K2Error(f"{path} cannot be read: {error.strerror}.") from None
     except UnicodeDecodeError:  # a picture, say
-        raise K2Error(f"{path} is neither a folder of pictures nor a recipe.", hint=EITHER) from None
+        raise K2Error(f"{path} is neither a folder of pictures nor a recipe.", hint=GIVE_EITHER) from None
 
 
 def names() -> list[str]:
@@ -144,7 +144,7 @@ def find(name: str) -> Path:
         if path.is_file():
             return path
     near = get_close_matches(name, names(), 1)
-    hint = f'Did you mean the recipe "{near[0]}"? Or name a folder of pictures.' if near else EITHER
+    hint = f'Did you mean the recipe "{near[0]}"? Or name a folder of pictures.' if near else GIVE_EITHER
     raise K2Error(f'"{name}" is neither a folder of pictures nor a recipe.', hint=hint)
 
 
@@ -153,18 +153,18 @@ def load(name: str) -> Any:
     if name and Path(name).is_dir():  # an empty name is a path too: the current folder
         own = re.sub(r"[^\w.-]+|^\W+", "-", Path(name).resolve().name).encode()[:MAX_NAME].decode(errors="ignore")
         own = own.strip("-.") or "pictures"
-        return module("lora", name).Recipe.of({"name": own, "pictures": name, "steps": LORA_STEPS}, name)
+        return stage_module("lora", name).Recipe.of({"name": own, "pictures": name, "steps": LORA_STEPS}, name)
     path = find(name)
-    table = table_of(path)
-    return module(table.get("stage", "pretrain"), str(path)).Recipe.of(table, str(path))
+    table = read_table(path)
+    return stage_module(table.get("stage", "pretrain"), str(path)).Recipe.of(table, str(path))
 
 
-def saved(table: Mapping[str, Any]) -> Any:
+def saved_recipe(table: Mapping[str, Any]) -> Any:
     """The recipe of a saved run, from its `place`."""
-    return module(table.get("stage", "pretrain"), "the run").Recipe.of(table, "the run's recipe")
+    return stage_module(table.get("stage", "pretrain"), "the run").Recipe.of(table, "the run's recipe")
 
 
-def module(stage: Any, where: str) -> Any:
+def stage_module(stage: Any, where: str) -> Any:
     """The module of a stage. Raises `K2Error` if no stage has that name."""
     if not isinstance(stage, str) or stage not in STAGES:
         hint = close_to(str(stage), STAGES) or f"Stages: {', '.join(STAGES)}."
@@ -180,14 +180,14 @@ def reject(recipe: Table, *keys: str, to: str = "") -> None:
             raise K2Error(f'Recipe "{recipe.name}": {field.name} has no meaning for {to or stage}.')
 
 
-def at_least(recipe: Table, least: int, *keys: str) -> None:
+def check_at_least(recipe: Table, least: int, *keys: str) -> None:
     """Raises K2Error if one of these numbers is less."""
     for key in keys:
         if getattr(recipe, key) < least:
             raise K2Error(f'Recipe "{recipe.name}": {key} must be at least {least}.')
 
 
-def more_than_none(recipe: Table, *keys: str) -> None:
+def check_positive(recipe: Table, *keys: str) -> None:
     """Raises K2Error if one of these numbers is 0 or less."""
     for key in keys:
         if getattr(recipe, key) <= 0:
@@ -201,12 +201,12 @@ def check_share(recipe: Table, *keys: str) -> None:
             raise K2Error(f'Recipe "{recipe.name}": {key} must be from 0 to 1.')
 
 
-def check_known(recipe: Table, names: Collection[str], those: Collection[str], what: str) -> None:
+def check_known(recipe: Table, names: Collection[str], allowed: Collection[str], what: str) -> None:
     """Raises K2Error if one of these names is not among the known ones."""
     for name in names:
-        if name not in those:
+        if name not in allowed:
             raise K2Error(
-                f'Recipe "{recipe.name}": there is no {what} "{name}".', hint=f"Choose one of {', '.join(those)}."
+                f'Recipe "{recipe.name}": there is no {what} "{name}".', hint=f"Choose one of {', '.join(allowed)}."
             )
 
 
@@ -228,7 +228,7 @@ def fits(value: Any, hint: Any) -> bool:
     return isinstance(value, hint) and not (hint is int and isinstance(value, bool))
 
 
-def kind(hint: Any) -> str:
+def type_text(hint: Any) -> str:
     """What `fits` asks for, in words."""
     origin, inner = get_origin(hint), get_args(hint)
     plain = {str: "text", int: "a whole number", float: "a number", bool: "true or false"}
@@ -237,4 +237,4 @@ def kind(hint: Any) -> str:
         return f"{many}, each {plain.get(inner[0], 'of its kind')}"
     if origin is dict:
         return f"a table, each value {plain.get(inner[1], 'of its kind')}"
-    return plain.get(hint) or " or ".join(kind(each) for each in inner if each is not type(None))
+    return plain.get(hint) or " or ".join(type_text(each) for each in inner if each is not type(None))

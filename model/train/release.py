@@ -22,8 +22,8 @@ from model.quantize import quantise
 from model.style import StyleConfig
 from model.train import autoencoder, hearing, judge, turbo
 from model.train.data import DATA, Catalog
-from model.train.recipe import saved
-from model.train.states import RUNS, averages, place_of
+from model.train.recipe import saved_recipe
+from model.train.states import RUNS, averaged_weights, read_progress
 
 RECOMMENDED = {"steps": 28, "guidance": 2.5, "mu": "auto"}
 
@@ -31,20 +31,20 @@ RECOMMENDED = {"steps": 28, "guidance": 2.5, "mu": "auto"}
 def main(run: str, folder: Path = BUNDLED) -> None:
     """Store a run's weights in a folder as bundled files."""
     path = RUNS / run / "state.safetensors"
-    place = place_of(path)
+    place = read_progress(path)
     recipe = place["recipe"]
-    stage = saved(recipe)
+    stage = saved_recipe(recipe)
     if isinstance(stage, autoencoder.Recipe):
         state, metadata = read(RUNS / run / "vae.safetensors")
         save(folder / "mini-vae.safetensors", quantise(state), metadata)
         return
     if isinstance(stage, judge.Recipe):
         for kind in ("judge", "critic"):
-            state, metadata = read(judge.place(kind, stage.seed))
+            state, metadata = read(judge.judge_path(kind, stage.seed))
             save(folder / f"{kind}-{stage.seed}.safetensors", quantise(state), metadata)
         return
     config = stage.config
-    weights = averages(path)
+    weights = averaged_weights(path)
     training: dict[str, Any] = {
         "recipe": recipe,
         "steps": place["step"],
@@ -56,22 +56,22 @@ def main(run: str, folder: Path = BUNDLED) -> None:
     shared |= {"shapes": list(dict.fromkeys(stage.shapes))} if stage.shapes else {}
     dit: dict[str, Any] = {"kind": "dit", "variant": "raw", "config": asdict(config), "recommended": RECOMMENDED}
 
-    def put(name: str, prefix: str, about: dict[str, Any]) -> None:
+    def write_part(name: str, prefix: str, about: dict[str, Any]) -> None:
         state = {k.removeprefix(prefix): v for k, v in weights.items() if k.startswith(prefix)}
         save(folder / f"mini-{name}.safetensors", quantise(state), about | shared)
 
     distilled = isinstance(stage, turbo.Recipe)
     if distilled or stage.init == "turbo":  # what started from Turbo stays one
         if distilled:
-            own = {"steps": stage.walk_steps, "guidance": 0.0, "mu": stage.walk_mu}
+            recommended = {"steps": stage.walk_steps, "guidance": 0.0, "mu": stage.walk_mu}
         else:
-            own = read(BUNDLED / "mini-turbo.safetensors")[1]["recommended"]
-        put("turbo", "dit.", dit | {"variant": "turbo", "recommended": own})
+            recommended = read(BUNDLED / "mini-turbo.safetensors")[1]["recommended"]
+        write_part("turbo", "dit.", dit | {"variant": "turbo", "recommended": recommended})
         return
-    put("raw", "dit.", dit)
+    write_part("raw", "dit.", dit)
     if not (isinstance(stage, hearing.Recipe) or "style" in stage.frozen):  # otherwise it stays, and so do its words
         style = StyleConfig(text_width=config.text_width, text_taps=config.text_taps)
-        put("style", "style.", {"kind": "style", "config": asdict(style)})
+        write_part("style", "style.", {"kind": "style", "config": asdict(style)})
     for file in sorted(folder.glob("mini-*.safetensors")):
         print(f"{file.name}: {file.stat().st_size / 1e6:.1f} MB")
 

@@ -27,13 +27,13 @@ from model.train.judge import SIZE, Critic, Judge
 from model.train.looks import Look
 from model.train.recipe import reject
 from model.train.rollout import RolloutPrompt, decode
-from model.train.states import RUNS, digest
+from model.train.states import RUNS, weights_hash
 from model.train.training_set import Recipe, TrainingSet
 from model.vae import QwenImageVAE
 
-EVALUATION = 77  # the seed of the judge for evaluation only
-REAL = 6  # pictures of each look that define its style and spectrum
-JUDGED_BY = (  # keys of a recipe that a model's own judged pictures depend on
+EVALUATION_SEED = 77  # the seed of the judge for evaluation only
+REAL_PICTURES = 6  # pictures of each look that define its style and spectrum
+JUDGING_KEYS = (  # keys of a recipe that a model's own judged pictures depend on
     *("init", "preset", "network", "seed", "size", "prompts", "white", "grounds", "later", "sample_steps"),
     *("judge", "weights"),
 )
@@ -55,7 +55,7 @@ def top_octave(pictures: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Judged(Recipe):
+class JudgedRecipe(Recipe):
     """A run that learns from the model's own pictures by a judge's rewards."""
 
     init: str = "box"
@@ -71,14 +71,14 @@ class Judged(Recipe):
             raise K2Error(f'Recipe "{self.name}": weights must name rewards and sum to more than 0.')
 
 
-def chosen_by(
-    recipe: Judged, keys: Sequence[str], dit: nn.Module, rewards: Rewards, data: TrainingSet
+def choice_key(
+    recipe: JudgedRecipe, keys: Sequence[str], dit: nn.Module, rewards: Rewards, data: TrainingSet
 ) -> dict[str, Any]:
     """What a choice among a network's own pictures depends on, to be stored with it: keys of the recipe, the data set's
     manifest, and a hash of the networks that read, paint, decode and judge, as one of the same name may be
     retrained."""
     networks = [data.text.tower, dit, rewards.vae, rewards.judge, rewards.critic or nn.Identity()]
-    found = {"data": fingerprint(data.catalog), "networks": digest(nn.ModuleList(networks))}
+    found = {"data": fingerprint(data.catalog), "networks": weights_hash(nn.ModuleList(networks))}
     return {key: getattr(recipe, key) for key in keys} | found
 
 
@@ -100,23 +100,26 @@ class Rewards:
     ):
         self.judge, self.critic, self.vae = judge.to(device), critic and critic.to(device), vae.to(device)
         self.subjects = list(data.catalog.subjects)
-        self.names = judge.read(self.subjects).detach()
-        self.place = {name: index for index, name in enumerate(self.subjects)}
+        self.name_embeddings = judge.read(self.subjects).detach()
+        self.subject_index = {name: index for index, name in enumerate(self.subjects)}
         self.styles: dict[Look, Tensor] = {}
-        self.octaves: dict[Look, Tensor] = {}
-        chosen = {look: members[:: max(1, len(members) // REAL)][:REAL] for look, members in data.by_look.items()}
+        self.log_octaves: dict[Look, Tensor] = {}
+        chosen = {
+            look: members[:: max(1, len(members) // REAL_PICTURES)][:REAL_PICTURES]
+            for look, members in data.by_look.items()
+        }
         indices = [index for members in chosen.values() for index in members]
         styles: dict[Look, list[Tensor]] = defaultdict(list)
         octaves: dict[Look, list[Tensor]] = defaultdict(list)
         for start in range(0, len(indices), 32):
             part = indices[start : start + 32]
             pictures = decode(self.vae, data.latents[part].to(device))
-            for index, style, octave in zip(part, self.views(pictures)[1], top_octave(pictures), strict=True):
+            for index, style, octave in zip(part, self.embed(pictures)[1], top_octave(pictures), strict=True):
                 styles[data.items[index].look].append(style)
                 octaves[data.items[index].look].append(octave.log())
         for look in chosen:
             self.styles[look] = F.normalize(torch.stack(styles[look]).mean(0), dim=0)
-            self.octaves[look] = torch.stack(octaves[look]).mean()
+            self.log_octaves[look] = torch.stack(octaves[look]).mean()
 
     @classmethod
     def load(cls, name: str, data: TrainingSet, device: str = "cpu") -> Rewards:
@@ -125,7 +128,7 @@ class Rewards:
         if not path.exists():
             raise K2Error(f'There is no judge "{name}" for rewards.', hint="Train one first: k2 train judge-11")
         seed = open_checkpoint(path).metadata["training"]["seed"]
-        if seed == EVALUATION:
+        if seed == EVALUATION_SEED:
             raise K2Error(
                 f"Judge {seed} is for evaluation; no training may use it.",
                 hint="Train one with another seed for rewards.",
@@ -139,21 +142,21 @@ class Rewards:
             device,
         )
 
-    def views(self, pictures: Tensor) -> tuple[Tensor, Tensor]:
+    def embed(self, pictures: Tensor) -> tuple[Tensor, Tensor]:
         """The judge's subject and style embeddings of pictures of any size."""
         with torch.no_grad(), torch.autocast(pictures.device.type, enabled=False):
             return self.judge(F.adaptive_avg_pool2d(pictures.float(), SIZE))
 
-    def chosen(self, pictures: Tensor, asked: Sequence[RolloutPrompt], names: Collection[str]) -> dict[str, Tensor]:
+    def chosen(self, pictures: Tensor, prompts: Sequence[RolloutPrompt], names: Collection[str]) -> dict[str, Tensor]:
         """These rewards by name, [B] each, in fp32, of pictures [B, 3, H, W] in −1 … 1. Raises K2Error for unknown
         ones; without a critic there is no `artefact`."""
         with torch.no_grad(), torch.autocast(pictures.device.type, enabled=False):
-            subject, style = self.views(pictures)
-            wanted = torch.tensor([self.place[a.subject] for a in asked], device=subject.device)
-            real = torch.stack([self.styles[a.look] for a in asked])
-            octave = torch.stack([self.octaves[a.look] for a in asked])
+            subject, style = self.embed(pictures)
+            wanted = torch.tensor([self.subject_index[a.subject] for a in prompts], device=subject.device)
+            real = torch.stack([self.styles[a.look] for a in prompts])
+            octave = torch.stack([self.log_octaves[a.look] for a in prompts])
             known: dict[str, Callable[[], Tensor]] = {
-                "subject": lambda: (16 * subject @ self.names.T).softmax(1).gather(1, wanted[:, None])[:, 0],
+                "subject": lambda: (16 * subject @ self.name_embeddings.T).softmax(1).gather(1, wanted[:, None])[:, 0],
                 "style": lambda: (1 + (style * real).sum(1)) / 2,
                 "grain": lambda: (-(top_octave(pictures).log() - octave).abs()).exp(),
             }
@@ -168,11 +171,11 @@ class Rewards:
     def total(
         self,
         pictures: Tensor,
-        asked: Sequence[RolloutPrompt],
+        prompts: Sequence[RolloutPrompt],
         weights: Mapping[str, float],
         gates: Mapping[str, str] | None = None,
     ) -> Tensor:
         """The weighted mean of gated rewards [B], 0 … 1."""
         gates = gates or {}
-        found = apply_gates(self.chosen(pictures, asked, dict.fromkeys((*weights, *gates.values()))), gates)
+        found = apply_gates(self.chosen(pictures, prompts, dict.fromkeys((*weights, *gates.values()))), gates)
         return sum((weight * found[name] for name, weight in weights.items()), torch.zeros(())) / sum(weights.values())

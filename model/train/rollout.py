@@ -59,30 +59,30 @@ def conditioned_velocity(dit: Krea2, embeds: Tensor, mask: Tensor | None, grid: 
     return velocity
 
 
-def noise_levels(count: int, mu: float, generator: torch.Generator) -> Tensor:
+def draw_sigmas(count: int, mu: float, generator: torch.Generator) -> Tensor:
     """Shifted logit-normal noise levels [count], stratified, so that no step sees only easy or only hard ones."""
-    dice: dict[str, Any] = {"generator": generator, "device": generator.device}
-    spread = (torch.randperm(count, **dice) + torch.rand(count, **dice)) / count
+    rng_options: dict[str, Any] = {"generator": generator, "device": generator.device}
+    spread = (torch.randperm(count, **rng_options) + torch.rand(count, **rng_options)) / count
     normal = torch.special.ndtri(spread.clamp(1e-4, 1 - 1e-4).cpu()).to(spread.device)  # Metal has no ndtri
     return torch.sigmoid(mu + normal)
 
 
-def noised(image: Tensor, mu: float, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
+def add_noise(image: Tensor, mu: float, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
     """Clean tokens [B, L, D] -> tokens with noise, the noise, and the noise levels [B].
 
     The noise is drawn before the levels, on the generator's device, whatever device the tokens are on.
     """
     noise = torch.randn(image.shape, generator=generator, device=generator.device).to(image.device)
-    sigma = noise_levels(len(image), mu, generator).to(image.device)
+    sigma = draw_sigmas(len(image), mu, generator).to(image.device)
     return torch.lerp(image, noise, sigma[:, None, None]), noise, sigma
 
 
-def with_rows(embeds: Tensor, mask: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
+def append_rows(embeds: Tensor, mask: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
     """Text features [B, T, N, E] and their mask [B, T], followed by style rows [B, R, N, E], all unmasked."""
     return torch.cat((embeds, rows), 1), F.pad(mask, (0, rows.shape[1]), value=True)
 
 
-def sigmas_for(steps: int, cells: int, dit: Krea2) -> list[float]:
+def sampling_sigmas(steps: int, cells: int, dit: Krea2) -> list[float]:
     """The sampler's noise levels for a square picture with `cells` latent cells per side."""
     return shifted_sigmas(steps, raw_mu((cells // dit.config.patch) ** 2))
 
@@ -97,36 +97,36 @@ def sample(
     guidance: float,
     seed: int,
     mu: float | None = None,
-    begun: tuple[Tensor, int] | None = None,
+    init: tuple[Tensor, int] | None = None,
 ) -> Tensor:
     """Latents [B, C, cells, cells] of the prompts, from noise that depends only on `seed` and their position.
 
-    begun: latents of pictures to start from, and how many of the steps, the last ones, to take from there
+    init: latents of pictures to start from, and how many of the steps, the last ones, to take from there
     """
-    if begun is not None and not 0 <= begun[1] <= steps:
-        raise ValueError(f"of {steps} steps {begun[1]} cannot be taken")
+    if init is not None and not 0 <= init[1] <= steps:
+        raise ValueError(f"of {steps} steps {init[1]} cannot be taken")
     device, patch = dit.first.weight.device, dit.config.patch
-    sigmas = sigmas_for(steps, cells, dit) if mu is None else shifted_sigmas(steps, mu)
-    sigmas = sigmas if begun is None else sigmas[-begun[1] - 1 :]
+    sigmas = sampling_sigmas(steps, cells, dit) if mu is None else shifted_sigmas(steps, mu)
+    sigmas = sigmas if init is None else sigmas[-init[1] - 1 :]
     grid = (cells // patch, cells // patch)
 
-    def under(texts: list[str]) -> Velocity:
+    def velocity_under(texts: list[str]) -> Velocity:
         embeds, mask = embed(texts)
         return conditioned_velocity(dit, embeds.to(device), mask.to(device), grid)
 
-    velocity = under(list(prompts))
-    without = under([""] * len(prompts)) if guidance else velocity
+    velocity = velocity_under(list(prompts))
+    unconditional = velocity_under([""] * len(prompts)) if guidance else velocity
     levels = torch.tensor(sigmas, device=device)
 
-    def field(tokens: Tensor, step: int) -> Tensor:
+    def velocity_at(tokens: Tensor, step: int) -> Tensor:
         sigma = levels[step].expand(len(tokens))
         conditional = velocity(tokens, sigma)
-        return guided(conditional, without(tokens, sigma), guidance) if guidance else conditional
+        return guided(conditional, unconditional(tokens, sigma), guidance) if guidance else conditional
 
     noise = torch.randn(len(prompts), dit.config.channels, cells, cells, generator=torch.Generator().manual_seed(seed))
     noise = noise.to(device)
-    start = noise if begun is None else torch.lerp(begun[0], noise, sigmas[0])
-    return unpatchify(euler(field, patchify(start, patch), sigmas), patch, cells, cells)
+    start = noise if init is None else torch.lerp(init[0], noise, sigmas[0])
+    return unpatchify(euler(velocity_at, patchify(start, patch), sigmas), patch, cells, cells)
 
 
 @torch.no_grad()

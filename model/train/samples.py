@@ -14,9 +14,9 @@ from model.errors import reported
 from model.library import BUNDLED
 from model.text_encoder import TextEncoder
 from model.train.autoencoder import load as load_autoencoder
-from model.train.recipe import saved
+from model.train.recipe import saved_recipe
 from model.train.rollout import decode, sample
-from model.train.states import RUNS, averages, place_of
+from model.train.states import RUNS, averaged_weights, read_progress
 
 PROMPTS = [
     *("a fox", "a cat", "a penguin", "a red apple", "a banana", "a car", "a sailboat", "a house"),
@@ -31,14 +31,16 @@ PROMPTS = [
 def main(run: str, device: str = "cpu") -> Path:
     """Render `PROMPTS` with a run's averaged weights, eight per row -> the sheet's path."""
     path = RUNS / run / "state.safetensors"
-    place = place_of(path)
-    recipe = saved(place["recipe"])
+    place = read_progress(path)
+    recipe = saved_recipe(place["recipe"])
     dit = Krea2(recipe.config).eval().to(device)
-    dit.load_state_dict({k[4:]: v for k, v in averages(path).items() if k.startswith("dit.")})
+    dit.load_state_dict({k[4:]: v for k, v in averaged_weights(path).items() if k.startswith("dit.")})
     text = TextEncoder.load(BUNDLED / "mini-text.safetensors", device)
     vae = load_autoencoder(BUNDLED / "mini-vae.safetensors").to(device)
-    how = recipe.sampling
-    latents = sample(dit, text.encode, PROMPTS, recipe.size // vae.factor, how.steps, how.guidance, seed=0, mu=how.mu)
+    sampling = recipe.sampling
+    latents = sample(
+        dit, text.encode, PROMPTS, recipe.size // vae.factor, sampling.steps, sampling.guidance, seed=0, mu=sampling.mu
+    )
     pixels = ((decode(vae, latents) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).cpu().numpy()
     side = max(128, recipe.size)
     pictures = [np.asarray(Image.fromarray(each).resize((side, side), Image.Resampling.LANCZOS)) for each in pixels]

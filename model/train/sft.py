@@ -17,9 +17,9 @@ from model.train.data import Item, stable_seed
 from model.train.looks import DRAWINGS, GROUNDS, MEDIA
 from model.train.loop import Report
 from model.train.pretrain import PretrainStage
-from model.train.recipe import at_least, check_known
-from model.train.training_set import TrainingSet, training_set
-from model.train.validation import finish, is_validation, only
+from model.train.recipe import check_at_least, check_known
+from model.train.training_set import TrainingSet, load_training_set
+from model.train.validation import is_validation, restrict, train_and_validate
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,13 +35,13 @@ class Recipe(pretrain.Recipe):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        at_least(self, 1, "per_subject")
+        check_at_least(self, 1, "per_subject")
         check_known(self, self.media, MEDIA, "medium")
         check_known(self, self.drawings, DRAWINGS, "drawing set")
         check_known(self, self.on, GROUNDS, "ground")
 
 
-def domain_items(items: list[Item], recipe: Recipe) -> NDArray[np.bool_]:
+def domain_mask(items: list[Item], recipe: Recipe) -> NDArray[np.bool_]:
     """Which pictures are of the recipe's media, drawing sets and grounds."""
     wanted = ((recipe.media, "medium"), (recipe.on, "ground"))
     return np.array(
@@ -70,7 +70,7 @@ def curate(data: TrainingSet, recipe: Recipe, device: str) -> None:
     from model.train.rollout import RolloutPrompt, decode
 
     keep = (
-        domain_items(data.items, recipe)
+        domain_mask(data.items, recipe)
         & (data.weights > 0)
         & np.array([not is_validation(item) for item in data.items])
     )
@@ -80,10 +80,10 @@ def curate(data: TrainingSet, recipe: Recipe, device: str) -> None:
         members = np.flatnonzero(keep).tolist()
         for start in range(0, len(members), 64):
             part = members[start : start + 64]
-            asked = [RolloutPrompt("", data.items[i].pair.subject, data.items[i].look) for i in part]
+            prompts = [RolloutPrompt("", data.items[i].pair.subject, data.items[i].look) for i in part]
             pictures = decode(rewards.vae, data.latents[part].to(device))
-            score[part] = rewards.chosen(pictures, asked, ["subject"])["subject"].cpu().numpy()
-    only(data, best_of_each(data.items, keep, score, recipe.per_subject))
+            score[part] = rewards.chosen(pictures, prompts, ["subject"])["subject"].cpu().numpy()
+    restrict(data, best_of_each(data.items, keep, score, recipe.per_subject))
     counts: dict[str, float] = defaultdict(float)
     for item, weight in zip(data.items, data.weights, strict=True):
         counts[item.pair.subject] += weight
@@ -93,7 +93,7 @@ def curate(data: TrainingSet, recipe: Recipe, device: str) -> None:
 
 def main(recipe: Recipe, device: str = "cpu", report: Report = print) -> loop.Run:
     """Fine-tune on the recipe's domain."""
-    data = training_set(recipe, device)
+    data = load_training_set(recipe, device)
     curate(data, recipe, device)
     report(f"{recipe.name}: {(data.weights > 0).sum()} curated pictures")
-    return finish(PretrainStage(recipe, len(data.looks), data, device), data, device, report)
+    return train_and_validate(PretrainStage(recipe, len(data.looks), data, device), data, device, report)

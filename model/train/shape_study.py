@@ -17,15 +17,15 @@ import numpy as np
 
 from model.errors import reported
 from model.train.data import DATA, Catalog, phrase
-from model.train.evaluate import held_out_prompts, kernel_distance, specs_of
+from model.train.evaluate import held_out_prompts, kernel_distance, make_specs
 from model.train.shapes import Shape
-from model.train.study import Pixels, SubjectStudy, embed, figure, mean, names_of, paint, parser_of, sheet
+from model.train.study import Pixels, SubjectStudy, embed, embed_names, figure, mean, render_specs, sheet, study_parser
 
 SIZES = (
     *("256x256", "288x224", "320x224", "224x320", "320x192", "192x320", "352x192", "192x192"),
     *("384x384", "480x320"),
 )
-SHOWN = 8  # pictures of each size on the sheet
+MAX_SHOWN = 8  # pictures of each size on the sheet
 
 
 class Study(SubjectStudy):
@@ -34,10 +34,10 @@ class Study(SubjectStudy):
     def paint(self, size: str, count: int) -> list[Pixels]:
         width, height = map(int, size.split("x"))
         captions = list(map(phrase, self.chosen[:count]))
-        return paint(self.pipeline, specs_of(captions, 100, width=width, height=height, steps=self.steps))
+        return render_specs(self.pipeline, make_specs(captions, 100, width=width, height=height, steps=self.steps))
 
 
-def squared(picture: Pixels, mode: Literal["edge", "constant"] = "edge") -> Pixels:
+def pad_to_square(picture: Pixels, mode: Literal["edge", "constant"] = "edge") -> Pixels:
     """A picture [H, W, 3] in the middle of a square, its outermost pixels extended to the edges, or on black."""
     height, width = picture.shape[:2]
     side = max(height, width)
@@ -45,7 +45,7 @@ def squared(picture: Pixels, mode: Literal["edge", "constant"] = "edge") -> Pixe
     return np.pad(picture, (*margins, (0, 0)), mode=mode)
 
 
-def cropped(picture: Pixels) -> Pixels:
+def crop_to_square(picture: Pixels) -> Pixels:
     """The largest square in the middle of a picture [H, W, 3]."""
     side = min(picture.shape[:2])
     top, left = ((each - side) // 2 for each in picture.shape[:2])
@@ -54,10 +54,13 @@ def cropped(picture: Pixels) -> Pixels:
 
 def shapes(study: Study) -> dict[str, Any]:
     """Shares of pictures whose subject is recognised, by size."""
-    names, found = names_of(study.judge, study.subjects), {}
+    names, found = embed_names(study.judge, study.subjects), {}
     for size in SIZES:
         pictures = study.paint(size, study.count)
-        views = (embed(study.judge, [view(each) for each in pictures])[0] @ names.T for view in (squared, cropped))
+        views = (
+            embed(study.judge, [view(each) for each in pictures])[0] @ names.T
+            for view in (pad_to_square, crop_to_square)
+        )
         nearest = [study.subjects[index] for index in np.maximum(*views).argmax(1)]
         found[size] = figure(mean, np.array([a == b for a, b in zip(nearest, study.chosen, strict=True)], float))
         print(f"  {size}", flush=True)
@@ -68,29 +71,31 @@ def distance(study: Study) -> dict[str, Any]:
     """Distance of pictures with the real ones' captions, by size: the less, the more alike."""
     found: dict[str, Any] = {}
     for size in SIZES:
-        shape = Shape.of(size)
-        catalog = Catalog(DATA, shape.renders)
+        shape = Shape.parse(size)
+        catalog = Catalog(DATA, shape.render_size)
         items, captions = zip(*held_out_prompts(catalog, study.count), strict=True)
         settings = {"width": shape.width, "height": shape.height, "steps": study.steps}
-        made = paint(study.pipeline, specs_of(captions, seed=2000, **settings))
+        made = render_specs(study.pipeline, make_specs(captions, seed=2000, **settings))
         real = [catalog.picture(item, shape) for item in items]
-        seen = (np.concatenate(embed(study.judge, [squared(each) for each in those]), 1) for those in (made, real))
+        seen = (
+            np.concatenate(embed(study.judge, [pad_to_square(each) for each in those]), 1) for those in (made, real)
+        )
         found[size] = round(kernel_distance(*seen), 4)
         print(f"  {size}", flush=True)
     return found
 
 
-def sheet_of(study: Study) -> dict[str, Any]:
-    rows = [[squared(each, "constant") for each in study.paint(size, SHOWN)] for size in SIZES]
+def shapes_sheet(study: Study) -> dict[str, Any]:
+    rows = [[pad_to_square(each, "constant") for each in study.paint(size, MAX_SHOWN)] for size in SIZES]
     labels = [size.replace("x", "\n") for size in SIZES]
-    return {"file": sheet(study.folder / "shapes.png", study.chosen[:SHOWN], rows, labels).name}
+    return {"file": sheet(study.folder / "shapes.png", study.chosen[:MAX_SHOWN], rows, labels).name}
 
 
-FIGURES = {"shapes": shapes, "distance": distance, "sheet": sheet_of}
+FIGURES = {"shapes": shapes, "distance": distance, "sheet": shapes_sheet}
 
 
 def main() -> None:
-    Study.conduct(parser_of(__doc__, list(FIGURES)).parse_args(), FIGURES)
+    Study.run(study_parser(__doc__, list(FIGURES)).parse_args(), FIGURES)
 
 
 if __name__ == "__main__":

@@ -13,8 +13,8 @@ from typing import NamedTuple, Self
 from model.errors import K2Error
 from model.train.data import NATIVE, Item, stable_seed
 
-SHARE = 12  # one in so many pictures of the train split comes in a shape
-LARGE = 384  # px of the renders for pictures whose shorter side is more than `NATIVE`
+ONE_IN = 12  # one in so many pictures of the train split comes in a shape
+LARGE_RENDERS = 384  # px of the renders for pictures whose shorter side is more than `NATIVE`
 
 
 class Shape(NamedTuple):
@@ -24,7 +24,7 @@ class Shape(NamedTuple):
     width: int
 
     @classmethod
-    def of(cls, text: str) -> Self:
+    def parse(cls, text: str) -> Self:
         """Raises K2Error for text that is not a size."""
         found = re.fullmatch(r"(\d+)x(\d+)", text)
         if not found:
@@ -35,11 +35,11 @@ class Shape(NamedTuple):
         return f"{self.width}x{self.height}"
 
     @property
-    def renders(self) -> int:
+    def render_size(self) -> int:
         """The size of the renders that its pictures are made of."""
-        return NATIVE if min(self) <= NATIVE else LARGE
+        return NATIVE if min(self) <= NATIVE else LARGE_RENDERS
 
 
-def of_shape(items: Sequence[Item], shape: Shape) -> list[int]:
+def indices_in_shape(items: Sequence[Item], shape: Shape) -> list[int]:
     """Which pictures of the train split also come in a shape."""
-    return [i for i, each in enumerate(items) if not stable_seed("shape", shape, each.pair, each.look) % SHARE]
+    return [i for i, each in enumerate(items) if not stable_seed("shape", shape, each.pair, each.look) % ONE_IN]

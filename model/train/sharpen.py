@@ -35,18 +35,18 @@ from model.library import BUNDLED
 from model.pipeline import Pipeline
 from model.references import from_bytes
 from model.train import autoencoder, data, loop
-from model.train.autoencoder import ENCODER, reconstruction_loss
+from model.train.autoencoder import ENCODER_PREFIXES, reconstruction_loss
 from model.train.data import AUTOENCODER, DATA, Catalog, Item, fingerprint, stable_seed
 from model.train.loop import Batch, Report
-from model.train.recipe import at_least, reject
+from model.train.recipe import check_at_least, reject
 from model.train.rollout import sample
 from model.train.states import RUNS
 from model.vae import QwenImageVAE
 
-LARGE = 8  # px from which forms count as large: the critic sees what is finer
+LARGE_FORM = 8  # px from which forms count as large: the critic sees what is finer
 KINDS = ("asked", "begun", "free")
 RENDERERS = ("turbo", "text", "vae")  # bundled files that latents depend on
-AT_ONCE, PART = 16, 160  # pictures encoded and drawn together; pictures kept in one file
+DRAW_BATCH, FILE_PICTURES = 16, 160  # pictures encoded and drawn together; pictures kept in one file
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,14 +71,14 @@ class Recipe(autoencoder.Recipe):
     def __post_init__(self) -> None:
         super().__post_init__()
         reject(self, "decoder", "kl")
-        at_least(self, 1, "trusted")
-        at_least(self, autoencoder.WIDE, "crop")
+        check_at_least(self, 1, "trusted")
+        check_at_least(self, autoencoder.WIDE_WINDOW, "crop")
         for key in ("widths", "taken"):
             if min(getattr(self, key), default=0) < 1:
                 raise K2Error(f'Recipe "{self.name}": {key} must be a list of numbers from 1 up.')
         if self.crop > self.size:
             raise K2Error(f'Recipe "{self.name}": crop must be at most size, {self.size}.')
-        at_least(self, 0, "begun", "hold", "critic", "critic_rate")
+        check_at_least(self, 0, "begun", "hold", "critic", "critic_rate")
 
 
 # ---- latents ----------------------------------------------------------------------------------------------------
@@ -94,12 +94,12 @@ class Pool(NamedTuple):
     free: NDArray[np.float16]  # [N, 1, C, h, w]
 
 
-def pool(catalog: Catalog, recipe: Recipe, folder: Path, drawer: Pipeline, report: Report = print) -> Pool:
+def load_pool(catalog: Catalog, recipe: Recipe, folder: Path, pipeline: Pipeline, report: Report = print) -> Pool:
     """A fixed random choice of pictures of the train split and their latents, made once and kept in `folder`; kept in
     parts, so that an interrupted run resumes."""
     about = (catalog, "train", recipe.pictures, recipe.plain, recipe.seed)
-    items, pictures = autoencoder.choose(*about), autoencoder.pool(*about, folder)
-    made_by = hashlib.sha256(
+    items, pictures = autoencoder.choose_items(*about), autoencoder.load_pool(*about, folder)
+    drawn_with = hashlib.sha256(
         "".join(sha256(BUNDLED / f"mini-{part}.safetensors") for part in RENDERERS).encode()
     ).hexdigest()
     key = [
@@ -108,17 +108,17 @@ def pool(catalog: Catalog, recipe: Recipe, folder: Path, drawer: Pipeline, repor
         recipe.seed,
         recipe.size,
         fingerprint(catalog)[:12],
-        made_by[:12],
-        PART,
+        drawn_with[:12],
+        FILE_PICTURES,
     ]
     parts = folder / "-".join(map(str, ["latents", *key, *recipe.taken]))
     parts.mkdir(exist_ok=True)
-    paths = {start: parts / f"{start:06d}.npz" for start in range(0, len(items), PART)}
+    paths = {start: parts / f"{start:06d}.npz" for start in range(0, len(items), FILE_PICTURES)}
     for start, path in paths.items():
         if not path.exists():
             report(f"{recipe.name}: {start} of {len(items)} pictures drawn")
-            some = slice(start, start + PART)
-            latents = draw(drawer, catalog, items[some], pictures.pictures[some], recipe, start)
+            some = slice(start, start + FILE_PICTURES)
+            latents = draw_latents(pipeline, catalog, items[some], pictures.pictures[some], recipe, start)
             with atomic_write(path) as draft, draft.open("wb") as file:
                 np.savez(file, **latents)  # type: ignore[arg-type]
     kept = [np.load(path) for path in paths.values()]
@@ -126,8 +126,8 @@ def pool(catalog: Catalog, recipe: Recipe, folder: Path, drawer: Pipeline, repor
 
 
 @torch.inference_mode()
-def draw(
-    drawer: Pipeline,
+def draw_latents(
+    pipeline: Pipeline,
     catalog: Catalog,
     items: Sequence[Item],
     pictures: NDArray[np.uint8],
@@ -135,18 +135,20 @@ def draw(
     first: int,
 ) -> dict[str, NDArray[np.float16]]:
     """Latents of each kind for pictures [N, size, size, 3] of items; `first` is the index of the first among all."""
-    steps, mu = int(drawer.recommended["steps"]), float(drawer.recommended["mu"])
+    steps, mu = int(pipeline.recommended["steps"]), float(pipeline.recommended["mu"])
     rng = np.random.default_rng(stable_seed(recipe.seed, recipe.name, "captions", first))
     captions = [catalog.caption(item, rng, "medium") for item in items]
-    side = recipe.size // drawer.vae.factor
+    side = recipe.size // pipeline.vae.factor
     found: dict[str, list[NDArray[np.float16]]] = {kind: [] for kind in KINDS}
-    for start in range(0, len(items), AT_ONCE):
-        some = captions[start : start + AT_ONCE]
-        asked = drawer.vae.encode(from_bytes(np.array(pictures[start : start + AT_ONCE])).to(drawer.device)).float()
+    for start in range(0, len(items), DRAW_BATCH):
+        some = captions[start : start + DRAW_BATCH]
+        asked = pipeline.vae.encode(
+            from_bytes(np.array(pictures[start : start + DRAW_BATCH])).to(pipeline.device)
+        ).float()
         drawn = []
         for begun in (*((asked, count) for count in recipe.taken), None):
             seed = stable_seed(recipe.seed, first + start, begun and begun[1]) % 2**62
-            drawn.append(sample(drawer.dit, drawer.text.encode, some, side, steps, 0.0, seed, mu, begun))
+            drawn.append(sample(pipeline.dit, pipeline.text.encode, some, side, steps, 0.0, seed, mu, begun))
         for kind, latents in zip(KINDS, ([asked], drawn[:-1], drawn[-1:]), strict=True):
             found[kind].append(torch.stack(latents, 1).half().cpu().numpy())
     return {kind: np.concatenate(parts) for kind, parts in found.items()}
@@ -163,14 +165,14 @@ def widen(vae: QwenImageVAE, widths: Sequence[int]) -> QwenImageVAE:
     weight, so that copies diverge. The innermost scale keeps its width: its attention is scaled by the width's root.
     """
     old = vae.config
-    narrow = [old.base_dim * times for times in old.dim_mult]
+    old_widths = [old.base_dim * times for times in old.dim_mult]
     refusal = K2Error(
-        f"Scales of {narrow} channels cannot be widened to {list(widths)}.",
+        f"Scales of {old_widths} channels cannot be widened to {list(widths)}.",
         hint="Use 2, 4, … times as many in all but the innermost; some only together with their neighbours.",
     )
-    if len(widths) != len(narrow) or widths[-1] != narrow[-1] or any(width % widths[0] for width in widths):
+    if len(widths) != len(old_widths) or widths[-1] != old_widths[-1] or any(width % widths[0] for width in widths):
         raise refusal
-    if any(new % now or (new // now).bit_count() != 1 for new, now in zip(widths, narrow, strict=True)):
+    if any(new % now or (new // now).bit_count() != 1 for new, now in zip(widths, old_widths, strict=True)):
         raise refusal
     shape = replace(old, base_dim=widths[0], dim_mult=tuple(width // widths[0] for width in widths))
     wide, generator = QwenImageVAE(shape), torch.Generator().manual_seed(0)
@@ -182,7 +184,7 @@ def widen(vae: QwenImageVAE, widths: Sequence[int]) -> QwenImageVAE:
         moved[name] = weights[name].repeat(*copies)
         if like.ndim == 4:  # [O, I, k, k]
             shares = torch.ones(len(like), copies[1], like.shape[1] // copies[1])
-            if not name.startswith(ENCODER):
+            if not name.startswith(ENCODER_PREFIXES):
                 shares.uniform_(0.5, 1.5, generator=generator)
             moved[name] *= (shares / shares.sum(1, keepdim=True)).flatten(1)[..., None, None]
     wide.load_state_dict(moved)
@@ -207,11 +209,11 @@ class Critic(nn.Module):
         self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
     def forward(self, pictures: Tensor) -> Tensor:
-        large = F.interpolate(F.avg_pool2d(pictures, LARGE), scale_factor=float(LARGE), mode="bilinear")
+        large = F.interpolate(F.avg_pool2d(pictures, LARGE_FORM), scale_factor=float(LARGE_FORM), mode="bilinear")
         return self.layers(pictures - large)
 
 
-class Pair(nn.Module):
+class VAEWithCritic(nn.Module):
     """The autoencoder and its critic."""
 
     def __init__(self, vae: QwenImageVAE):
@@ -226,17 +228,17 @@ class SharpenStage(autoencoder.Stage):
     """The stage: the decoder learns from all three kinds, the critic from begun and free pictures and the real ones."""
 
     recipe: Recipe
-    model: Pair
+    model: VAEWithCritic
 
     def __init__(self, recipe: Recipe, catalog: Catalog, pool: Pool, before: QwenImageVAE):
         torch.manual_seed(recipe.seed)
         self.recipe, self.pool, self.data = recipe, pool, fingerprint(catalog)
-        self.before = self.frozen = before.requires_grad_(False)
-        self.model = Pair(widen(before, recipe.widths))
+        self.original = self.frozen = before.requires_grad_(False)
+        self.model = VAEWithCritic(widen(before, recipe.widths))
 
     def batch(self, step: int, part: int = 0) -> Batch:
         """Crops of latents and of the pictures that they belong to, the same number of each kind."""
-        recipe, factor = self.recipe, self.before.factor
+        recipe, factor = self.recipe, self.original.factor
         rng = np.random.default_rng(stable_seed(recipe.seed, recipe.name, step, part))
         cells, side = self.pool.asked.shape[-1], recipe.crop // factor
         latents, images, grainy = [], [], []
@@ -265,18 +267,20 @@ class SharpenStage(autoencoder.Stage):
         latents = (latents * vae.std + vae.mean).contiguous(memory_format=torch.channels_last)
         drawn = vae.reconstruct(latents)
         with torch.no_grad():
-            before = self.before.to(latents.device).reconstruct(latents[2 * count :])
-        off, begun = (
+            before = self.original.to(latents.device).reconstruct(latents[2 * count :])
+        asked_error, begun_error = (
             reconstruction_loss(drawn[some], images[some], grainy[some], recipe, generator)
             for some in (slice(count), slice(count, 2 * count))
         )
-        moved = F.avg_pool2d(drawn[2 * count :] - before, LARGE).abs().mean()
+        drift = F.avg_pool2d(drawn[2 * count :] - before, LARGE_FORM).abs().mean()
         theirs, ours = images[count:], drawn[count:]
-        told = F.relu(1 - critic(theirs)).mean() + F.relu(1 + critic(ours.detach())).mean()
+        critic_loss = F.relu(1 - critic(theirs)).mean() + F.relu(1 + critic(ours.detach())).mean()
         opinion = functional_call(critic, {name: p.detach() for name, p in critic.named_parameters()}, ours).mean()
-        total = off + recipe.begun * begun + recipe.hold * moved - recipe.critic * batch["trust"] * opinion
-        figures = {"off": off, "begun": begun, "moved": moved, "critic": told, "opinion": opinion}
-        return total + told, {name: figure.detach() for name, figure in figures.items()}
+        total = (
+            asked_error + recipe.begun * begun_error + recipe.hold * drift - recipe.critic * batch["trust"] * opinion
+        )
+        figures = {"off": asked_error, "begun": begun_error, "moved": drift, "critic": critic_loss, "opinion": opinion}
+        return total + critic_loss, {name: figure.detach() for name, figure in figures.items()}
 
     def compile(self) -> None:
         torch._dynamo.config.recompile_limit = 8 * len(self.recipe.widths)  # widths of both, learning and not
@@ -288,7 +292,7 @@ class SharpenStage(autoencoder.Stage):
     def rate(self, name: str) -> float:
         if name.startswith("critic."):
             return self.recipe.critic_rate
-        return 0.0 if name.removeprefix("vae.").startswith(ENCODER) else 1.0
+        return 0.0 if name.removeprefix("vae.").startswith(ENCODER_PREFIXES) else 1.0
 
     def pictures(self) -> int:
         return len(KINDS) * self.recipe.batch
@@ -301,11 +305,11 @@ def main(recipe: Recipe, device: str = "cpu", report: Report = print) -> loop.Ru
     wide = widen(before, recipe.widths).config  # before anything is drawn
     if recipe.crop % before.factor or recipe.size % before.factor:
         raise K2Error(f'Recipe "{recipe.name}": crop and size must be multiples of {before.factor}.')
-    drawer = Pipeline.load("mini", variant="turbo", device=device, dtype="float32", filters=())
-    if max(recipe.taken) > (steps := int(drawer.recommended["steps"])):
+    pipeline = Pipeline.load("mini", variant="turbo", device=device, dtype="float32", filters=())
+    if max(recipe.taken) > (steps := int(pipeline.recommended["steps"])):
         raise K2Error(f'Recipe "{recipe.name}": taken must be at most {steps}, the steps of Turbo.')
     folder.mkdir(parents=True, exist_ok=True)
-    stage = SharpenStage(recipe, catalog, pool(catalog, recipe, folder, drawer, report), before)
+    stage = SharpenStage(recipe, catalog, load_pool(catalog, recipe, folder, pipeline, report), before)
     run = loop.train(loop.Run(stage, folder, device), report)
-    autoencoder.write_result(autoencoder.averaged(run, wide, "vae."), catalog, recipe, run.step, report)
+    autoencoder.write_result(autoencoder.averaged_vae(run, wide, "vae."), catalog, recipe, run.step, report)
     return run

@@ -24,27 +24,27 @@ from model.library import BUNDLED
 from model.train import parallel
 
 RUNS = Path(".runs")
-PACKAGED = {"box": "raw", "turbo": "turbo"}  # name of the bundled weights in recipes -> variant
+BUNDLED_VARIANTS = {"box": "raw", "turbo": "turbo"}  # name of the bundled weights in recipes -> variant
 
 
-def write(folder: Path, tensors: dict[str, Tensor], place: dict[str, Any], record: dict[str, Any]) -> None:
+def write_state(folder: Path, tensors: dict[str, Tensor], progress: dict[str, Any], record: dict[str, Any]) -> None:
     """Write a state and its record into a run's folder, in one move."""
     folder.mkdir(parents=True, exist_ok=True)
-    metadata = {"place": json.dumps(place), "record": json.dumps(record)}
+    metadata = {"place": json.dumps(progress), "record": json.dumps(record)}
     checkpoint.write(folder / "state.safetensors", tensors, metadata)
 
 
 def newest_state(folder: Path) -> Path | None:
     """What a run resumes from: the complete state of one process or the parts of several, whichever is further."""
     file = folder / "state.safetensors"
-    found = [*([file] if file.exists() else []), *parallel.saved(folder)[-1:]]
-    return max(found, key=lambda path: place_of(path)["step"], default=None)
+    found = [*([file] if file.exists() else []), *parallel.sharded_states(folder)[-1:]]
+    return max(found, key=lambda path: read_progress(path)["step"], default=None)
 
 
-def place_of(path: Path) -> dict[str, Any]:
+def read_progress(path: Path) -> dict[str, Any]:
     """Where a saved run stands, of one process or of several: step, seconds, recipe."""
     if path.is_dir():
-        return parallel.place_of(path)
+        return parallel.read_progress(path)
     with safe_open(path, "pt") as file:
         return json.loads(file.metadata()["place"])
 
@@ -54,12 +54,12 @@ def snapshots(folder: Path) -> list[Path]:
     return sorted(folder.glob("snapshot-*.safetensors"))
 
 
-def step_of(snapshot: Path) -> int:
+def snapshot_step(snapshot: Path) -> int:
     """The number of steps after which a snapshot was taken."""
     return int(snapshot.stem.rpartition("-")[2])
 
 
-def commit() -> str:
+def code_commit() -> str:
     """The commit of the running code, with a + if files differ from it; empty outside its repository. A repository that
     it is merely installed in does not count."""
     here = Path(__file__)
@@ -78,17 +78,17 @@ def commit() -> str:
     return head + ("+" if status else "")
 
 
-def parent(name: str, runs: Path = RUNS) -> dict[str, Tensor]:
+def parent_weights(name: str, runs: Path = RUNS) -> dict[str, Tensor]:
     """The weights that a recipe's `init` names: the bundled Raw or Turbo, or a run's averages."""
-    if name in PACKAGED:
-        return bundled_state(PACKAGED[name])
+    if name in BUNDLED_VARIANTS:
+        return bundled_state(BUNDLED_VARIANTS[name])
     path = runs / name / "state.safetensors"
     if not path.exists():
         raise K2Error(f'There is no run "{name}" to start from.', hint=f"{path} does not exist: train that run first.")
-    return averages(path)
+    return averaged_weights(path)
 
 
-def averages(path: Path) -> dict[str, Tensor]:
+def averaged_weights(path: Path) -> dict[str, Tensor]:
     """The averaged weights of a run."""
     return {name[4:]: tensor for name, tensor in load_file(path).items() if name.startswith("ema.")}
 
@@ -108,27 +108,26 @@ def check_modules(model: nn.Module, recipe: str, key: str, modules: tuple[str, .
             raise K2Error(f'Recipe "{recipe}": {key} names no module "{module}".', hint=hint)
 
 
-def start(model: nn.Module, weights: Mapping[str, Tensor], fresh: tuple[str, ...] = ()) -> None:
+def init_from(model: nn.Module, weights: Mapping[str, Tensor], fresh: tuple[str, ...] = ()) -> None:
     """Copy a parent's weights into a model, except modules that start from scratch and those that the parent lacks."""
-    begin = model.state_dict()
-    anew = tuple(f"{module}." for module in fresh)
-    shared = [name for name in begin if name in weights and not f"{name}.".startswith(anew)]
+    own_weights = model.state_dict()
+    fresh_prefixes = tuple(f"{module}." for module in fresh)
+    shared = [name for name in own_weights if name in weights and not f"{name}.".startswith(fresh_prefixes)]
     if not shared:
         raise K2Error("The parent's weights share no names with this model.")
     for name in shared:
-        if begin[name].shape != weights[name].shape:
-            raise K2Error(
-                f"The parent's {name} is {list(weights[name].shape)}, but this model's is {list(begin[name].shape)}."
-            )
-        begin[name].copy_(weights[name])
+        if own_weights[name].shape != weights[name].shape:
+            parents, own = list(weights[name].shape), list(own_weights[name].shape)
+            raise K2Error(f"The parent's {name} is {parents}, but this model's is {own}.")
+        own_weights[name].copy_(weights[name])
 
 
-def read_gathered(path: Path, device: torch.device | str) -> dict[str, Tensor]:
+def read_copied(path: Path, device: torch.device | str) -> dict[str, Tensor]:
     """A file's tensors, in memory of their own: Windows cannot replace a file that is still mapped."""
     return {name: tensor.clone() for name, tensor in load_file(path, str(device)).items()}
 
 
-def digest(network: nn.Module) -> str:
+def weights_hash(network: nn.Module) -> str:
     """sha256 of a network's weights."""
     found = hashlib.sha256()
     for name, tensor in sorted(network.state_dict().items()):

@@ -33,20 +33,20 @@ from model.latents import patchify
 from model.train import loop, pretrain, states
 from model.train.data import fingerprint, stable_seed
 from model.train.loop import Batch, Report
-from model.train.recipe import at_least, check_share, more_than_none, reject
-from model.train.rewards import JUDGED_BY, Judged, Rewards, chosen_by, top_octave
-from model.train.rollout import RolloutPrompt, conditioned_velocity, decode, draw_prompts, noised, sample
+from model.train.recipe import check_at_least, check_positive, check_share, reject
+from model.train.rewards import JUDGING_KEYS, JudgedRecipe, Rewards, choice_key, top_octave
+from model.train.rollout import RolloutPrompt, add_noise, conditioned_velocity, decode, draw_prompts, sample
 from model.train.states import RUNS
-from model.train.training_set import TrainingSet, training_set
+from model.train.training_set import TrainingSet, load_training_set
 from model.train.validation import hold_out, validation_loss
 
 KINDS = ("dpo", "dpo+sft", "stpo")
-REWARD_KEYS = (*JUDGED_BY, "group", "margin", "guidance")  # keys that the choice of pairs depends on
-SEEN = 4  # pictures of each prompt in the final comparison
+CHOICE_KEYS = (*JUDGING_KEYS, "group", "margin", "guidance")  # keys that the choice of pairs depends on
+PICTURES_PER_PROMPT = 4  # pictures of each prompt in the final comparison
 
 
 @dataclass(frozen=True, kw_only=True)
-class Recipe(Judged):
+class Recipe(JudgedRecipe):
     """A run of preference optimisation; `batch` counts pairs."""
 
     stage: str = "stpo"
@@ -66,10 +66,10 @@ class Recipe(Judged):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        at_least(self, 0, "calibrate_at", "hinge", "anchor", "margin", "aside", "guidance", "look")
-        at_least(self, 1, "prompts", "sample_steps")
-        at_least(self, 2, "group")
-        more_than_none(self, "beta")
+        check_at_least(self, 0, "calibrate_at", "hinge", "anchor", "margin", "aside", "guidance", "look")
+        check_at_least(self, 1, "prompts", "sample_steps")
+        check_at_least(self, 2, "group")
+        check_positive(self, "beta")
         check_share(self, "safety")
         if self.kind not in KINDS:
             raise K2Error(f'Recipe "{self.name}": kind must be one of {", ".join(KINDS)}.')
@@ -89,16 +89,16 @@ def squared_error(velocity: Tensor, target: Tensor) -> Tensor:
     return (velocity - target).square().flatten(1).mean(1)
 
 
-def safe_scale(made: PairTerms, target: PairTerms, safety: float) -> Tensor:
+def safe_scale(predicted: PairTerms, target: PairTerms, safety: float) -> Tensor:
     """λ [B] in 0 … 1: the share of the loser's gradient, at the velocities, that lets the winner's loss still fall."""
-    toward, away = ((v - u).detach().flatten(1) for v, u in zip(made, target, strict=True))
+    toward, away = ((v - u).detach().flatten(1) for v, u in zip(predicted, target, strict=True))
     together = (toward * away).sum(1)
     bound = (1 - safety) * toward.square().sum(1) / together.clamp_min(1e-12)
     return torch.where(together > 0, bound.clamp(0, 1), 1.0)
 
 
 def preference_loss(
-    made: PairTerms,
+    predicted: PairTerms,
     target: PairTerms,
     reference: PairTerms,
     beta: float | Tensor,
@@ -112,11 +112,11 @@ def preference_loss(
 
     Winner and loser share noise and noise level.
     """
-    winner, loser = map(squared_error, made, target)
+    winner, loser = map(squared_error, predicted, target)
     winner_before, loser_before = map(squared_error, reference, target)
     figures = {"winner": winner.detach() - winner_before, "loser": loser.detach() - loser_before}
     if kind == "stpo":
-        scale = safe_scale(made, target, safety)
+        scale = safe_scale(predicted, target, safety)
         loser = loser.detach() + scale * (loser - loser.detach())
         figures["scale"] = scale
     difference = (winner - loser) - (winner_before - loser_before)
@@ -149,20 +149,20 @@ class Pairs:
         return cls(captions, PairTerms(**load_file(path)))
 
 
-def pairs_made_for(path: Path, now: Mapping[str, Any], aside: int) -> bool:
+def pairs_made_for(path: Path, key: Mapping[str, Any], aside: int) -> bool:
     """Whether a file holds pairs that would be chosen the same way now, and more than the held-out ones."""
     if not path.exists():
         return False
     with safe_open(path, "pt") as file:
         about = json.loads(file.metadata()["pairs"])
-    return about.get("chosen_by") == now and len(about["captions"]) > aside
+    return about.get("chosen_by") == key and len(about["captions"]) > aside
 
 
 def best_and_worst(reward: Tensor, margin: float) -> tuple[Tensor, Tensor, Tensor]:
     """reward [P, G] -> indices of the best and the worst in each group, [P] each, and whether they differ enough."""
     best, worst = reward.argmax(1), reward.argmin(1)
-    apart = reward.gather(1, best[:, None]) - reward.gather(1, worst[:, None])
-    return best, worst, apart[:, 0] >= margin
+    gap = reward.gather(1, best[:, None]) - reward.gather(1, worst[:, None])
+    return best, worst, gap[:, 0] >= margin
 
 
 def make_pairs(
@@ -209,7 +209,7 @@ class STPOStage(pretrain.RenderingStage):
         self.model.register_buffer("beta", torch.tensor(recipe.beta))
         self.reference = pretrain.TrainedModel(recipe.config, len(data.looks)).requires_grad_(False).to(device)
         for model in (self.model, self.reference):
-            states.start(model, weights, self.own)
+            states.init_from(model, weights, self.own)
         self.frozen = self.reference
         self.pairs: Pairs | None = None
 
@@ -222,9 +222,9 @@ class STPOStage(pretrain.RenderingStage):
         rng = np.random.default_rng(stable_seed(self.recipe.seed, self.recipe.name, step, part))
         known = len(self.pairs) - self.recipe.aside
         chosen = self.recipe.aside + rng.choice(known, self.recipe.batch, replace=known < self.recipe.batch)
-        return self.of(chosen.tolist(), int(rng.integers(2**62)))
+        return self.pairs_batch(chosen.tolist(), int(rng.integers(2**62)))
 
-    def of(self, indices: list[int], seed: int) -> Batch:
+    def pairs_batch(self, indices: list[int], seed: int) -> Batch:
         """The pairs at these indices, and the seed of their noise."""
         assert self.pairs is not None
         embeds, mask = self.set.embed([self.pairs.captions[index] for index in indices])
@@ -237,18 +237,18 @@ class STPOStage(pretrain.RenderingStage):
         device, patch = dit.first.weight.device, dit.config.patch
         generator = torch.Generator().manual_seed(batch["seed"])
         images = [patchify(batch[key], patch).to(device) for key in ("winner", "loser")]
-        winner, noise, sigma = noised(images[0], recipe.mu, generator)
+        winner, noise, sigma = add_noise(images[0], recipe.mu, generator)
         both = torch.cat((winner, torch.lerp(images[1], noise, sigma[:, None, None])))
         embeds, mask = (batch[key].to(device).repeat(2, *[1] * (batch[key].dim() - 1)) for key in ("embeds", "mask"))
         side = batch["winner"].shape[-1] // patch
-        made = PairTerms(*conditioned_velocity(dit, embeds, mask, (side, side))(both, sigma.repeat(2)).chunk(2))
+        predicted = PairTerms(*conditioned_velocity(dit, embeds, mask, (side, side))(both, sigma.repeat(2)).chunk(2))
         with torch.no_grad():
-            before = PairTerms(
+            reference = PairTerms(
                 *conditioned_velocity(self.reference.dit, embeds, mask, (side, side))(both, sigma.repeat(2)).chunk(2)
             )
         target = PairTerms(*(noise - image for image in images))
         options = {key: getattr(recipe, key) for key in ("safety", "hinge", "anchor")}
-        return preference_loss(made, target, before, self.model.get_buffer("beta"), recipe.kind, **options)
+        return preference_loss(predicted, target, reference, self.model.get_buffer("beta"), recipe.kind, **options)
 
     def loss(self, batch: Batch) -> tuple[Tensor, dict[str, Any]]:
         """In units of β/2, so that a gradient's norm means the same for any β."""
@@ -256,9 +256,9 @@ class STPOStage(pretrain.RenderingStage):
         return 2 / self.model.get_buffer("beta") * loss.mean(), {name: value.mean() for name, value in figures.items()}
 
     @torch.no_grad()
-    def held_aside(self) -> dict[str, Tensor]:
+    def held_out_figures(self) -> dict[str, Tensor]:
         """The figures of each held-out pair, at noise that is always the same."""
-        return self.compare(self.of(list(range(self.recipe.aside)), 0))[1]
+        return self.compare(self.pairs_batch(list(range(self.recipe.aside)), 0))[1]
 
     def pictures(self) -> int:
         return 2 * self.recipe.batch
@@ -266,15 +266,15 @@ class STPOStage(pretrain.RenderingStage):
     def after(self, step: int) -> None:
         recipe = self.recipe
         if step == recipe.calibrate_at and recipe.aside > 1:  # one pair has no spread
-            figures = self.held_aside()
+            figures = self.held_out_figures()
             spread = float((figures["winner"] - figures["loser"]).std())
-            set_to = min(max(2 / max(spread, 1e-12), recipe.beta / 10), recipe.beta * 10)
-            self.model.get_buffer("beta").fill_(set_to)
+            beta = min(max(2 / max(spread, 1e-12), recipe.beta / 10), recipe.beta * 10)
+            self.model.get_buffer("beta").fill_(beta)
 
     def figures(self) -> Mapping[str, float]:
         if not self.recipe.aside:
             return {}
-        watched = {f"aside_{name}": float(value.mean()) for name, value in self.held_aside().items()}
+        watched = {f"aside_{name}": float(value.mean()) for name, value in self.held_out_figures().items()}
         return watched | {
             "held": validation_loss(self.model, self.set, self.recipe, 32),
             "beta": float(self.model.get_buffer("beta")),
@@ -282,12 +282,13 @@ class STPOStage(pretrain.RenderingStage):
 
     @torch.no_grad()
     def evaluate(self, rewards: Rewards, prompts: list[RolloutPrompt]) -> dict[str, float]:
-        """Pictures of fixed prompts, `SEEN` of each, by the reference and by the model: rewards, how often they rose,
-        power in the top octave, and the spread of pictures of one prompt. By the judge that chose the pairs."""
+        """Pictures of fixed prompts, `PICTURES_PER_PROMPT` of each, by the reference and by the model: rewards, how
+        often they rose, power in the top octave, and the spread of pictures of one prompt. By the judge that chose the
+        pairs."""
         recipe = self.recipe
         found: dict[str, float] = {}
         totals: list[Tensor] = []
-        repeated = [prompt for prompt in prompts for _ in range(SEEN)]
+        repeated = [prompt for prompt in prompts for _ in range(PICTURES_PER_PROMPT)]
         for who, model in (("before", self.reference), ("after", self.model)):
             parts = []
             for start in range(0, len(repeated), 16):
@@ -300,23 +301,23 @@ class STPOStage(pretrain.RenderingStage):
             totals.append(rewards.total(pictures, repeated, recipe.weights))
             found[f"reward_{who}"] = float(totals[-1].mean())
             found[f"top_octave_{who}"] = float(top_octave(pictures).log().mean())
-            found[f"apart_{who}"] = float(pictures.unflatten(0, (-1, SEEN)).std(1).mean())
+            found[f"apart_{who}"] = float(pictures.unflatten(0, (-1, PICTURES_PER_PROMPT)).std(1).mean())
         return found | {"reward_win_rate": float((totals[1] > totals[0]).float().mean())}
 
 
 def main(recipe: Recipe, device: str = "cpu", report: Report = print) -> loop.Run:
     """Make the pairs, unless those of the recipe exist, then run the stage to its end from where it stands."""
-    data = training_set(recipe, device)
+    data = load_training_set(recipe, device)
     hold_out(data)
     rewards = Rewards.load(recipe.judge, data, device)
-    stage = STPOStage(recipe, data, states.parent(recipe.init), device)
+    stage = STPOStage(recipe, data, states.parent_weights(recipe.init), device)
     run = loop.Run(stage, RUNS / recipe.name, device)
     path = run.folder / "pairs.safetensors"
-    now = chosen_by(recipe, REWARD_KEYS, stage.reference.dit, rewards, data)
-    over = run.done and path.exists()  # then it learned from the existing ones
-    if run.world.is_main and not over and not pairs_made_for(path, now, recipe.aside):
+    key = choice_key(recipe, CHOICE_KEYS, stage.reference.dit, rewards, data)
+    already_trained = run.done and path.exists()  # then it learned from the existing ones
+    if run.world.is_main and not already_trained and not pairs_made_for(path, key, recipe.aside):
         pairs = make_pairs(stage.reference, data, rewards, recipe, report)
-        pairs.save(path, {"recipe": asdict(recipe), "chosen_by": now})
+        pairs.save(path, {"recipe": asdict(recipe), "chosen_by": key})
     run.world.wait()
     stage.pairs = Pairs.load(path)
     loop.train(run, report)

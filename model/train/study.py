@@ -31,8 +31,8 @@ from model.train.looks import Look
 Floats = NDArray[np.floating[Any]]
 Pixels = NDArray[np.uint8]  # [H, W, 3]
 
-LOOKS = 20  # held-out looks that are studied
-PROTOTYPE = 40  # real pictures whose mean stands for a look
+MAX_LOOKS = 20  # held-out looks that are studied
+PROTOTYPE_PICTURES = 40  # real pictures whose mean stands for a look
 SIDE = 128  # of a sheet's pictures, in px
 
 
@@ -53,7 +53,7 @@ class SubjectStudy:
         return [self.subjects[index] for index in order[: self.count]]
 
     @classmethod
-    def conduct(cls, options: argparse.Namespace, figures: Mapping[str, Callable[..., dict[str, Any]]]) -> None:
+    def run(cls, options: argparse.Namespace, figures: Mapping[str, Callable[..., dict[str, Any]]]) -> None:
         """Compute the figures that the options ask for, over all subjects of the training."""
 
         def begin(pipeline: Pipeline, judge: Judge) -> SubjectStudy:
@@ -69,7 +69,7 @@ class SubjectStudy:
 def choose_looks(catalog: Catalog) -> list[Look]:
     """Permanently held-out looks, always the same ones."""
     held = {item.look for item in catalog.items("styles")}
-    return sorted(held, key=lambda look: stable_seed("study", look))[:LOOKS]
+    return sorted(held, key=lambda look: stable_seed("study", look))[:MAX_LOOKS]
 
 
 def represents_look(item: Item) -> bool:
@@ -79,17 +79,19 @@ def represents_look(item: Item) -> bool:
 
 def prototype(judge: Judge, catalog: Catalog, look: Look) -> Floats:
     """The embedding of a held-out look: the mean style of real pictures, of unit length."""
-    items = [item for item in catalog.items("styles") if item.look == look and represents_look(item)][:PROTOTYPE]
-    return middle(embed(judge, [catalog.picture(item) for item in items])[1])
+    items = [item for item in catalog.items("styles") if item.look == look and represents_look(item)][
+        :PROTOTYPE_PICTURES
+    ]
+    return unit_mean(embed(judge, [catalog.picture(item) for item in items])[1])
 
 
-def middle(styles: Floats) -> Floats:
+def unit_mean(styles: Floats) -> Floats:
     """The mean of unit vectors [N, D], of unit length."""
     centre = styles.mean(0)
     return centre / np.linalg.norm(centre)
 
 
-def paint(pipeline: Pipeline, specs: Sequence[RenderSpec]) -> list[Pixels]:
+def render_specs(pipeline: Pipeline, specs: Sequence[RenderSpec]) -> list[Pixels]:
     """Pictures of specs in order. Rendered by prompt length, so that prompts of one length share batches."""
     order = sorted(range(len(specs)), key=lambda index: len(pipeline.text.token_ids(specs[index].prompt)))
     made = pipeline.stream([specs[index] for index in order])
@@ -106,7 +108,7 @@ def embed(judge: Judge, pictures: Sequence[Pixels]) -> tuple[Floats, Floats]:
 
 
 @torch.inference_mode()
-def names_of(judge: Judge, subjects: Sequence[str]) -> Floats:
+def embed_names(judge: Judge, subjects: Sequence[str]) -> Floats:
     """Subjects' names as the judge reads them [S, 96]."""
     return judge.read(subjects).numpy()
 
@@ -136,16 +138,16 @@ def figure(
     groups  of trials that are not independent, like pictures of one drawing: resampled as units
     """
     rng = np.random.default_rng(0)
-    places: dict[Hashable, list[int]] = defaultdict(list)
+    by_group: dict[Hashable, list[int]] = defaultdict(list)
     for index in range(len(columns[0])):
-        places[groups[index] if groups else index].append(index)
-    count, sizes = len(places), {len(each) for each in places.values()}
+        by_group[groups[index] if groups else index].append(index)
+    count, sizes = len(by_group), {len(each) for each in by_group.values()}
     drawn: Iterable[NDArray[np.integer]]
     if len(sizes) == 1:  # as when each is alone: several times as fast
-        members = np.array(list(places.values()))
+        members = np.array(list(by_group.values()))
         drawn = (members[rng.integers(0, count, count)].ravel() for _ in range(draws))
     else:
-        parts = [np.array(each) for each in places.values()]
+        parts = [np.array(each) for each in by_group.values()]
         drawn = (np.concatenate([parts[i] for i in rng.integers(0, count, count)]) for _ in range(draws))
     low, high = np.nanquantile([statistic(*(c[index] for c in columns)) for index in drawn], (0.025, 0.975))
     return {"value": round(float(statistic(*columns)), 4), "low": round(float(low), 4), "high": round(float(high), 4)}
@@ -166,12 +168,12 @@ def difference(x: Floats, y: Floats) -> float:
 # ---- what is written ------------------------------------------------------------------------------------------------
 
 
-def sheet(path: Path, heads: Sequence[str], rows: Sequence[Sequence[Pixels]], labels: Sequence[str] = ()) -> Path:
+def sheet(path: Path, titles: Sequence[str], rows: Sequence[Sequence[Pixels]], labels: Sequence[str] = ()) -> Path:
     """Pictures in rows under one line of heads, with a label before each row if there are labels."""
     margin = 46 if labels else 6
-    page = Image.new("RGB", (margin + len(heads) * (SIDE + 6), len(rows) * (SIDE + 6) + 26), "white")
+    page = Image.new("RGB", (margin + len(titles) * (SIDE + 6), len(rows) * (SIDE + 6) + 26), "white")
     draw, font = ImageDraw.Draw(page), ImageFont.load_default(14)
-    for column, head in enumerate(heads):
+    for column, head in enumerate(titles):
         draw.text((margin + 2 + column * (SIDE + 6), 5), head, "black", font)
     for row, pictures in enumerate(rows):
         top = 26 + row * (SIDE + 6)
@@ -183,15 +185,15 @@ def sheet(path: Path, heads: Sequence[str], rows: Sequence[Sequence[Pixels]], la
     return path
 
 
-def lines_of(name: str, value: Any) -> list[str]:
+def table_rows(name: str, value: Any) -> list[str]:
     """A figure's numbers, one per line, under their dotted names."""
     if isinstance(value, dict) and "value" in value:
         label = f"{name}[{value['strength']:g}]" if "strength" in value else name
         return [f"| {label} | {value['value']:.3f} | {value['low']:.3f} … {value['high']:.3f} |"]
     if isinstance(value, dict):
-        return [line for key, each in value.items() for line in lines_of(f"{name}.{key}", each)]
+        return [line for key, each in value.items() for line in table_rows(f"{name}.{key}", each)]
     if isinstance(value, list):
-        return [line for i, each in enumerate(value) for line in lines_of(f"{name}.{i}", each)]
+        return [line for i, each in enumerate(value) for line in table_rows(f"{name}.{i}", each)]
     return [f"| {name} | {value} | |"]
 
 
@@ -200,11 +202,11 @@ def write_table(folder: Path, names: Sequence[str]) -> None:
     rows = ["| figure | value | 95 % |", "|---|---|---|"]
     for name in names:
         if (file := folder / f"{name}.toml").exists():
-            rows += lines_of(name, tomllib.loads(file.read_text())["found"])
+            rows += table_rows(name, tomllib.loads(file.read_text())["found"])
     (folder / "figures.md").write_text("\n".join(rows) + "\n")
 
 
-def parser_of(about: str | None, figures: Sequence[str]) -> argparse.ArgumentParser:
+def study_parser(about: str | None, figures: Sequence[str]) -> argparse.ArgumentParser:
     """The options of every study."""
     parser = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("judge", type=Path)
@@ -214,11 +216,11 @@ def parser_of(about: str | None, figures: Sequence[str]) -> argparse.ArgumentPar
     parser.add_argument("--dtype", choices=("float32", "bfloat16"))
     parser.add_argument("--steps", type=int, help="default: the checkpoint's own number")
     parser.add_argument("--count", type=int, default=200, help="pictures or trials per figure")
-    parser.add_argument("--only", type=some_of(figures), default=list(figures), help=f"of {','.join(figures)}")
+    parser.add_argument("--only", type=comma_list(figures), default=list(figures), help=f"of {','.join(figures)}")
     return parser
 
 
-def some_of(known: Collection[str]) -> Callable[[str], list[str]]:
+def comma_list(known: Collection[str]) -> Callable[[str], list[str]]:
     """Reads names separated by commas, each one of these."""
 
     def names(text: str) -> list[str]:
@@ -234,13 +236,13 @@ def some_of(known: Collection[str]) -> Callable[[str], list[str]]:
 def run_study(
     options: argparse.Namespace,
     figures: Mapping[str, Callable[..., dict[str, Any]]],
-    begin: Callable[[Pipeline, Judge], Any],
+    make_study: Callable[[Pipeline, Judge], Any],
     *more: Any,
 ) -> None:
-    """Compute the figures that the options ask for, each from the result of `begin` and `more`, and write them."""
+    """Compute the figures that the options ask for, each from the result of `make_study` and `more`, and write them."""
     options.out.mkdir(parents=True, exist_ok=True)
     pipeline = Pipeline.load(options.model, options.variant, dtype=options.dtype, filters=())
-    study = begin(pipeline, Judge.load(options.judge))
+    study = make_study(pipeline, Judge.load(options.judge))
     for name in options.only:
         print(name, flush=True)
         started = time.monotonic()

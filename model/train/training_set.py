@@ -28,13 +28,13 @@ from model.train import recipe as recipes
 from model.train.data import DATA, Catalog, Item, latents_file, stable_seed
 from model.train.looks import DRAWINGS
 from model.train.loop import Batch
-from model.train.recipe import at_least, check_known, check_share
-from model.train.shapes import Shape, of_shape
-from model.train.strangers import Wording
+from model.train.recipe import check_at_least, check_known, check_share
+from model.train.shapes import Shape, indices_in_shape
+from model.train.strangers import CaptionWording
 
 MAX_CAPTIONS = 20_000  # captions whose features are kept: most of a gigabyte; ten times as many on a GPU
 UNCAPTIONED = 0.1  # share of the pictures shown without their caption, for guidance
-WIDTHS = 8  # captions are encoded in multiples of so many tokens
+TOKEN_MULTIPLE = 8  # captions are encoded in multiples of so many tokens
 
 
 class Sampling(NamedTuple):
@@ -77,8 +77,8 @@ class Recipe(recipes.Recipe):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        at_least(self, 1, "batch", "repeats", "rows")
-        at_least(self, 0, "white", "grounds", "later", "style_loss", "align", "sheets")
+        check_at_least(self, 1, "batch", "repeats", "rows")
+        check_at_least(self, 0, "white", "grounds", "later", "style_loss", "align", "sheets")
         check_share(self, "references", "null", "said", "reworded", "strangers", "shaped")
         check_known(self, self.unasked, DRAWINGS, "drawing set")
         if min(self.forms) < 0 or not math.isclose(sum(self.forms), 1, abs_tol=1e-8):
@@ -111,8 +111,8 @@ class Recipe(recipes.Recipe):
 
     def form(self, item: Item, form: str) -> str:
         """The form of a caption that alone names the look: a look that bare words cannot mean is always named."""
-        tasteful = not self.unasked or (item.look.medium == "plain" and item.pair.drawing in self.unasked)
-        return form if tasteful or form != "short" else "medium"
+        may_be_bare = not self.unasked or (item.look.medium == "plain" and item.pair.drawing in self.unasked)
+        return form if may_be_bare or form != "short" else "medium"
 
 
 class TrainingSet:
@@ -125,15 +125,17 @@ class TrainingSet:
         self.catalog = catalog
         self.items = catalog.items("train")
         self.text, self.rows = text, recipe.rows
-        self.wording = Wording(catalog.subjects)
+        self.wording = CaptionWording(catalog.subjects)
         self.device = text.prefix_ids.device
-        self.kept, self.at_once = (MAX_CAPTIONS, 16) if self.device.type == "cpu" else (10 * MAX_CAPTIONS, 64)
+        self.max_cached, self.encode_batch = (
+            (MAX_CAPTIONS, 16) if self.device.type == "cpu" else (10 * MAX_CAPTIONS, 64)
+        )
         self.latents = torch.from_numpy(read_latents(catalog.folder, recipe.size, len(self.items))).to(self.device)
         self.cells = self.latents.shape[-1]  # along a side
         self.side = self.cells // recipe.config.patch  # of the square, in tokens: other shapes are centred on it
-        self.shaped = [self._shaped(Shape.of(shape)) for shape in recipe.shapes]
+        self.shape_subsets = [self._read_shape(Shape.parse(shape)) for shape in recipe.shapes]
         self.features: dict[str, Tensor] = {}
-        self.embedding = Lock()  # batches are made in a thread of their own while a step validates in another
+        self.embed_lock = Lock()  # batches are made in a thread of their own while a step validates in another
         self.by_look: dict[Any, list[int]] = defaultdict(list)
         for index, item in enumerate(self.items):
             self.by_look[item.look].append(index)
@@ -143,35 +145,35 @@ class TrainingSet:
         weights = np.array([recipe.weight(item, subjects[item.pair.subject].later) for item in self.items])
         self.weights = weights / weights.sum()
 
-    def _shaped(self, shape: Shape) -> Shaped:
+    def _read_shape(self, shape: Shape) -> ShapeSubset:
         """The pictures that come in a shape."""
-        indices = of_shape(self.items, shape)
+        indices = indices_in_shape(self.items, shape)
         latents = read_latents(self.catalog.folder, shape, len(indices))
-        return Shaped(np.array(indices), torch.from_numpy(latents).to(self.device))
+        return ShapeSubset(np.array(indices), torch.from_numpy(latents).to(self.device))
 
-    def draw(self, recipe: Recipe, step: int, rng: np.random.Generator) -> tuple[NDArray[np.integer], Tensor]:
+    def draw_pictures(self, recipe: Recipe, step: int, rng: np.random.Generator) -> tuple[NDArray[np.integer], Tensor]:
         """The pictures of a batch, all of one size: their indices and their latents [B, C, h, w]."""
-        dice = np.random.default_rng(stable_seed(recipe.seed, recipe.name, step, "shape"))  # per step, not per part
-        if not recipe.shapes or dice.random() >= recipe.shaped:
+        step_rng = np.random.default_rng(stable_seed(recipe.seed, recipe.name, step, "shape"))  # per step, not per part
+        if not recipe.shapes or step_rng.random() >= recipe.shaped:
             chosen = rng.choice(len(self.items), recipe.batch, p=self.weights)
             return chosen, self.latents[chosen].float()
-        indices, latents = self.shaped[int(dice.integers(len(self.shaped)))]
+        indices, latents = self.shape_subsets[int(step_rng.integers(len(self.shape_subsets)))]
         odds = self.weights[indices]
         places = rng.choice(len(indices), recipe.batch, p=odds / odds.sum())
         return indices[places], latents[places].float()
 
-    def embed(self, captions: list[str], more: int = 0) -> tuple[Tensor, Tensor]:
+    def embed(self, captions: list[str], extra_rows: int = 0) -> tuple[Tensor, Tensor]:
         """Right-padded text features [B, T, N, E] and their mask [B, T]; repeated captions are encoded once.
 
-        T plus `more` rows is a multiple of the recipe's `rows`.
+        T plus `extra_rows` is a multiple of the recipe's `rows`.
         """
-        with self.embedding:
+        with self.embed_lock:
             self._encode(caption for caption in set(captions) if caption not in self.features)
             rows = [self.features[caption] for caption in captions]
-            padded = pad(rows, -(-(max(map(len, rows)) + more) // self.rows) * self.rows - more)
+            padded = pad_features(rows, -(-(max(map(len, rows)) + extra_rows) // self.rows) * self.rows - extra_rows)
             if self.device.type == "cuda":  # each thread has its own stream, and both use the features
                 torch.cuda.current_stream(self.device).synchronize()
-            for caption in list(islice(self.features, max(0, len(self.features) - self.kept))):
+            for caption in list(islice(self.features, max(0, len(self.features) - self.max_cached))):
                 del self.features[caption]
         return padded
 
@@ -183,12 +185,12 @@ class TrainingSet:
         """
         alike = defaultdict(list)
         for caption in sorted(captions):
-            alike[-(-len(self.text.token_ids(caption)) // WIDTHS)].append(caption)
+            alike[-(-len(self.text.token_ids(caption)) // TOKEN_MULTIPLE)].append(caption)
         for new in alike.values():
-            for start in range(0, len(new), self.at_once):
-                some = new[start : start + self.at_once]
-                full = some + some[:1] * (self.at_once - len(some))
-                embeds, mask = self.text.encode(full, at_once=self.at_once, multiple=WIDTHS)
+            for start in range(0, len(new), self.encode_batch):
+                some = new[start : start + self.encode_batch]
+                full = some + some[:1] * (self.encode_batch - len(some))
+                embeds, mask = self.text.encode(full, at_once=self.encode_batch, multiple=TOKEN_MULTIPLE)
                 for caption, rows, length in zip(full, embeds.half(), mask.sum(1).tolist(), strict=True):
                     self.features[caption] = rows[:length].clone()
 
@@ -196,7 +198,7 @@ class TrainingSet:
         """The pictures, prompts and references of one step or one of its parts."""
         rng = np.random.default_rng(stable_seed(recipe.seed, recipe.name, step, *([part] if part else [])))
         generator = torch.Generator(self.device).manual_seed(int(rng.integers(2**62)))
-        chosen, latents = self.draw(recipe, step, rng)
+        chosen, latents = self.draw_pictures(recipe, step, rng)
         with_reference = rng.random() < recipe.references
         if recipe.accumulate > 1:  # parts may be on several processes, which must agree on references
             shared = np.random.default_rng(stable_seed(recipe.seed, recipe.name, step, "references"))
@@ -216,7 +218,7 @@ class TrainingSet:
         embeds, mask = self.embed(captions, image_tokens + (STYLE_ROWS if with_reference else 0))
         references = None
         if with_reference:
-            others = [self._other(index, rng) for index in chosen]
+            others = [self._same_look(index, rng) for index in chosen]
             tile = 2 * int(rng.integers(1, 3)) * self.cells // 16
             references = destroy_content(self.latents[others].float(), max(tile, 2), generator)
         return {
@@ -231,21 +233,21 @@ class TrainingSet:
             "generator": generator,
         }
 
-    def _other(self, index: int, rng: np.random.Generator) -> int:
+    def _same_look(self, index: int, rng: np.random.Generator) -> int:
         """A picture of another subject in the same look."""
         peers = self.by_look[self.items[index].look]
         other = peers[int(rng.integers(len(peers)))]
         return other if other != index or len(peers) == 1 else peers[(peers.index(other) + 1) % len(peers)]
 
 
-class Shaped(NamedTuple):
+class ShapeSubset(NamedTuple):
     """The pictures of the train split that come in a shape."""
 
     indices: NDArray[np.integer]  # among all pictures
     latents: Tensor  # float16 [pictures, C, h, w]
 
 
-def pad(rows: Sequence[Tensor], length: int) -> tuple[Tensor, Tensor]:
+def pad_features(rows: Sequence[Tensor], length: int) -> tuple[Tensor, Tensor]:
     """Text features of several lengths, [T, N, E] each -> fp32 [B, length, N, E], zeros at the end, and their mask."""
     device = rows[0].device
     real = torch.arange(length) < torch.tensor([len(each) for each in rows])[:, None]
@@ -254,7 +256,7 @@ def pad(rows: Sequence[Tensor], length: int) -> tuple[Tensor, Tensor]:
     return padded.unflatten(0, real.shape), real.to(device)
 
 
-def training_set(recipe: Recipe, device: str) -> TrainingSet:
+def load_training_set(recipe: Recipe, device: str) -> TrainingSet:
     """The data set with the bundled text encoder, as a recipe draws from them."""
     return TrainingSet(Catalog(DATA), TextEncoder.load(BUNDLED / "mini-text.safetensors", device), recipe)
 

@@ -26,10 +26,10 @@ from model.train.data import fingerprint
 from model.train.distill import Draws, fake_loss, follow, student_loss
 from model.train.loop import Batch, Report
 from model.train.pretrain import TrainedModel
-from model.train.recipe import at_least, check_share, more_than_none, reject
-from model.train.rollout import conditioned_velocity, noised, with_rows
+from model.train.recipe import check_at_least, check_positive, check_share, reject
+from model.train.rollout import add_noise, append_rows, conditioned_velocity
 from model.train.states import RUNS
-from model.train.training_set import Sampling, TrainingSet, training_set
+from model.train.training_set import Sampling, TrainingSet, load_training_set
 
 METHODS = ("guidance", "trajectory")
 
@@ -57,9 +57,9 @@ class Recipe(pretrain.Recipe):
     def __post_init__(self) -> None:
         super().__post_init__()
         reject(self, "style_loss", "frozen", "align", "recompute", "products", "repeats")
-        at_least(self, 1, "walk_steps", "fakes")
-        at_least(self, 0, "guidance")
-        more_than_none(self, "fake_rate")
+        check_at_least(self, 1, "walk_steps", "fakes")
+        check_at_least(self, 0, "guidance")
+        check_positive(self, "fake_rate")
         check_share(self, "untouched")
         if self.method not in METHODS:
             raise K2Error(
@@ -69,7 +69,7 @@ class Recipe(pretrain.Recipe):
             reject(self, "fakes", "fake_rate")
 
 
-class Pair(nn.Module):
+class StudentAndFake(nn.Module):
     """The student, under the transformer's usual name, and the fake score if there is one."""
 
     def __init__(self, recipe: Recipe):
@@ -82,14 +82,14 @@ class TurboStage(pretrain.RenderingStage):
     """Distillation of a frozen teacher into a student that needs few steps and no guidance."""
 
     recipe: Recipe
-    model: Pair
+    model: StudentAndFake
 
     def __init__(self, recipe: Recipe, data: TrainingSet | None, teacher: TrainedModel, empty: Tensor):
         """`empty` [1, T, N, E]: text features of the empty prompt. Raises if the teacher has another shape."""
         torch.manual_seed(recipe.seed)
         self.recipe, self.set, self.teacher, self.empty = recipe, data, teacher.eval(), empty
         self.frozen = teacher.dit
-        self.model = Pair(recipe)
+        self.model = StudentAndFake(recipe)
         for network in (self.model.dit, self.model.fake):
             if network is not None:
                 network.load_state_dict(teacher.dit.state_dict())
@@ -126,22 +126,26 @@ class TurboStage(pretrain.RenderingStage):
             return with_prompt(x, t), without(x, t)
 
         if self.model.fake is None:
-            x, _, sigma = noised(image, self.recipe.mu, generator)
+            x, _, sigma = add_noise(image, self.recipe.mu, generator)
             with torch.no_grad():
                 target = guided(*teacher(x, sigma), self.recipe.guidance)
-            off = (student(x, sigma) - target).square().mean()
-            return off, {"share": (off / target.square().mean()).detach()}
+            error = (student(x, sigma) - target).square().mean()
+            return error, {"share": (error / target.square().mean()).detach()}
 
         noise = torch.randn(image.shape, generator=generator, device=generator.device).to(device)
         times = shifted_sigmas(self.recipe.walk_steps, self.recipe.walk_mu)
         fake = conditioned_velocity(self.model.fake, embeds, mask, grid)
-        way = follow(student, noise, times)
+        trajectory = follow(student, noise, times)
         torch.clear_autocast_cache()  # else weights first cast without gradient stay without
         draws = [Draws.draw(self.recipe.walk_steps, noise, generator) for _ in range(1 + self.recipe.fakes)]
-        fake_term = torch.cat([fake_loss(fake, way, chance) for chance in draws[1:]]).mean()
-        move = student_loss(student, fake, teacher, way, draws[0], self.recipe.guidance).mean()
-        end = way.points[-1] - times[-2] * way.velocities[-1]
-        return move + fake_term, {"move": move.detach(), "fake": fake_term.detach(), "spread": end.std() / image.std()}
+        fake_term = torch.cat([fake_loss(fake, trajectory, chance) for chance in draws[1:]]).mean()
+        student_term = student_loss(student, fake, teacher, trajectory, draws[0], self.recipe.guidance).mean()
+        endpoints = trajectory.points[-1] - times[-2] * trajectory.velocities[-1]
+        return student_term + fake_term, {
+            "move": student_term.detach(),
+            "fake": fake_term.detach(),
+            "spread": endpoints.std() / image.std(),
+        }
 
     @torch.no_grad()
     def prompts(self, tensors: dict[str, Tensor], generator: torch.Generator) -> tuple[Tensor, Tensor]:
@@ -152,16 +156,16 @@ class TurboStage(pretrain.RenderingStage):
             return embeds, mask
         style: StyleEncoder = self.teacher.style
         low, high = self.recipe.strengths
-        dice: dict[str, Any] = {"generator": generator, "device": generator.device}
-        strength = low + (high - low) * torch.rand(len(embeds), 1, 1, 1, **dice)
-        strength = torch.where(torch.rand(strength.shape, **dice) < self.recipe.untouched, 1.0, strength)
+        rng_options: dict[str, Any] = {"generator": generator, "device": generator.device}
+        strength = low + (high - low) * torch.rand(len(embeds), 1, 1, 1, **rng_options)
+        strength = torch.where(torch.rand(strength.shape, **rng_options) < self.recipe.untouched, 1.0, strength)
         rows = torch.lerp(style.null, style(references)[0].float(), strength.to(embeds.device))
-        return with_rows(embeds, mask, rows)
+        return append_rows(embeds, mask, rows)
 
 
 def main(recipe: Recipe, device: str = "cpu", report: Report = print) -> loop.Run:
     """Run a stage to its end from where it stands."""
-    data = training_set(recipe, device)
+    data = load_training_set(recipe, device)
     teacher = pretrain.load_teacher(recipe, recipe.teacher, len(data.looks), device)
     run = loop.Run(TurboStage(recipe, data, teacher, data.text.encode([""])[0]), RUNS / recipe.name, device)
     report(f"{recipe.name}: from step {run.step}, {recipe.method}")

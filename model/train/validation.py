@@ -1,6 +1,6 @@
 """The validation set that makes every stage after pretraining comparable: a twentieth of the train split.
 
-`finish` runs a stage whose final figure is its loss there.
+`train_and_validate` runs a stage whose final figure is its loss there.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from model.train.pretrain import PretrainStage, TrainedModel
 from model.train.states import RUNS
 from model.train.training_set import TrainingSet
 
-PICTURES = 128  # that a finished stage is validated on
+VALIDATION_PICTURES = 128  # that a finished stage is validated on
 
 
 def is_validation(item: Item) -> bool:
@@ -28,10 +28,10 @@ def is_validation(item: Item) -> bool:
     return stable_seed("validation", item.pair, item.look) % 20 == 0
 
 
-def only(data: TrainingSet, keep: NDArray[np.bool_]) -> None:
+def restrict(data: TrainingSet, keep: NDArray[np.bool_]) -> None:
     """Draw only from these pictures, at their previous odds."""
     weights = data.weights * keep
-    if not (weights.any() and all(weights[shaped.indices].any() for shaped in data.shaped)):
+    if not (weights.any() and all(weights[shaped.indices].any() for shaped in data.shape_subsets)):
         hint = "Widen the recipe's domain, or name fewer shapes."
         raise K2Error("No picture of the data set, or of one of its shapes, is left to train on.", hint=hint)
     data.weights = weights / weights.sum()
@@ -39,15 +39,15 @@ def only(data: TrainingSet, keep: NDArray[np.bool_]) -> None:
 
 def hold_out(data: TrainingSet) -> None:
     """Exclude the validation pictures from training."""
-    only(data, np.array([not is_validation(item) for item in data.items]))
+    restrict(data, np.array([not is_validation(item) for item in data.items]))
 
 
 @torch.no_grad()
 def validation_loss(model: TrainedModel, data: TrainingSet, recipe: pretrain.Recipe, pictures: int) -> float:
     """Flow loss on validation pictures, without references, at noise that is always the same."""
-    resting = copy.copy(data)
-    resting.weights = np.array([float(is_validation(item)) for item in data.items])
-    resting.weights /= resting.weights.sum()
+    held_out = copy.copy(data)
+    held_out.weights = np.array([float(is_validation(item)) for item in data.items])
+    held_out.weights /= held_out.weights.sum()
     batch = min(16, pictures)
     fixed = pretrain.Recipe(
         name="validation", steps=1, lr=0.0, muon_lr=0.0, size=recipe.size, mu=recipe.mu, batch=batch, repeats=2,
@@ -56,20 +56,20 @@ def validation_loss(model: TrainedModel, data: TrainingSet, recipe: pretrain.Rec
     device = model.look_head.weight.device
     losses = []
     for index in range(-(-pictures // batch)):
-        part = resting.batch(fixed, index)  # outside of autocast, as the loop's are: features are kept
+        part = held_out.batch(fixed, index)  # outside of autocast, as the loop's are: features are kept
         with torch.autocast(device.type, torch.bfloat16, enabled=native_bf16(device)):
             losses.append(model.losses(part, fixed)[0])
     return float(torch.cat(losses).mean())
 
 
-def finish(stage: PretrainStage, data: TrainingSet, device: str, report: Report) -> loop.Run:
+def train_and_validate(stage: PretrainStage, data: TrainingSet, device: str, report: Report) -> loop.Run:
     """Run a stage to its end from where it stands, and validate its averages, which other stages start from."""
     recipe = stage.recipe
     run = loop.train(loop.Run(stage, RUNS / recipe.name, device), report)
     if run.idle and "validation" in run.figures:
         return run
     with run.averaged():
-        run.figures["validation"] = validation_loss(stage.model, data, recipe, PICTURES)
+        run.figures["validation"] = validation_loss(stage.model, data, recipe, VALIDATION_PICTURES)
     run.save(last=True)
     report(f"{recipe.name}: validation {run.figures['validation']:.4f}")
     return run

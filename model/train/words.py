@@ -24,15 +24,15 @@ from model.errors import reported
 from model.hashes import sha256
 from model.train.data import DATA, Catalog, Item, stable_seed
 from model.train.encode import to_tensor
-from model.train.looks import DRAWINGS, GROUNDS, MEDIA, PALETTES, Look, looks
+from model.train.looks import DRAWINGS, GROUNDS, MEDIA, PALETTES, Look, split_looks
 
-COUNT = 6000  # pictures measured
-UNSEEN = 600  # pictures of held-out looks
+MEASURED_PICTURES = 6000  # pictures measured
+UNSEEN_PICTURES = 600  # pictures of held-out looks
 SHRINKAGE = 0.03  # of the covariance of standardised statistics towards the identity
-KNOWN = 0.99  # share of the unseen pictures that count as known
+KNOWN_SHARE = 0.99  # share of the unseen pictures that count as known
 
 
-def kinds_of(look: Look) -> dict[str, str]:
+def words_by_kind(look: Look) -> dict[str, str]:
     """The words for a look, by kind."""
     dark = look.medium in ("neon", "lowkey")
     return {"medium": look.medium, "drawing": look.drawing, "ground": "dark" if dark else look.ground}
@@ -41,10 +41,10 @@ def kinds_of(look: Look) -> dict[str, str]:
 def draw_items(catalog: Catalog) -> list[Item]:
     """Pictures in freely drawn looks: no held-out pair, and no drawing in a medium that is held out for it."""
     rng = np.random.default_rng(1)
-    held = {(look.drawing, look.medium) for drawing in DRAWINGS for look in looks(drawing)[1]}
+    held = {(look.drawing, look.medium) for drawing in DRAWINGS for look in split_looks(drawing)[1]}
     rows = [(row, pair) for row, pair in enumerate(catalog.pairs) if not pair.held_out]
     items: list[Item] = []
-    while len(items) < COUNT:
+    while len(items) < MEASURED_PICTURES:
         row, pair = rows[int(rng.integers(len(rows)))]
         medium, ground, palette = (str(rng.choice(names)) for names in (list(MEDIA), GROUNDS, list(PALETTES)))
         if (pair.drawing, medium) not in held:
@@ -55,10 +55,10 @@ def draw_items(catalog: Catalog) -> list[Item]:
 def unseen_items(catalog: Catalog) -> list[Item]:
     """Pictures of the permanently held-out looks."""
     items = catalog.items("styles")
-    return [items[i] for i in np.random.default_rng(stable_seed("words")).permutation(len(items))[:UNSEEN]]
+    return [items[i] for i in np.random.default_rng(stable_seed("words")).permutation(len(items))[:UNSEEN_PICTURES]]
 
 
-def statistics_of(catalog: Catalog, items: Sequence[Item], eye: StyleReader) -> Tensor:
+def measure_statistics(catalog: Catalog, items: Sequence[Item], eye: StyleReader) -> Tensor:
     """[B, F], fp64."""
     parts = []
     for start in range(0, len(items), 32):
@@ -82,17 +82,18 @@ def build(catalog: Catalog) -> dict[str, float]:
     """Measure and write mini-words.safetensors -> the share of correct answers on unseen looks, by kind."""
     eye = StyleReader.load("mini")
     items, others = draw_items(catalog), unseen_items(catalog)
-    raw, new = statistics_of(catalog, items, eye), statistics_of(catalog, others, eye)
+    raw, new = measure_statistics(catalog, items, eye), measure_statistics(catalog, others, eye)
     mean, deviation = raw.mean(0), raw.std(0) + 1e-6
     x, y = (raw - mean) / deviation, (new - mean) / deviation
     state: dict[str, Tensor] = {"mean": mean, "deviation": deviation}
     names: dict[str, list[str]] = {}
     right: dict[str, float] = {}
     furthest = 0.0
-    for kind in kinds_of(items[0].look):
-        names[kind] = sorted({kinds_of(item.look)[kind] for item in items})
+    for kind in words_by_kind(items[0].look):
+        names[kind] = sorted({words_by_kind(item.look)[kind] for item in items})
         index, truth = (
-            torch.tensor([names[kind].index(kinds_of(item.look)[kind]) for item in group]) for group in (items, others)
+            torch.tensor([names[kind].index(words_by_kind(item.look)[kind]) for item in group])
+            for group in (items, others)
         )
         weight, offset, means, precision = discriminant(x, index, len(names[kind]))
         state |= {f"{kind}.weight": weight, f"{kind}.offset": offset}
@@ -100,7 +101,7 @@ def build(catalog: Catalog) -> dict[str, float]:
         if kind == "medium":
             state |= {"middle": means, "precision": precision}
             away = y[:, None] - means
-            furthest = ((away @ precision) * away).sum(-1).min(1).values.quantile(KNOWN).item()
+            furthest = ((away @ precision) * away).sum(-1).min(1).values.quantile(KNOWN_SHARE).item()
     _, vae, style = library.bundled_parts("mini")
     assert style is not None
     about = {
@@ -109,7 +110,11 @@ def build(catalog: Catalog) -> dict[str, float]:
         "unseen": right,
         "furthest": round(furthest, 3),
         "made_for": {"style": sha256(style), "vae": sha256(vae)},
-        "training": {"pictures": COUNT, "unseen": UNSEEN, "data": catalog.manifest["renders"]["sha256"]},
+        "training": {
+            "pictures": MEASURED_PICTURES,
+            "unseen": UNSEEN_PICTURES,
+            "data": catalog.manifest["renders"]["sha256"],
+        },
     }
     save(library.BUNDLED / "mini-words.safetensors", {k: v.float() for k, v in state.items()}, about)
     return right

@@ -22,8 +22,8 @@ import tomli_w
 import torch
 
 K2 = str(Path(sys.executable).with_name("k2"))
-FOX = ["render", "-p", "a red fox", "--quiet"]
-MANY = [part for index in range(128) for part in ("-p", f"a red fox number {index}")]
+FOX_COMMAND = ["render", "-p", "a red fox", "--quiet"]
+MANY_PROMPTS = [part for index in range(128) for part in ("-p", f"a red fox number {index}")]
 
 
 @dataclass(frozen=True)
@@ -42,22 +42,28 @@ ROWS = [
     Row("k2 --help / import typer, rich", [K2, "--help"], [sys.executable, "-c", "import typer, rich"], 2.0),
     Row(
         "one picture in 8 steps / import torch",
-        [K2, *FOX, "--batch", "1", "--steps", "8"],
+        [K2, *FOX_COMMAND, "--batch", "1", "--steps", "8"],
         [sys.executable, "-c", "import torch"],
         2.5,
     ),
-    Row("a picture of 16 in one run / alone", [K2, *FOX, "--batch", "16"], [K2, *FOX, "--batch", "1"], 0.5, 16),
+    Row(
+        "a picture of 16 in one run / alone",
+        [K2, *FOX_COMMAND, "--batch", "16"],
+        [K2, *FOX_COMMAND, "--batch", "1"],
+        0.5,
+        16,
+    ),
     Row(
         "peak memory of 32 prompts / of 4",
-        [K2, "render", "--quiet", "--steps", "4", *MANY[:64]],
-        [K2, "render", "--quiet", "--steps", "4", *MANY[:8]],
+        [K2, "render", "--quiet", "--steps", "4", *MANY_PROMPTS[:64]],
+        [K2, "render", "--quiet", "--steps", "4", *MANY_PROMPTS[:8]],
         1.05,
         what="megabytes",
     ),
     Row(
         "peak memory of 128 prompts / of 64",  # what a run keeps (contexts, a page of the sheet) is full by then
-        [K2, "render", "--quiet", "--steps", "1", *MANY],
-        [K2, "render", "--quiet", "--steps", "1", *MANY[:128]],
+        [K2, "render", "--quiet", "--steps", "1", *MANY_PROMPTS],
+        [K2, "render", "--quiet", "--steps", "1", *MANY_PROMPTS[:128]],
         1.05,
         what="megabytes",
     ),

@@ -22,14 +22,14 @@ from measure import (
     MEDIUM,
     SMALL,
     Row,
-    fill,
+    fill_random,
     interleaved,
+    low_bit_copy,
+    make_row,
     peak_megabytes,
-    random,
-    rate,
-    row,
+    product_rate,
+    random_tensor,
     save,
-    shrunk,
     small_tower,
     stream_operations,
     write_rows,
@@ -75,7 +75,7 @@ def main() -> None:
         )
         vae = QwenImageVAE(vae_config := VAEConfig(base_dim=8 if options.smoke else 96))
     for network in (dit, tower, vae):
-        fill(network, device, dtype)
+        fill_random(network, device, dtype)
     for name, values in (("mean", vae_config.latents_mean), ("std", vae_config.latents_std)):
         setattr(vae, name, torch.tensor(values, device=device, dtype=dtype).view(1, -1, 1, 1))
     theirs.load_state_dict(to_diffusers(dit.state_dict(), config), strict=True, assign=True)
@@ -88,7 +88,7 @@ def main() -> None:
 
     def text() -> Tensor:
         return (
-            random((1, PROMPT, config.text_taps, config.text_width), 1, dtype, device)
+            random_tensor((1, PROMPT, config.text_taps, config.text_width), 1, dtype, device)
             if options.smoke
             else tower(ids, prefix)[0]
         )
@@ -116,10 +116,10 @@ def main() -> None:
         text_encoder_select_layers=tuple(range(config.text_taps)),
     )
     pipe.set_progress_bar_config(disable=True)
-    embeds = random((1, PADDED, config.text_taps, config.text_width), 1, dtype, device)
+    embeds = random_tensor((1, PADDED, config.text_taps, config.text_width), 1, dtype, device)
     mask = (torch.arange(PADDED, device=device) < PROMPT)[None]
 
-    def other() -> None:
+    def diffusers_picture() -> None:
         """Without its text encoding, in diffusers' favour: `speed.py` compares that."""
         pipe(
             prompt_embeds=embeds, prompt_embeds_mask=mask, height=size, width=size,
@@ -141,14 +141,14 @@ def main() -> None:
 
     def compare(name: str, *works: Callable[[], Any], times: int = rounds, **more: Any) -> None:
         def measured() -> None:
-            found.append(row(name, *interleaved(works, times), **more))
+            found.append(make_row(name, *interleaved(works, times), **more))
             print(found[-1].line(), flush=True)
 
         attempt(name, measured)
 
     embedded = text()
     exact = sample(dit, embedded)
-    facts["rate"] = rate(dtype, device, 512 if options.smoke else 8192)
+    facts["rate"] = product_rate(dtype, device, 512 if options.smoke else 8192)
     limit = steps * stream_operations(config, PROMPT, grid[0] * grid[1]) / facts["rate"]
     print(f"{facts['rate'] / 1e12:.4g} TFLOP/s, ready after {time.perf_counter() - started:.0f} s", flush=True)
     print(HEAD, flush=True)
@@ -157,9 +157,9 @@ def main() -> None:
 
     for precision in ["int8", "int4"] if options.smoke else ["fp8", "int4"]:
         if precision != "fp8" or is_native(torch.float8_e4m3fn, device):
-            attempt(f"to {precision}", lambda p=precision: networks.update({p: shrunk(dit, p)}))
+            attempt(f"to {precision}", lambda p=precision: networks.update({p: low_bit_copy(dit, p)}))
 
-    def compiled_for_good(network: Krea2) -> None:
+    def compile_network(network: Krea2) -> None:
         accelerate(network)
         if not network.velocity.compiled:
             raise RuntimeError("there is no compiler for this GPU")
@@ -167,7 +167,7 @@ def main() -> None:
         sample(network, embedded)
         print(f"  compiled and run in {time.perf_counter() - began:.0f} s", flush=True)
 
-    def looked_at(network: Krea2, label: str) -> None:
+    def check_network(network: Krea2, label: str) -> None:
         """Whether the result is correct, and its memory in addition to the weights."""
         far = ((sample(network, embedded) - exact).float().norm() / exact.float().norm()).item()
         weights = sum(tensor.nbytes for part in (network, tower, vae) for tensor in part.state_dict().values())
@@ -180,11 +180,15 @@ def main() -> None:
         for name, network in networks.items():
             label = f"{name}{', compiled' * compiled}"
             if compiled:
-                attempt(label, lambda n=network: compiled_for_good(n))
+                attempt(label, lambda n=network: compile_network(n))
                 if label in failed:
                     continue
             compare(
-                f"picture, {size} px, {steps} steps, {label}", lambda n=network: picture(n), other, aim=1.3, limit=limit
+                f"picture, {size} px, {steps} steps, {label}",
+                lambda n=network: picture(n),
+                diffusers_picture,
+                aim=1.3,
+                limit=limit,
             )
             compare(
                 f"  of it the sampling, {label}",
@@ -193,13 +197,13 @@ def main() -> None:
                 times=min(rounds, 3),
                 limit=limit,
             )
-            attempt(f"  looking at {label}", lambda n=network, label=label: looked_at(n, label))
+            attempt(f"  looking at {label}", lambda n=network, label=label: check_network(n, label))
     latents = exact[:, :16]
 
     def decode() -> Tensor:
         return vae.decode(latents)
 
-    def others(name: str, better: Callable[[], Tensor], plain: Callable[[], Tensor]) -> None:
+    def compare_option(name: str, better: Callable[[], Tensor], plain: Callable[[], Tensor]) -> None:
         """A possible further saving, against the current way."""
         far = ((better() - plain()).float().norm() / plain().float().norm()).item()
         compare(f"  {name}, against as is", better, plain)
@@ -210,20 +214,23 @@ def main() -> None:
         compare("  encoding the prompt, of a picture", text, lambda: picture(dit), times=min(rounds, 3))
     if device == "cuda":
         attempt(
-            "the tower recorded", lambda: others("encoding the prompt, recorded", recorded(tower, prefix, ids), text)
+            "the tower recorded",
+            lambda: compare_option("encoding the prompt, recorded", recorded_tower(tower, prefix, ids), text),
         )
-        attempt("the decoder compiled", lambda: others("decode, compiled", compiled_decoder(vae, latents), decode))
-        attend(config, grid, dtype, steps, compare)
+        attempt(
+            "the decoder compiled", lambda: compare_option("decode, compiled", compiled_decoder(vae, latents), decode)
+        )
+        compare_attention(config, grid, dtype, steps, compare)
         for name, network in networks.items():
-            attempt(f"kernels of {name}", lambda name=name, n=network: kernels(name, lambda: sample(n, embedded)))
-        attempt("kernels of the other", lambda: kernels("the other", other))
+            attempt(f"kernels of {name}", lambda name=name, n=network: print_kernels(name, lambda: sample(n, embedded)))
+        attempt("kernels of the other", lambda: print_kernels("the other", diffusers_picture))
     save(options.out, f"{size} px, {steps} steps on {device}", found, **facts)
     print(f"{time.perf_counter() - started:.0f} s in all", flush=True)
     if failed:
         sys.exit(f"failed: {', '.join(failed)}")
 
 
-def recorded(tower: TextTower, prefix: Cache, ids: Tensor) -> Callable[[], Tensor]:
+def recorded_tower(tower: TextTower, prefix: Cache, ids: Tensor) -> Callable[[], Tensor]:
     """The text tower as one launch: its time is spent on launches, not in kernels."""
     graph = Graph(lambda ids: tower(ids, prefix)[0], (ids,))
     return lambda: graph(ids)
@@ -235,11 +242,13 @@ def compiled_decoder(vae: QwenImageVAE, latents: Tensor) -> Callable[[], Tensor]
     return lambda: compiled(latents)
 
 
-def attend(config: Any, grid: tuple[int, int], dtype: torch.dtype, steps: int, compare: Callable[..., None]) -> None:
+def compare_attention(
+    config: Any, grid: tuple[int, int], dtype: torch.dtype, steps: int, compare: Callable[..., None]
+) -> None:
     """All attention of a picture, with the chosen kernel against each alternative."""
     tokens, wide = PROMPT + grid[0] * grid[1], config.head_dim
     q, k, v = (
-        random((1, tokens, heads, wide), 1, dtype, "cuda").transpose(1, 2)
+        random_tensor((1, tokens, heads, wide), 1, dtype, "cuda").transpose(1, 2)
         for heads in (config.heads, config.kv_heads, config.kv_heads)
     )
 
@@ -255,14 +264,14 @@ def attend(config: Any, grid: tuple[int, int], dtype: torch.dtype, steps: int, c
         compare(f"  all attention, against {name}'s", all_of_it, lambda kernel=kernel: by(kernel))
 
 
-def kernels(name: str, work: Callable[[], Any], most: int = 12) -> None:
+def print_kernels(name: str, work: Callable[[], Any], limit: int = 12) -> None:
     """Print where a GPU spends its time."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as seen:
         work()
         torch.cuda.synchronize()
     each = sorted(seen.key_averages(), key=lambda event: -event.self_device_time_total)
     print(f"  {name}: {sum(event.self_device_time_total for event in each) / 1e3:.0f} ms in kernels")
-    for event in each[:most]:
+    for event in each[:limit]:
         print(f"  {event.self_device_time_total / 1e3:>9.1f} ms {event.count:>6} x {event.key[:90]}", flush=True)
 
 

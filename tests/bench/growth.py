@@ -15,7 +15,7 @@ from pathlib import Path
 from statistics import median
 
 import torch
-from measure import Panel, growth, interleaved, stream_operations, tower_operations, write_toml
+from measure import Panel, draw_growth, interleaved, stream_operations, tower_operations, write_toml
 from torch.utils.flop_counter import FlopCounterMode
 
 from model.pipeline import Pipeline
@@ -56,19 +56,19 @@ class Growth:
     def operations(self, specs: list[RenderSpec]) -> float:
         total, tower = 0.0, self.pipeline.text.tower.config
         for prompt in {spec.prompt for spec in specs}:
-            total += tower_operations(tower, self.length(prompt), max(tower.taps), PREFIX_TOKENS)
+            total += tower_operations(tower, self.prompt_tokens(prompt), max(tower.taps), PREFIX_TOKENS)
         for spec in map(self.pipeline.resolve, specs):
             assert spec.width and spec.height and spec.steps
             image = spec.width * spec.height // (self.pipeline.vae.factor * self.pipeline.dit.config.patch) ** 2
-            total += spec.steps * stream_operations(self.pipeline.dit.config, self.length(spec.prompt), image)
-            total += self.decoding(spec.width, spec.height)
+            total += spec.steps * stream_operations(self.pipeline.dit.config, self.prompt_tokens(spec.prompt), image)
+            total += self.decode_operations(spec.width, spec.height)
         return total
 
-    def length(self, prompt: str) -> int:
+    def prompt_tokens(self, prompt: str) -> int:
         return len(self.pipeline.text.token_ids(prompt))
 
     @cache  # noqa: B019, the only instance lives as long as the program
-    def decoding(self, width: int, height: int) -> float:
+    def decode_operations(self, width: int, height: int) -> float:
         shape = (1, self.pipeline.dit.config.channels, *(side // self.pipeline.vae.factor for side in (height, width)))
         latents = torch.zeros(shape, device=self.pipeline.device, dtype=self.pipeline.dtype)
         with torch.no_grad(), FlopCounterMode(display=False) as counter:
@@ -102,7 +102,7 @@ def main() -> None:
         print(f"{'':<22}grows {verdict} (at most {max(grown):.2f} of them from point to point)", flush=True)
         tables.append({**vars(panel), "grown": grown})
     path = options.out
-    growth(path.with_suffix(".png"), f"{options.model} on {bench.pipeline.device}: seconds, log by log", panels)
+    draw_growth(path.with_suffix(".png"), f"{options.model} on {bench.pipeline.device}: seconds, log by log", panels)
     write_toml(path.with_suffix(".toml"), panel=tables, smoke=options.smoke, model=options.model)
     print(f"written to {path.with_suffix('.toml')} and .png")
 

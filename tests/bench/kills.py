@@ -43,11 +43,11 @@ text = "an owl"
 """
 
 
-class Arena:
+class KillTest:
     """A project in which renders are killed."""
 
     def __init__(self, folder: Path, workers: int = 0, seed: int = 0):
-        self.root, self.random = folder / "arena", random.Random(seed)
+        self.root, self.rng = folder / "arena", random.Random(seed)
         self.options = ["--quiet", *(["--workers", str(workers)] if workers else [])]
         self.root.mkdir()
         (self.root / "k2.toml").write_text(PROJECT)
@@ -56,9 +56,9 @@ class Arena:
         started = time.monotonic()
         assert self.wait(self.start("render")) == 0
         self.seconds = time.monotonic() - started
-        (self.undisturbed,) = (self.root / "outputs").iterdir()
-        self.expected = self.pictures(self.undisturbed)
-        self.names = {path.name for path in self.undisturbed.iterdir()}
+        (self.reference_run,) = (self.root / "outputs").iterdir()
+        self.expected = self.pictures(self.reference_run)
+        self.names = {path.name for path in self.reference_run.iterdir()}
         assert len(self.expected) == 6
 
     def start(self, *arguments: str) -> int:
@@ -82,22 +82,22 @@ class Arena:
         """The exit code, or minus the signal that ended it."""
         return os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
 
-    def killed(self, *arguments: str) -> bool:
+    def start_and_kill(self, *arguments: str) -> bool:
         """Start, kill at a random moment -> whether the kill came before the end."""
         process = self.start(*arguments)
-        time.sleep(self.random.uniform(0, 1.5 * self.seconds))  # some finish, even on a busy machine
+        time.sleep(self.rng.uniform(0, 1.5 * self.seconds))  # some finish, even on a busy machine
         os.kill(process, signal.SIGKILL)
         code = self.wait(process)
         assert code in (0, -signal.SIGKILL), code
         return code != 0
 
-    def round(self) -> int:
+    def kill_until_done(self) -> int:
         """One run, killed repeatedly and resumed until it is complete -> the number of kills."""
         kills, before, arguments = 0, set((self.root / "outputs").glob("*-*")), ["render"]
-        while self.killed(*arguments):
+        while self.start_and_kill(*arguments):
             kills += 1
-            begun = set((self.root / "outputs").glob("*-*")) - before
-            for folder in begun:
+            started = set((self.root / "outputs").glob("*-*")) - before
+            for folder in started:
                 assert self.pictures(folder).items() <= self.expected.items()
                 arguments = ["render", "--resume"]
         (folder,) = set((self.root / "outputs").glob("*-*")) - before
@@ -116,7 +116,7 @@ class Arena:
         return found
 
 
-def together(folder: Path, commands: Sequence[Sequence[str]]) -> None:
+def render_together(folder: Path, commands: Sequence[Sequence[str]]) -> None:
     """Simultaneous renders in one project, one picture each: no number, picture or record is lost or duplicated."""
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     processes = [subprocess.Popen(command, cwd=folder, env=environment, stdout=subprocess.PIPE) for command in commands]
@@ -145,12 +145,14 @@ def main() -> None:
         if options.together:
             (Path(folder) / "k2.toml").write_text(PROJECT.replace("batch = 3", "batch = 1"))
             k2 = [sys.executable, "-c", "from k2cli.app import main; main()"]
-            together(Path(folder), [[*k2, "render", "-q", "-p", f"picture {i}"] for i in range(options.together)])
+            render_together(
+                Path(folder), [[*k2, "render", "-q", "-p", f"picture {i}"] for i in range(options.together)]
+            )
             print(f"{options.together} processes at once: nothing lost, nothing duplicated", end=", ")
         else:
-            arena, kills, rounds = Arena(Path(folder), options.workers, options.seed), 0, 0
+            arena, kills, rounds = KillTest(Path(folder), options.workers, options.seed), 0, 0
             while kills < options.kills:
-                kills, rounds = kills + arena.round(), rounds + 1
+                kills, rounds = kills + arena.kill_until_done(), rounds + 1
             print(f"{kills} kills in {rounds} runs of {arena.seconds:.1f} s: all complete, all finished", end=", ")
     print(f"{time.monotonic() - started:.0f} s")
 

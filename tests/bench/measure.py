@@ -28,8 +28,8 @@ Work = Callable[[], Any]
 
 MEDIUM = PRESETS["medium"]
 SMALL = DiTConfig(width=256, heads=4, kv_heads=1, blocks=3, text_width=160, text_taps=3, text_heads=5)  # for --smoke
-BLOCKS = 28  # the number of blocks that a step is extrapolated to
-PATTERN = 1 << 22  # random numbers that are repeated: drawing billions takes minutes
+EXTRAPOLATED_BLOCKS = 28  # the number of blocks that a step is extrapolated to
+PATTERN_SIZE = 1 << 22  # random numbers that are repeated: drawing billions takes minutes
 
 
 # ---- clocks -----------------------------------------------------------------------------------------------------
@@ -37,14 +37,14 @@ PATTERN = 1 << 22  # random numbers that are repeated: drawing billions takes mi
 
 def seconds(work: Work) -> float:
     """Seconds of one call, including all work on a GPU."""
-    settle()
+    synchronise()
     started = time.perf_counter()
     work()
-    settle()
+    synchronise()
     return time.perf_counter() - started
 
 
-def settle() -> None:
+def synchronise() -> None:
     if torch.cuda.is_available():
         torch.cuda.synchronize()
 
@@ -61,7 +61,7 @@ def interleaved(works: Sequence[Work], rounds: int) -> list[list[float]]:
     return times
 
 
-def rate(dtype: torch.dtype, device: str, side: int) -> float:
+def product_rate(dtype: torch.dtype, device: str, side: int) -> float:
     """Operations per second of a large product: the arithmetic limit."""
     a, b = torch.randn(2, side, side, device=device).to(dtype)
     times = 1 if device == "cpu" else 16  # an idle GPU has to raise its clocks first
@@ -80,16 +80,16 @@ def peak_megabytes(work: Work) -> float:
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
         work()
-        settle()
+        synchronise()
         return (torch.cuda.max_memory_allocated() - before) / 1e6
     ctypes.CDLL(None).malloc_trim(0)  # leftovers of earlier calls in the heap would hide this one's memory
     Path("/proc/self/clear_refs").write_text("5")  # resets the peak
-    before = resident()["VmRSS"]
+    before = resident_memory()["VmRSS"]
     work()
-    return max(resident()["VmHWM"] - before, 4096) / 1e6
+    return max(resident_memory()["VmHWM"] - before, 4096) / 1e6
 
 
-def resident() -> dict[str, int]:
+def resident_memory() -> dict[str, int]:
     """Bytes: VmRSS now, VmHWM at the peak."""
     lines = (line.split(":") for line in Path("/proc/self/status").read_text().splitlines())
     return {name: int(value.split()[0]) << 10 for name, value in lines if name in ("VmRSS", "VmHWM")}
@@ -117,7 +117,7 @@ def tower_operations(c: TextConfig, tokens: int, layers: int, before: int = 0) -
 # ---- networks ---------------------------------------------------------------------------------------------------
 
 
-def fill(network: nn.Module, device: str, dtype: torch.dtype) -> nn.Module:
+def fill_random(network: nn.Module, device: str, dtype: torch.dtype) -> nn.Module:
     """Give a network on the meta device random weights as large as a trained one's; our norms stay fp32."""
     state = {}
     for name, tensor in network.state_dict().items():
@@ -126,26 +126,26 @@ def fill(network: nn.Module, device: str, dtype: torch.dtype) -> nn.Module:
             state[name] = torch.zeros(tensor.shape, dtype=tensor.dtype, device=device)
         else:
             kind = torch.float32 if name.endswith(".scale") else dtype
-            state[name] = random(tensor.shape, 0.02 if flat else tensor[0].numel() ** -0.5, kind, device)
+            state[name] = random_tensor(tensor.shape, 0.02 if flat else tensor[0].numel() ** -0.5, kind, device)
     network.load_state_dict(state, strict=True, assign=True)
     return network.requires_grad_(False).eval()
 
 
-def random(shape: Sequence[int], std: float, dtype: torch.dtype, device: str) -> Tensor:
+def random_tensor(shape: Sequence[int], std: float, dtype: torch.dtype, device: str) -> Tensor:
     """Normal numbers, the same few million repeated."""
     whole = torch.empty(shape, dtype=dtype, device=device)
-    pattern = (drawn()[: whole.numel()] * std).to(dtype).to(device)
-    for part in whole.view(-1).split(PATTERN):
+    pattern = (random_pattern()[: whole.numel()] * std).to(dtype).to(device)
+    for part in whole.view(-1).split(PATTERN_SIZE):
         part.copy_(pattern[: len(part)])
     return whole
 
 
 @cache
-def drawn() -> Tensor:
-    return torch.randn(PATTERN, generator=torch.Generator().manual_seed(0))
+def random_pattern() -> Tensor:
+    return torch.randn(PATTERN_SIZE, generator=torch.Generator().manual_seed(0))
 
 
-def shrunk(network: Krea2, precision: str) -> Krea2:
+def low_bit_copy(network: Krea2, precision: str) -> Krea2:
     """The same network with its blocks' matrices in few bits, sharing everything else."""
     with torch.device("meta"):
         small = Krea2(network.config)
@@ -190,7 +190,7 @@ class Row:
 HEAD = f"{'':<52}{'ours':>10}{'other':>10}    {'ratio':>7}{'aim':>7}{'limit':>7}"
 
 
-def row(name: str, ours: Sequence[float], theirs: Sequence[float], **more: Any) -> Row:
+def make_row(name: str, ours: Sequence[float], theirs: Sequence[float], **more: Any) -> Row:
     pairs = list(zip(ours, theirs, strict=True))
     ratio = median(other / mine for mine, other in pairs)
     return Row(name, median(ours), median(theirs), ratio, rounds=[list(pair) for pair in pairs], **more)
@@ -199,7 +199,7 @@ def row(name: str, ours: Sequence[float], theirs: Sequence[float], **more: Any) 
 def save(path: Path, title: str, rows: Sequence[Row], **facts: Any) -> None:
     """rows -> path.toml and path.png."""
     write_rows(path, rows, **facts)
-    bars(path.with_suffix(".png"), title, rows)
+    draw_bars(path.with_suffix(".png"), title, rows)
     print(f"written to {path.with_suffix('.toml')} and .png")
 
 
@@ -222,19 +222,19 @@ def write_toml(path: Path, **tables: Any) -> None:
 INK, SOFT, OURS, OTHER = "#1d1d1f", "#c8c8cc", "#2f6f5e", "#c9722f"
 
 
-MOST_SHOWN = 64.0  # larger ratios are drawn at this length
+MAX_SHOWN_RATIO = 64.0  # larger ratios are drawn at this length
 
 
-def bars(path: Path, title: str, rows: Sequence[Row]) -> None:
+def draw_bars(path: Path, title: str, rows: Sequence[Row]) -> None:
     """One bar per row, by the ratio's logarithm: to the right of the line ours is better. A tick marks the aim."""
     left, high, wide = 400, 26, 560
     image = Image.new("RGB", (left + wide + 90, 70 + high * len(rows)), "white")
     draw, font, large = ImageDraw.Draw(image), ImageFont.load_default(13), ImageFont.load_default(17)
     draw.text((16, 14), title, INK, large)
-    across = scale_of([0.5, MOST_SHOWN])
+    across = log_scale([0.5, MAX_SHOWN_RATIO])
 
     def at(ratio: float) -> float:
-        return left + wide * across(min(max(ratio, 0.5), MOST_SHOWN))
+        return left + wide * across(min(max(ratio, 0.5), MAX_SHOWN_RATIO))
 
     for index, each in enumerate(rows):
         y = 50 + high * index
@@ -258,7 +258,7 @@ class Panel:
     operations: list[float]
 
 
-def growth(path: Path, title: str, panels: Sequence[Panel]) -> None:
+def draw_growth(path: Path, title: str, panels: Sequence[Panel]) -> None:
     """Log-log panels side by side; operations are scaled to meet the measured seconds at the largest point."""
     side, gap = 300, 70
     image = Image.new("RGB", (gap + (side + gap) * len(panels), side + 140), "white")
@@ -267,7 +267,7 @@ def growth(path: Path, title: str, panels: Sequence[Panel]) -> None:
     for index, panel in enumerate(panels):
         x0, y0 = gap + index * (side + gap), 60
         expected = [each * panel.measured[-1] / panel.operations[-1] for each in panel.operations]
-        across, up = scale_of(panel.xs), scale_of([*panel.measured, *expected])
+        across, up = log_scale(panel.xs), log_scale([*panel.measured, *expected])
         draw.rectangle((x0, y0, x0 + side, y0 + side), outline=SOFT)
         for x in panel.xs:
             draw.text((x0 + across(x) * side - 8, y0 + side + 4), f"{x:g}", INK, font)
@@ -285,7 +285,7 @@ def growth(path: Path, title: str, panels: Sequence[Panel]) -> None:
     image.save(path)
 
 
-def scale_of(values: Sequence[float]) -> Callable[[float], float]:
+def log_scale(values: Sequence[float]) -> Callable[[float], float]:
     """From a value to 0.05 … 0.95 of an axis, by its logarithm."""
     low, high = log(min(values)), log(max(values))
     return lambda value: 0.05 + 0.9 * ((log(value) - low) / (high - low) if high > low else 0.5)

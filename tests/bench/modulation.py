@@ -17,14 +17,14 @@ from statistics import mean, stdev
 import torch
 import torch.nn.functional as F
 from measure import write_toml
-from products import draw, toy
+from products import draw_curves, toy_batch
 from torch import Tensor, nn
 
 from model.dit import Attend, DiTConfig, Krea2, SingleStreamBlock
 from model.library import BUNDLED
 from model.text_encoder import TextEncoder
 from model.train import loop
-from model.train.cost_model import parameters, with_own_modulation
+from model.train.cost_model import parameters, unshared_parameters
 from model.train.data import DATA, Catalog
 from model.train.pretrain import PretrainStage, Recipe
 from model.train.training_set import TrainingSet
@@ -76,7 +76,7 @@ def losses(own: bool, recipe: Recipe, data: TrainingSet | None, device: str) -> 
         stage.model.dit.initialise()
     with tempfile.TemporaryDirectory() as folder:
         run = loop.Run(stage, Path(folder), device)
-        return [run.advance(stage.batch(step) if data else toy(step))["loss"] for step in range(recipe.steps)]
+        return [run.advance(stage.batch(step) if data else toy_batch(step))["loss"] for step in range(recipe.steps)]
 
 
 def main() -> None:
@@ -95,7 +95,7 @@ def main() -> None:
     text = TextEncoder.load(BUNDLED / "mini-text.safetensors", device)
     data = None if options.smoke else TrainingSet(Catalog(DATA), text, recipe)
 
-    counts = {"shared": parameters(recipe.config).total, "own": with_own_modulation(recipe.config)}
+    counts = {"shared": parameters(recipe.config).total, "own": unshared_parameters(recipe.config)}
     tail, curves, ends = max(1, recipe.steps // 10), {}, {"shared": [], "own": []}
     for seed in range(1, options.seeds + 1):
         for kind, found in ends.items():
@@ -108,7 +108,7 @@ def main() -> None:
     print(f"parameters {counts['shared']:,} and {counts['own']:,}: {1 - counts['shared'] / counts['own']:.0%} saved")
     print(f"own − shared {mean(apart):+.4f}; spread between seeds {noise:.4f}")
     options.out.parent.mkdir(parents=True, exist_ok=True)
-    draw(options.out.with_suffix(".png"), curves)
+    draw_curves(options.out.with_suffix(".png"), curves)
     write_toml(
         options.out.with_suffix(".toml"), parameters=counts, ends=ends, apart=apart, noise=noise,
         curve=curves, smoke=options.smoke,

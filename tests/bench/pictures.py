@@ -19,17 +19,17 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from conftest import many_pictures
 
 K2 = str(Path(sys.executable).with_name("k2"))
-SWITCHES = ("--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-component-update")
-FRAME = "() => new Promise(done => requestAnimationFrame(() => requestAnimationFrame(done)))"
+CHROMIUM_SWITCHES = ("--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-component-update")
+NEXT_FRAME = "() => new Promise(done => requestAnimationFrame(() => requestAnimationFrame(done)))"
 
 
-def project(folder: Path, count: int) -> Path:
+def make_project(folder: Path, count: int) -> Path:
     many_pictures(folder / "outputs", count)
     (folder / "k2.toml").write_text("")
     return folder
 
 
-def command(folder: Path, *arguments: str) -> tuple[float, float]:
+def time_command(folder: Path, *arguments: str) -> tuple[float, float]:
     """Wall-clock and CPU seconds of one command."""
     start, before = time.perf_counter(), os.times()
     subprocess.run([K2, *arguments, "--project", str(folder), "--quiet"], check=True, stdout=subprocess.DEVNULL)
@@ -38,12 +38,12 @@ def command(folder: Path, *arguments: str) -> tuple[float, float]:
     return time.perf_counter() - start, used
 
 
-def page(folder: Path) -> dict[str, tuple[float, float]]:
+def time_page(folder: Path) -> dict[str, tuple[float, float]]:
     """Time to open the page, to search, and then to add a style, each until the result is drawn."""
     from playwright.sync_api import sync_playwright
 
     with sync_playwright() as tool:
-        browser = tool.chromium.launch(executable_path=shutil.which("chromium"), args=SWITCHES)
+        browser = tool.chromium.launch(executable_path=shutil.which("chromium"), args=CHROMIUM_SWITCHES)
         tab = browser.new_page(viewport={"width": 1280, "height": 860})
         session = tab.context.new_cdp_session(tab)
         session.send("Performance.enable", {"timeDomain": "threadTicks"})
@@ -55,7 +55,7 @@ def page(folder: Path) -> dict[str, tuple[float, float]]:
         found = {}
         start = time.perf_counter()
         tab.goto((folder / "gallery" / "index.html").as_uri())
-        tab.evaluate(FRAME)
+        tab.evaluate(NEXT_FRAME)
         found["open"] = (time.perf_counter() - start, busy())
         steps = {
             "search": "document.getElementById('search').value = 'owl'; filter()",
@@ -64,7 +64,7 @@ def page(folder: Path) -> dict[str, tuple[float, float]]:
         for name, step in steps.items():
             start, before = time.perf_counter(), busy()
             tab.evaluate(step)
-            tab.evaluate(FRAME)
+            tab.evaluate(NEXT_FRAME)
             found[name] = (time.perf_counter() - start, busy() - before)
         browser.close()
     return found
@@ -74,18 +74,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--pictures", type=int, default=10_000)
     parser.add_argument("--page", type=int, default=2_000)
-    asked = parser.parse_args()
+    options = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
-        many = project(Path(scratch) / "many", asked.pictures)
+        many = make_project(Path(scratch) / "many", options.pictures)
         rows = {
-            f"k2 log, {asked.pictures:,} pictures": command(many, "log"),
-            f"k2 gallery, {asked.pictures:,} pictures": command(many, "gallery"),
-            f"k2 gallery again, {asked.pictures:,} pictures": command(many, "gallery"),
+            f"k2 log, {options.pictures:,} pictures": time_command(many, "log"),
+            f"k2 gallery, {options.pictures:,} pictures": time_command(many, "gallery"),
+            f"k2 gallery again, {options.pictures:,} pictures": time_command(many, "gallery"),
         }
-        some = project(Path(scratch) / "some", asked.page)
-        command(some, "gallery")
+        some = make_project(Path(scratch) / "some", options.page)
+        time_command(some, "gallery")
         try:
-            rows |= {f"page of {asked.page:,}: {name}": figures for name, figures in page(some).items()}
+            rows |= {f"page of {options.page:,}: {name}": figures for name, figures in time_page(some).items()}
         except ImportError:
             print("Playwright is not installed: skipping the page in Chromium")
     print(f"{'':42}{'wall s':>10}{'CPU s':>13}")

@@ -17,7 +17,7 @@ from pathlib import Path
 from statistics import mean
 
 import torch
-from measure import HEAD, INK, Row, bars, interleaved, row, write_toml
+from measure import HEAD, INK, Row, draw_bars, interleaved, make_row, write_toml
 from PIL import Image, ImageDraw, ImageFont
 from torch import nn
 
@@ -28,20 +28,20 @@ from model.text_encoder import TextEncoder
 from model.train import loop
 from model.train.data import DATA, Catalog
 from model.train.pretrain import PretrainStage, Recipe
-from model.train.products import NAMES, WIDE, convert, multiplies_fp8, parse
+from model.train.products import PRODUCT_NAMES, WIDE, parse_products, supports_fp8, use_8_bit_products
 from model.train.training_set import TrainingSet
 
 WIDTHS, BLOCKS, TOKENS = (384, 1024, 2048), 2, 4096  # tokens as in a step of pretraining
 AIM = 1.15  # from width 2048 up
 COLOURS = {WIDE: "#1d1d1f", "int8-tensorwise": "#c9722f", "int8-rowwise": "#2f6f5e", "fp8-tensorwise": "#8250df"}
-SMOOTH = 25  # steps averaged for a point of a curve
+SMOOTHING_STEPS = 25  # steps averaged for a point of a curve
 
 
-def stepper(config: DiTConfig, name: str, tokens: int, device: str, compiled: bool) -> Callable[[], None]:
+def make_step(config: DiTConfig, name: str, tokens: int, device: str, compiled: bool) -> Callable[[], None]:
     """One training step of a stack of blocks, on four pictures with `tokens` tokens in total."""
     torch.manual_seed(0)
     blocks = nn.ModuleList(SingleStreamBlock(config) for _ in range(BLOCKS)).to(device)
-    convert(blocks, parse(name, device))
+    use_8_bit_products(blocks, parse_products(name, device))
     if compiled:
         for block in blocks:
             block.compile(dynamic=False)
@@ -66,7 +66,7 @@ def stepper(config: DiTConfig, name: str, tokens: int, device: str, compiled: bo
     return step
 
 
-def seconds_a_step(
+def time_steps(
     names: list[str], widths: tuple[int, ...], tokens: int, rounds: int, device: str, compiled: bool
 ) -> list[Row]:
     """A row for each kind of products at each width, alternating with wide products."""
@@ -76,23 +76,23 @@ def seconds_a_step(
         config = replace(
             PRESETS["medium"], width=width, heads=width // 64, kv_heads=max(1, width // 256), blocks=BLOCKS
         )
-        times = interleaved([stepper(config, name, tokens, device, compiled) for name in (WIDE, *names)], rounds)
+        times = interleaved([make_step(config, name, tokens, device, compiled) for name in (WIDE, *names)], rounds)
         for name, ours in zip(names, times[1:], strict=True):
             label = f"width {width}, {name}{', compiled' * compiled}"
-            rows.append(row(label, ours, times[0], aim=AIM if width >= 2048 else None))
+            rows.append(make_row(label, ours, times[0], aim=AIM if width >= 2048 else None))
             print(rows[-1].line(), flush=True)
     return rows
 
 
-def curve(name: str, recipe: Recipe, data: TrainingSet | None, device: str) -> list[float]:
+def loss_curve(name: str, recipe: Recipe, data: TrainingSet | None, device: str) -> list[float]:
     """The loss of every step of a run; all runs see the same pictures, captions and noise."""
     stage = PretrainStage(replace(recipe, products=name), looks=200, data=data, device=device)
     with tempfile.TemporaryDirectory() as folder:
         run = loop.Run(stage, Path(folder), device)
-        return [run.advance(stage.batch(step) if data else toy(step))["loss"] for step in range(recipe.steps)]
+        return [run.advance(stage.batch(step) if data else toy_batch(step))["loss"] for step in range(recipe.steps)]
 
 
-def toy(step: int) -> loop.Batch:
+def toy_batch(step: int) -> loop.Batch:
     """Noise instead of pictures and words."""
     generator = torch.Generator().manual_seed(step)
     c = PRESETS["mini"]
@@ -109,10 +109,10 @@ def toy(step: int) -> loop.Batch:
 
 
 def smoothed(values: list[float]) -> list[float]:
-    return [mean(values[max(0, i - SMOOTH + 1) : i + 1]) for i in range(len(values))]
+    return [mean(values[max(0, i - SMOOTHING_STEPS + 1) : i + 1]) for i in range(len(values))]
 
 
-def draw(path: Path, curves: dict[str, list[float]], size: tuple[int, int] = (900, 420)) -> None:
+def draw_curves(path: Path, curves: dict[str, list[float]], size: tuple[int, int] = (900, 420)) -> None:
     """All curves on one pair of axes."""
     image = Image.new("RGB", size, "white")
     pen, font = ImageDraw.Draw(image), ImageFont.load_default(13)
@@ -141,12 +141,12 @@ def main() -> None:
     parser.add_argument("--smoke", action="store_true")
     options = parser.parse_args()
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    ends = ("int8", "fp8") if multiplies_fp8(torch.device(device)) else ("int8",)
-    names = [name for name in NAMES if name.rpartition("-")[0] in ends]
+    ends = ("int8", "fp8") if supports_fp8(torch.device(device)) else ("int8",)
+    names = [name for name in PRODUCT_NAMES if name.rpartition("-")[0] in ends]
 
     rounds, widths, steps = (1, (64,), 4) if options.smoke else (options.rounds, WIDTHS, options.steps)
     tokens = 256 if options.smoke else TOKENS
-    rows = seconds_a_step(names, widths, tokens, rounds, device, options.compile)
+    rows = time_steps(names, widths, tokens, rounds, device, options.compile)
     small = {"width": 64, "heads": 1, "kv_heads": 1, "blocks": 1} if options.smoke else {"blocks": options.blocks}
     recipe = Recipe(
         name="products", size=64, steps=steps, batch=options.batch, repeats=2, lr=1.5e-3, muon_lr=4e-3, mu=0.2,
@@ -154,14 +154,14 @@ def main() -> None:
     )  # fmt: skip
     text = TextEncoder.load(BUNDLED / "mini-text.safetensors", device)
     data = None if options.smoke else TrainingSet(Catalog(DATA), text, recipe)
-    curves = {name: curve(name, recipe, data, device) for name in (WIDE, *names)}
+    curves = {name: loss_curve(name, recipe, data, device) for name in (WIDE, *names)}
     last = {name: mean(values[-max(1, steps // 10) :]) for name, values in curves.items()}
     for name, loss in last.items():
         print(f"{name:<20} loss over the last tenth {loss:.4f} ({loss - last[WIDE]:+.4f})")
 
     options.out.parent.mkdir(parents=True, exist_ok=True)
-    bars(options.out.with_suffix(".png"), f"a training step with 8-bit products on {device}, against bf16", rows)
-    draw(options.out.with_name(f"{options.out.stem}-curves.png"), curves)
+    draw_bars(options.out.with_suffix(".png"), f"a training step with 8-bit products on {device}, against bf16", rows)
+    draw_curves(options.out.with_name(f"{options.out.stem}-curves.png"), curves)
     found = [{key: value for key, value in vars(each).items() if value is not None} for each in rows]
     write_toml(options.out.with_suffix(".toml"), row=found, loss=last, curve=curves, smoke=options.smoke)
 

@@ -28,19 +28,19 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from measure import (
-    BLOCKS,
+    EXTRAPOLATED_BLOCKS,
     HEAD,
     MEDIUM,
     SMALL,
     Row,
-    fill,
+    fill_random,
     interleaved,
+    low_bit_copy,
+    make_row,
     peak_megabytes,
-    random,
-    rate,
-    row,
+    product_rate,
+    random_tensor,
     save,
-    shrunk,
     small_tower,
     stream_operations,
     tower_operations,
@@ -71,8 +71,8 @@ class Bench:
     def __init__(self, rounds: int, device: str, smoke: bool, scratch: Path):
         self.rounds, self.device, self.smoke, self.scratch = rounds, device, smoke, scratch
         self.config = replace(SMALL if smoke else MEDIUM, blocks=3)
-        self.wide = default_dtype(device, MEDIUM.width)
-        self.dtype = getattr(torch, self.wide)
+        self.dtype_name = default_dtype(device, MEDIUM.width)
+        self.dtype = getattr(torch, self.dtype_name)
         self.sides = (128, 256) if smoke else (512, 1024)
         if device == "cpu":
             keep_freed_memory()  # as loading a pipeline does; here it applies to the other side too
@@ -95,7 +95,7 @@ class Bench:
     def dit(self) -> Krea2:
         with torch.device("meta"):
             network = Krea2(self.config)
-        fill(network, self.device, self.dtype)
+        fill_random(network, self.device, self.dtype)
         return network
 
     @cached_property
@@ -111,13 +111,13 @@ class Bench:
     @cached_property
     def limit(self) -> float:
         """Operations per second in the dtype used."""
-        return rate(self.dtype, self.device, 512 if self.smoke else 4096)
+        return product_rate(self.dtype, self.device, 512 if self.smoke else 4096)
 
     def stream(self, side: int, text: int = PROMPT) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """What a sampler passes to `velocity`, with guidance off."""
         grid = (side // 16, side // 16)
-        tokens = random((1, grid[0] * grid[1], self.config.token_dim), 1.0, self.dtype, self.device)
-        context = random((1, text, self.config.width), 1.0, self.dtype, self.device)
+        tokens = random_tensor((1, grid[0] * grid[1], self.config.token_dim), 1.0, self.dtype, self.device)
+        context = random_tensor((1, text, self.config.width), 1.0, self.dtype, self.device)
         mods = self.dit.modulate(torch.tensor([0.5], device=self.device))
         return tokens, context, mods, self.dit.rope(text, grid)
 
@@ -125,44 +125,46 @@ class Bench:
         """Theirs gets the text padded to 512 and runs text fusion at every step, as its pipeline does."""
         for side, aim in zip(self.sides, (1.45, 1.12), strict=True):
             tokens, context, mods, rope = self.stream(side)
-            embeds = random((1, PADDED, self.config.text_taps, self.config.text_width), 1, self.dtype, self.device)
+            embeds = random_tensor(
+                (1, PADDED, self.config.text_taps, self.config.text_width), 1, self.dtype, self.device
+            )
             mask = (torch.arange(PADDED) < PROMPT)[None].to(self.device)
             ids = position_ids(PADDED, side // 16, side // 16).to(self.device)
             sigma = torch.tensor([0.5], device=self.device, dtype=self.dtype)
 
             def ours(count: int, given: tuple = (tokens, context, mods, rope)) -> None:
-                with fewer(self.dit, "blocks", count):
+                with fewer_blocks(self.dit, "blocks", count):
                     self.dit.velocity(*given)
 
             def other(count: int, given: tuple = (tokens, embeds, sigma, ids, mask)) -> None:
-                with fewer(self.theirs, "transformer_blocks", count):
+                with fewer_blocks(self.theirs, "transformer_blocks", count):
                     self.theirs(*given)
 
             one, three, their_one, their_three = interleaved(
                 [lambda: ours(1), lambda: ours(3), lambda: other(1), lambda: other(3)], self.rounds
             )
-            work = stream_operations(self.config, PROMPT, tokens.shape[1], BLOCKS)
-            yield row(
-                f"step at {side} px, {BLOCKS} blocks, 45-token prompt",
-                extrapolated(one, three),
-                extrapolated(their_one, their_three),
+            work = stream_operations(self.config, PROMPT, tokens.shape[1], EXTRAPOLATED_BLOCKS)
+            yield make_row(
+                f"step at {side} px, {EXTRAPOLATED_BLOCKS} blocks, 45-token prompt",
+                extrapolate(one, three),
+                extrapolate(their_one, their_three),
                 aim=aim,
                 limit=work / self.limit,
             )
 
     def int8(self) -> Iterator[Row]:
-        small, smaller, side = shrunk(self.dit, "int8"), shrunk(self.dit, "int4"), self.sides[0]
+        small, smaller, side = low_bit_copy(self.dit, "int8"), low_bit_copy(self.dit, "int4"), self.sides[0]
         given = self.stream(side)
 
         def run(network: Krea2, count: int) -> None:
-            with fewer(network, "blocks", count):
+            with fewer_blocks(network, "blocks", count):
                 network.velocity(*given)
 
         works = [(net, count) for net in (small, self.dit, smaller) for count in (1, 3)]
         times = interleaved([lambda w=work: run(*w) for work in works], self.rounds)
-        eight, wide, four = (extrapolated(*times[i : i + 2]) for i in (0, 2, 4))
-        yield row(f"step at {side} px, int8 against {self.wide}", eight, wide, aim=1.2)
-        yield row(f"step at {side} px, int4 against {self.wide}", four, wide)
+        eight, wide, four = (extrapolate(*times[i : i + 2]) for i in (0, 2, 4))
+        yield make_row(f"step at {side} px, int8 against {self.dtype_name}", eight, wide, aim=1.2)
+        yield make_row(f"step at {side} px, int4 against {self.dtype_name}", four, wide)
         yield self.likeness("int8", 35)
         yield self.likeness("int4")
 
@@ -190,7 +192,7 @@ class Bench:
         config = replace(small_tower() if self.smoke else QWEN3_VL_4B, num_hidden_layers=3, taps=(1, 2, 3))
         with torch.device("meta"):
             tower = TextTower(config)
-        fill(tower, self.device, self.dtype)
+        fill_random(tower, self.device, self.dtype)
         half = config.head_dim // 2
         text = {key: value for key, value in vars(config).items() if key not in ("taps", "rope_theta")}
         text["rope_parameters"] = {
@@ -228,7 +230,7 @@ class Bench:
         )
 
         def ours(count: int) -> None:
-            with fewer(tower, "layers", count):
+            with fewer_blocks(tower, "layers", count):
                 tower(ids, prefix)
 
         def theirs(count: int) -> None:
@@ -241,10 +243,10 @@ class Bench:
             [lambda: ours(1), lambda: ours(3), lambda: theirs(1), lambda: theirs(3)], self.rounds
         )
         work = tower_operations(config, PROMPT, 35, TEMPLATE)
-        yield row(
+        yield make_row(
             "prompt encoding, 45 tokens, 35 of 36 layers",
-            extrapolated(one, three, 35),
-            extrapolated(their_one, their_three, 36),
+            extrapolate(one, three, 35),
+            extrapolate(their_one, their_three, 36),
             aim=4.0,
             limit=work / self.limit,
         )
@@ -254,7 +256,7 @@ class Bench:
         config = VAEConfig(base_dim=8 if self.smoke else 96)
         with torch.device("meta"):
             ours = QwenImageVAE(config)
-        fill(ours, self.device, torch.float32)
+        fill_random(ours, self.device, torch.float32)
         theirs = diffusers.AutoencoderKLQwenImage.from_config(config.to_diffusers())
         theirs.load_state_dict(ours.to_diffusers(), strict=True)
         for name, values in (("mean", config.latents_mean), ("std", config.latents_std)):
@@ -265,14 +267,14 @@ class Bench:
         """Qwen-Image's, at full size: theirs is the video network that was published."""
         ours, theirs = self.autoencoders
         side, dtype = self.sides[0], next(ours.parameters()).dtype
-        latents = random((1, 16, side // 8, side // 8), 1, dtype, self.device)
-        images = random((1, 3, side, side), 0.5, dtype, self.device)
+        latents = random_tensor((1, 16, side // 8, side // 8), 1, dtype, self.device)
+        images = random_tensor((1, 3, side, side), 0.5, dtype, self.device)
         works: list[Callable[[], Any]] = [lambda: ours.decode(latents), lambda: theirs.decode(latents[:, :, None])]
-        yield row(f"autoencoder, decode at {side} px", *interleaved(works, self.rounds), aim=2.5)
+        yield make_row(f"autoencoder, decode at {side} px", *interleaved(works, self.rounds), aim=2.5)
         megabytes = [[peak_megabytes(work)] for work in works]
-        yield row("autoencoder, decode, peak memory", *megabytes, unit="MB", aim=2.0)
+        yield make_row("autoencoder, decode, peak memory", *megabytes, unit="MB", aim=2.0)
         works = [lambda: ours.encode(images), lambda: theirs.encode(images[:, :, None])]
-        yield row(f"autoencoder, encode at {side} px", *interleaved(works, self.rounds))
+        yield make_row(f"autoencoder, encode at {side} px", *interleaved(works, self.rounds))
 
     @cached_property
     def mini(self) -> Pipeline:
@@ -313,9 +315,9 @@ class Bench:
                 first.steps * stream_operations(self.mini.dit.config, len(self.mini.text.token_ids(text)), image)
                 for text in texts
             )
-            limit = work / rate(self.mini.dtype, self.device, 512 if self.smoke else 2048)
+            limit = work / product_rate(self.mini.dtype, self.device, 512 if self.smoke else 2048)
             name = f"{count} picture{'s' * (count > 1)} of mini, {first.width} px, {first.steps} steps"
-            yield row(name, *interleaved([ours, theirs], self.rounds), limit=limit)
+            yield make_row(name, *interleaved([ours, theirs], self.rounds), limit=limit)
 
     def turbo(self) -> Iterator[Row]:
         """Turbo's own settings against Raw's full 52 guided steps: both ours."""
@@ -326,7 +328,7 @@ class Bench:
         for count in (1, 4, 8):  # from one to a full batch
             sides = [partial(turbo.render, short[:count]), partial(raw.render, long[:count])]
             name = f"{count} picture{'s' * (count > 1)}: Turbo / Raw, 52 guided steps"
-            yield row(name, *interleaved(sides, self.rounds), aim=10.0)
+            yield make_row(name, *interleaved(sides, self.rounds), aim=10.0)
 
     def start(self) -> Iterator[Row]:
         """From process start to a picture in one step, one process each."""
@@ -347,7 +349,7 @@ class Bench:
             else:
                 subprocess.run([sys.executable, "-c", code], check=True, stderr=subprocess.DEVNULL)
 
-        yield row(
+        yield make_row(
             "cold start to a picture in one step",
             *interleaved([lambda: process(mine), lambda: process(their)], self.rounds),
         )
@@ -361,7 +363,7 @@ class Bench:
         dit, rounds = self.dit, self.rounds
 
         def compare(name: str, with_it: Callable[[], Any], without: Callable[[], Any]) -> Row:
-            return row(f"saving: {name}", *interleaved([with_it, without], rounds))
+            return make_row(f"saving: {name}", *interleaved([with_it, without], rounds))
 
         tower = self.mini.text
         ids = [torch.zeros(1, n, dtype=torch.long, device=self.device) for n in (PROMPT, TEMPLATE + PADDED)]
@@ -372,7 +374,7 @@ class Bench:
         )
         padded = self.stream(side, PADDED)
         mask = (torch.arange(PADDED) < PROMPT)[None].to(self.device)
-        with fewer(dit, "blocks", 1):
+        with fewer_blocks(dit, "blocks", 1):
             given = (tokens, context, mods, rope)
             yield compare(
                 "no padding in the stream (1 block)",
@@ -385,7 +387,7 @@ class Bench:
                 lambda: dit.velocity(*given),
                 lambda: dit.velocity(*given, prompt_mask=full),
             )
-            embeds = random((1, PROMPT, c.text_taps, c.text_width), 1, self.dtype, self.device)
+            embeds = random_tensor((1, PROMPT, c.text_taps, c.text_width), 1, self.dtype, self.device)
             yield compare(
                 "text fusion once per prompt (1 block)",
                 lambda: dit.velocity(*given),
@@ -398,7 +400,7 @@ class Bench:
             lambda: [dit.modulate(each[None]) for each in sigmas],
         )
         q, k, v = (
-            random((1, heads, PROMPT + tokens.shape[1], c.head_dim), 1, self.dtype, self.device)
+            random_tensor((1, heads, PROMPT + tokens.shape[1], c.head_dim), 1, self.dtype, self.device)
             for heads in (c.heads, c.kv_heads, c.kv_heads)
         )
         group = c.heads // c.kv_heads
@@ -411,7 +413,7 @@ class Bench:
         spec = self.mini.resolve(replace(spec, width=64, height=64) if self.smoke else spec)
         net, unit = self.mini.dit, self.mini._unit
         grid = ((spec.height or 64) // unit, (spec.width or 64) // unit)
-        both = random((2, grid[0] * grid[1], net.config.token_dim), 1, self.mini.dtype, self.device)
+        both = random_tensor((2, grid[0] * grid[1], net.config.token_dim), 1, self.mini.dtype, self.device)
         text = self.mini.conditioning.context(PROMPTS[0], ())
         one_step, turn = net.modulate(torch.tensor([0.5], device=self.device)), net.rope(text.shape[1], grid)
         yield compare(
@@ -431,30 +433,30 @@ class Bench:
             LeadAttention(net.config, 0.5, [0.5], math.prod(grid), net.reach(grid)),
             PromptContexts({"styled": [WeightedContexts(1.0, embeds)]}),
         )
-        led = [
+        velocities = [
             GuidedVelocity(net, said, one_step, grid, guidance=0.0, style_guidance=None, cohesion=tie, one_stream=pack)
             for pack in (sys.maxsize, 0)
         ]
-        noises = random((len(embeds), *both.shape[1:]), 1, torch.float32, self.device)
+        noises = random_tensor((len(embeds), *both.shape[1:]), 1, torch.float32, self.device)
         yield compare(
             "the lead picture in one stream with the others (mini)",
-            lambda: led[0](noises, 0),
-            lambda: led[1](noises, 0),
+            lambda: velocities[0](noises, 0),
+            lambda: velocities[1](noises, 0),
         )
         conv = torch.nn.Conv2d(384, 192, 3, padding=1).to(self.device).requires_grad_(False)
-        cells = random((1, 384, side // 8, side // 8), 1, torch.float32, self.device)
+        cells = random_tensor((1, 384, side // 8, side // 8), 1, torch.float32, self.device)
         yield compare(
             "upsampling and convolution in one product",
             lambda: doubled(cells, conv),
             lambda: conv(F.interpolate(cells, scale_factor=2.0, mode="nearest")),
         )
 
-        def anew() -> None:
+        def encode_again() -> None:
             self.mini.forget()
             self.mini.conditioning.context(PROMPTS[0], ())
 
         yield compare(
-            "repeated prompts are cached (mini)", lambda: self.mini.conditioning.context(PROMPTS[0], ()), anew
+            "repeated prompts are cached (mini)", lambda: self.mini.conditioning.context(PROMPTS[0], ()), encode_again
         )
         file = self.scratch / "transformer"
         if not file.exists():
@@ -484,21 +486,21 @@ class Tokens(SimpleNamespace):
         return self
 
 
-class fewer:
+class fewer_blocks:
     """Within the context a network has only its first few blocks."""
 
     def __init__(self, network: nn.Module, stem: str, count: int):
         self.network, self.stem, self.count = network, stem, count
 
     def __enter__(self) -> None:
-        self.all = self.network.get_submodule(self.stem)
-        setattr(self.network, self.stem, nn.ModuleList(list(self.all)[: self.count]))
+        self.all_blocks = self.network.get_submodule(self.stem)
+        setattr(self.network, self.stem, nn.ModuleList(list(self.all_blocks)[: self.count]))
 
     def __exit__(self, *problem: object) -> None:
-        setattr(self.network, self.stem, self.all)
+        setattr(self.network, self.stem, self.all_blocks)
 
 
-def extrapolated(one: list[float], three: list[float], blocks: int = BLOCKS) -> list[float]:
+def extrapolate(one: list[float], three: list[float], blocks: int = EXTRAPOLATED_BLOCKS) -> list[float]:
     """Seconds with `blocks` blocks, from those with one and with three, round by round."""
     return [a + (blocks - 1) * (b - a) / 2 for a, b in zip(one, three, strict=True)]
 

@@ -15,7 +15,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from measure import HEAD, Row, interleaved, row, save
+from measure import HEAD, Row, interleaved, make_row, save
 from PIL import Image
 
 from model.pipeline import Pipeline
@@ -56,12 +56,12 @@ def rows(pipeline: Pipeline, folder: Path, rounds: int, smoke: bool) -> Iterator
         about = f"guidance {guidance:g}, {BATCH} pictures, {steps} steps"
         with_tokens = [styled(spec, "tokens", references[:1]) for spec in plain]
         works = [lambda s=with_tokens: integrate(s), lambda p=plain: integrate(p)]
-        yield row(f"steps with style tokens, {about}", *interleaved(works, rounds), aim=TOKENS)
+        yield make_row(f"steps with style tokens, {about}", *interleaved(works, rounds), aim=TOKENS)
         for count in (1, 2):
             spliced = [styled(spec, "splice", references[:count]) for spec in plain]
             works = [lambda s=spliced: pipeline.render(s), lambda p=plain: pipeline.render(p)]
             name = f"splice of {count}, {about}"
-            yield row(name, *interleaved(works, rounds), aim=SPLICE if count == 1 else None)
+            yield make_row(name, *interleaved(works, rounds), aim=SPLICE if count == 1 else None)
 
 
 def main() -> None:

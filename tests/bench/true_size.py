@@ -20,7 +20,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
-from measure import MEDIUM, SMALL, random, write_toml
+from measure import MEDIUM, SMALL, random_tensor, write_toml
 
 from model.compact import header_of, tensors
 from model.dit import DiTConfig, Krea2
@@ -29,7 +29,7 @@ from model.layouts import load_dit
 from model.low_bit import FORMATS, SUFFIXES, default_format, few_bit_layers, pack, use_few_bits
 from model.plan import FP32_WIDTH, native_bf16
 
-WAYS = {  # what is measured: precision, streamed, limit in GiB, formats of the stored file
+MODES = {  # what is measured: precision, streamed, limit in GiB, formats of the stored file
     "int8": ("int8", False, 15, ("bf16", "int8")),
     "int4": ("int4", False, 9, ("bf16", "int4")),
     "streamed": ("native", True, 6, ("bf16", "int8")),
@@ -39,37 +39,38 @@ CHUNK = 1 << 24
 GIB = 1 << 30
 
 
-def write(path: Path, config: DiTConfig, stored: str) -> None:
+def write_random(path: Path, config: DiTConfig, stored: str) -> None:
     """Write a native checkpoint of random weights; at most one matrix is in memory at a time."""
     with torch.device("meta"):
         network = Krea2(config)
     shapes = {name: tuple(tensor.shape) for name, tensor in network.state_dict().items()}
     if stored in FORMATS:
         use_few_bits(network.blocks, lambda name, layer: default_format(stored, layer.in_features))
-    few = few_bit_layers(network)
+    low_bit_layers = few_bit_layers(network)
 
-    def made(names: Iterable[str]) -> dict[str, torch.Tensor]:
+    def make_tensor(names: Iterable[str]) -> dict[str, torch.Tensor]:
         (name,) = names
-        tensor = random(
+        tensor = random_tensor(
             shapes[name], 0.02 if len(shapes[name]) < 2 else shapes[name][-1] ** -0.5, torch.bfloat16, "cpu"
         )
-        if name not in few:
+        if name not in low_bit_layers:
             return {name: tensor.float() if name.endswith(".scale") else tensor}
-        format = few[name].format
+        layer_format = low_bit_layers[name].format
         return {
-            name + end: part for end, part in zip(SUFFIXES[format.bits], pack(tensor, None, 0, format), strict=True)
+            name + end: part
+            for end, part in zip(SUFFIXES[layer_format.bits], pack(tensor, None, 0, layer_format), strict=True)
         }
 
     header = header_of(network, {"kind": "dit", "config": asdict(config)})
     with path.open("wb") as file:
         file.write(len(header).to_bytes(8, "little") + header)
-        for tensor in tensors(network, made):
+        for tensor in tensors(network, make_tensor):
             file.write(tensor.contiguous().flatten().view(torch.uint8).numpy().data)
         file.flush()
         os.fsync(file.fileno())
 
 
-def forget(path: Path) -> None:
+def drop_cached_pages(path: Path) -> None:
     """Drop a file's pages from the system's cache, so that it is read from the disk again."""
     file = os.open(path, os.O_RDONLY)
     os.fsync(file)
@@ -78,7 +79,7 @@ def forget(path: Path) -> None:
 
 
 def read_once(path: Path) -> float:
-    forget(path)
+    drop_cached_pages(path)
     started, room = time.perf_counter(), bytearray(CHUNK)
     with path.open("rb", buffering=0) as file:
         while file.readinto(room):
@@ -89,7 +90,7 @@ def read_once(path: Path) -> float:
 @torch.inference_mode()
 def measure(path: Path, way: str, side: int) -> None:
     """Run in its own process: prints a line of JSON."""
-    precision, streamed, *_ = WAYS[way]
+    precision, streamed, *_ = MODES[way]
     keep_freed_memory()  # as a pipeline does
     started = time.perf_counter()
     wide = torch.float32 if not native_bf16("cpu") else torch.bfloat16
@@ -116,7 +117,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path(".cache/bench/true-size.toml"))
     parser.add_argument("--keep", action="store_true")
     parser.add_argument("--smoke", action="store_true")
-    parser.add_argument("--measure", choices=WAYS, help=argparse.SUPPRESS)
+    parser.add_argument("--measure", choices=MODES, help=argparse.SUPPRESS)
     options = parser.parse_args()
 
     path = options.folder / f"random-{options.stored}{'-small' * options.smoke}.safetensors"
@@ -126,22 +127,22 @@ def main() -> None:
     options.folder.mkdir(parents=True, exist_ok=True)
     try:
         if not path.exists():
-            write(path, config, options.stored)
+            write_random(path, config, options.stored)
         once, found = read_once(path), []
         print(f"{path.stat().st_size / 1e9:.1f} GB, read once in {once:.1f} s")
-        for way, (_, _, most, those) in WAYS.items():
-            if options.stored not in those:
+        for way, (_, _, limit_gib, formats) in MODES.items():
+            if options.stored not in formats:
                 continue
-            forget(path)
+            drop_cached_pages(path)
             command = [sys.executable, __file__, str(options.folder), "--stored", options.stored]
             command += ["--size", str(options.size), "--measure", way, *(["--smoke"] if options.smoke else [])]
             row = json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout)
-            row |= {"way": way, "most_gib": most, "over_reading": row["first"] / once}
+            row |= {"way": way, "most_gib": limit_gib, "over_reading": row["first"] / once}
             found.append(row)
             print(
                 f"{way:<15} loaded in {row['load']:.1f} s, first step done at {row['first']:.1f} s "
                 f"({row['over_reading']:.2f} × reading), second {row['second']:.1f} s, "
-                f"peak {row['peak_gib']:.2f} of {most} GiB",
+                f"peak {row['peak_gib']:.2f} of {limit_gib} GiB",
                 flush=True,
             )
         write_toml(options.out, way=found, stored=options.stored, read_once=once, bytes=path.stat().st_size)

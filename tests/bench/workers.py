@@ -26,13 +26,13 @@ from model.spec import RenderSpec
 SUBJECTS = ("fox", "owl", "cat", "dog", "car", "bus", "tree", "house")
 
 
-class Timed:
+class TimedPool:
     """A pool that times its pictures."""
 
     def __init__(self, pool: WorkerPool):
         self.pool, self.size, self.where = pool, pool.size, pool.where
-        self.ready, self.heard = 0, 0.0
-        self.made = 0
+        self.ready, self.started_at = 0, 0.0
+        self.rendered = 0
 
     def acquire(self, held: ModelSpec) -> int:
         return self.pool.acquire(held)
@@ -44,27 +44,27 @@ class Timed:
         worker, news = self.pool.next_message()
         self.ready += isinstance(news, Ready)
         if self.ready == self.size:
-            self.heard = self.heard or time.perf_counter()
-            self.made += len(news) if isinstance(news, list) else 0
+            self.started_at = self.started_at or time.perf_counter()
+            self.rendered += len(news) if isinstance(news, list) else 0
         return worker, news
 
     def close(self) -> None:
         self.pool.close()
 
 
-def rate(make: Callable[[list[RenderSpec]], WorkerPool], count: int) -> float:
+def rate(make_pool: Callable[[list[RenderSpec]], WorkerPool], count: int) -> float:
     """Pictures per minute, once all workers are running."""
     specs = [RenderSpec(f"a red {SUBJECTS[seed % len(SUBJECTS)]}", seed=seed) for seed in range(count)]
-    pool = Timed(make(specs))
+    pool = TimedPool(make_pool(specs))
     try:
         found = list(distribute(pool, ModelSpec("mini", "turbo"), range(count)))
     finally:
         pool.close()
     assert len(found) == count
-    return 60 * pool.made / (time.perf_counter() - pool.heard)
+    return 60 * pool.rendered / (time.perf_counter() - pool.started_at)
 
 
-def clusters(sizes: list[int], count: int) -> dict[int, float]:
+def ray_rates(sizes: list[int], count: int) -> dict[int, float]:
     """The same on Ray, with one single-core node per worker."""
     from ray.cluster_utils import Cluster as Nodes
 
@@ -95,7 +95,7 @@ def main() -> None:
     try:
         import ray  # noqa: F401
 
-        ways["ray"] = lambda: clusters(sizes, options.pictures)
+        ways["ray"] = lambda: ray_rates(sizes, options.pictures)
     except ImportError:
         print("Ray is not installed: measuring processes only")
     for way, measure in ways.items():
