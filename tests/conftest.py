@@ -32,7 +32,7 @@ SIDE = 64
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported: there is one process per core
 
-hypothesis.settings.register_profile("k2", deadline=None)  # a busy machine is no failure
+hypothesis.settings.register_profile("k2", deadline=None)  # a busy machine is not a failure
 hypothesis.settings.register_profile("long", hypothesis.settings.get_profile("k2"), max_examples=20_000)
 hypothesis.settings.load_profile("k2")
 
@@ -146,7 +146,7 @@ def fake(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[type[FakeP
 
 
 def write_weights(path: Path, about: dict[str, Any]) -> None:
-    """The smallest safetensors file with metadata of what it is."""
+    """The smallest safetensors file with metadata that says what it is."""
     import json
 
     header = {
@@ -206,7 +206,7 @@ def tree(folder: Path) -> dict[str, bytes | None]:
 
 
 def many_pictures(outputs: Path, count: int, *, per_run: int = 40, text: str = "", png: bytes = b"") -> None:
-    """A history of any length: runs of one prompt each, records as a render writes them, one small picture."""
+    """A history of any length: runs of one prompt each, records as a render writes them, one small picture for all."""
     from datetime import UTC, datetime, timedelta
 
     from k2cli.fast_toml import dump

@@ -1,4 +1,4 @@
-"""Files that are there whole or not at all."""
+"""Atomic writes: files are there whole or not at all."""
 
 import os
 import threading
@@ -35,10 +35,10 @@ def test_failure_leaves_only_the_old_file(tmp_path, error):
     assert path.read_text() == "old" and os.listdir(tmp_path) == ["a.json"]
 
 
-@pytest.mark.skipif(os.name == "nt", reason="has no such rights")
+@pytest.mark.skipif(os.name == "nt", reason="has no such permissions")
 @pytest.mark.parametrize("mask", [0o022, 0o077, 0o027])
 def test_file_gets_default_permissions(tmp_path, mask):
-    """Whatever the writer, and without the process's mask being touched, which files of other threads hang on."""
+    """Whatever the writer, and without touching the process's umask, on which other threads' files depend."""
     before = os.umask(mask)
     try:
         (tmp_path / "any").touch()

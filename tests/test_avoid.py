@@ -1,4 +1,4 @@
-"""Words avoided without guidance: a direction taken out of the prompt's rows, and nothing where nothing is avoided."""
+"""Avoiding words without guidance: a direction is removed from the prompt's rows; without phrases nothing changes."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def middle(rows: torch.Tensor) -> torch.Tensor:
 
 
 def led(rows: torch.Tensor, weight: float) -> Direction:
-    """A phrase by its rows, whose suffix is what it adds."""
+    """A phrase given by its rows; their suffix is what it adds."""
     return Direction(*split_suffix(rows), weight)
 
 
@@ -54,8 +54,8 @@ def test_no_phrases_return_the_same_tensor(rows):
 
 
 def test_weight_one_neutralises_the_avoided_words(rows):
-    """As rows of a prompt they become neutral one by one, and what stands at right angles to them stays; where the
-    prompt does not speak of them, it goes by half of their mean."""
+    """Rows of the phrase itself become neutral and rows orthogonal to it stay as they are; if no row is about it, they
+    all move away by half its mean."""
     neutral = middle(rows["neutral"])
     fog = split_suffix(rows["fog"])[0]
     spanned = torch.linalg.qr(torch.cat((fog[0], torch.randn(1, 3, 16))).permute(1, 2, 0))[0]  # [N, E, 4]
@@ -73,7 +73,7 @@ def test_weight_one_neutralises_the_avoided_words(rows):
 
 
 def test_partly_related_rows_lose_a_part(rows):
-    """By the formula, for rows a fifth and seven tenths of whose square lie in the phrase's direction."""
+    """By the formula, for rows with 0.2 and 0.7 of their squared norm in the phrase's direction."""
     neutral = middle(rows["neutral"])
     of_it, other = torch.linalg.qr(torch.randn(3, 16, 2))[0].permute(2, 0, 1)  # [N, E]
     g = torch.tensor([0.2, 0.7])[:, None, None]
@@ -87,7 +87,7 @@ def test_partly_related_rows_lose_a_part(rows):
     torch.testing.assert_close(moved[:, :2], expected, atol=1e-5, rtol=1e-4)
 
 
-def test_synonymous_words_are_one_direction(rows):
+def test_repeated_words_are_one_direction(rows):
     neutral, ink = middle(rows["neutral"]), split_suffix(rows["ink"])[0]
     adds = torch.zeros(1, SUFFIX_TOKENS, 3, 16)
     once, twice = (Direction(neutral + torch.cat([ink] * n, 1), adds, 1.0) for n in (1, 2))
@@ -173,7 +173,7 @@ def test_phrase_still_counts_with_a_too_long_prompt(tiny, text):  # noqa: F811
     assert speaks.truncated(f"{text}, ink") and adds(text) > 0.1 * adds("a fox")
 
 
-# ---- what is avoided ----------------------------------------------------------------------------
+# ---- phrases and weights ------------------------------------------------------------------------
 
 
 def test_weights_come_from_styles_else_are_one():

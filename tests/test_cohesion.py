@@ -1,4 +1,4 @@
-"""Cohesion: nothing at 0, more with more, a leader that is itself, pictures that can be made again by themselves."""
+"""Cohesion: no effect at 0, more the higher it is, an unchanged lead picture, pictures that can be rerun alone."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def latents(pipeline: Pipeline, specs: list[RenderSpec]) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("side", [64, 128])
-def test_lead_tokens_lie_beside_the_picture_at_every_size(tiny, board, monkeypatch, side):  # noqa: F811
+def test_captured_tokens_lie_beside_the_picture_at_every_size(tiny, board, monkeypatch, side):  # noqa: F811
     pipeline, reached = Pipeline.load("tiny", device="cpu"), set()
     for module in ("cohesion", "splice"):
         monkeypatch.setattr(f"model.{module}.guard_keys", lambda *args: reached.add(args[-1]) or guard_keys(*args))
@@ -109,7 +109,7 @@ def test_influence_rises_from_zero_with_cohesion(pipeline):
 )
 @pytest.mark.parametrize("method", [None, "splice", "tokens"])
 def test_tied_picture_does_not_depend_on_its_batch(pipeline, board, method, changes):
-    """With a leader as without: alone, in any order, in chunks of any size; styles and guidance as they may be."""
+    """The lead picture as well as those that follow: alone and in any order, with any style method and guidance."""
     if method == "tokens" and pipeline.parts.style is None:
         method = None
     styles = (Style("board", 0.7, (Reference(board),), method=method),) if method else ()
@@ -130,7 +130,7 @@ def test_large_batches_are_rendered_in_chunks(pipeline, monkeypatch):
 
 
 def test_guided_picture_follows_in_every_branch(pipeline):
-    """Guided away from its own prompt it goes nowhere, tied as free, if the leader does so too."""
+    """With its own prompt as the negative one, guidance has no effect, if the lead picture's has none either."""
     batch = [replace(spec, guidance=3.0, negative=spec.prompt) for spec in BATCH]
     off = [replace(spec, guidance=0.0, negative="") for spec in BATCH]
     on = pipeline.render(tie(batch, 0.8))
@@ -169,7 +169,7 @@ def test_lead_picture_is_recognised():
 
 
 def test_shared_noise_is_still_noise():
-    """Of the same size at any cohesion, the mean of a channel too, and all else of it left alone."""
+    """Of the same scale at any cohesion, channel means included; everything but those means is left alone."""
     torch.manual_seed(0)
     starts = torch.randn(3, 3200, 8, 8)
     for cohesion in (0.0, 0.3, 0.5, 1.0):
@@ -186,7 +186,7 @@ def test_shared_noise_is_still_noise():
 
 @pytest.fixture
 def scene():
-    """Streams of 5 words and 12 image tokens in two rows, and a leader."""
+    """Streams of 5 text and 12 image tokens in two rows, and the capture of a lead picture."""
     torch.manual_seed(0)
     stream = torch.randn(2, 4, 17, 16), torch.randn(2, 2, 17, 16), torch.randn(2, 2, 17, 16)
     keys, values, queries = 1 + torch.randn(2, 2, 12, 16), 2 + torch.randn(2, 2, 12, 16), torch.randn(2, 4, 12, 16) - 1
@@ -208,7 +208,7 @@ def test_shared_attention_is_continuous_at_zero(scene):
 
 
 def test_following_itself_changes_nothing(scene):
-    """The same keys twice are the same answer, and its own statistics are there already."""
+    """The same keys twice give the same answer, and its statistics are its own already."""
     q, k, v = (x[:, :, 5:] for x in scene[0])
     answer = shared_attention(attention, Capture(k, v, *moments(q), *moments(k)), 1.0)(q, k, v)
     torch.testing.assert_close(answer, attention(q, k, v), rtol=1e-4, atol=1e-5)
@@ -230,7 +230,7 @@ def test_image_tokens_move_towards_the_leads_statistics(scene):
 
 
 def test_shared_attention_follows_its_formula(scene):
-    """A share of each image token's answer is from attention to the leader's tokens and its own stream's."""
+    """A share of each image token's answer comes from attention to the lead picture's tokens and its own stream's."""
     (q, k, v), heard = scene
     queries = pull_statistics(q[:, :, 5:], heard.q_mean, heard.q_var, PULL / 2)
     own = torch.cat((k[:, :, :5], pull_statistics(k[:, :, 5:], heard.k_mean, heard.k_var, PULL / 2)), 2)
@@ -258,7 +258,7 @@ def test_lead_is_captured_in_deeper_blocks_and_guarded():
     def twice(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         return 2 * attention(q, k, v)
 
-    within = bond.record([None, twice] * 4, [0], 1)  # a splice is, which ties are put around
+    within = bond.record([None, twice] * 4, [0], 1)  # as with a splice, around which ties are put
     assert within[:2] == [None, twice]
     for block, times in ((2, 1), (3, 2)):
         assert torch.equal(within[block](q, k, v), times * attention(q, k, v))
@@ -314,9 +314,9 @@ def test_scope_is_the_prompt_or_the_run(den, k2):
     assert led("--scope", "run", "--cohesion", "0.2") == [fox] * 4
     assert led("--cohesion", "0") == [()] * 4
     assert led("--scope", "run", "--only", "fox") == [fox] * 2
-    assert led("--scope", "run", "--only", "owl") == [fox] * 2  # as when all were rendered
+    assert led("--scope", "run", "--only", "owl") == [fox] * 2  # as when rendering all
     assert led("--scope", "run", "--only", "o*") == [fox] * 2
-    assert led("--scope", "run", "--only", "owl", "--seed", "9") == [fox] * 2  # another owl among the others
+    assert led("--scope", "run", "--only", "owl", "--seed", "9") == [fox] * 2  # another owl to go with the others
     assert led("--scope", "run", "--only", "fox", "--seed", "9") == [fox] * 2
     assert led("--scope", "run", "--seed", "9") == [("a red fox", 9, "")] * 4
     assert led("--scope", "run", "-p", "a hen") == [("a hen", 0, "")] * 2
@@ -338,7 +338,7 @@ def test_unnamed_prompts_and_choices_follow_the_first_picture(den, k2):
 
 
 def test_stream_lines_are_not_project_prompts(den, k2):
-    """Be it JSON or not; and of a project without any."""
+    """JSON or not, and in a project without prompts too."""
     import json
 
     lines = 'a cat\n{"prompt": "a cat"}\n'
@@ -391,7 +391,7 @@ def test_matrix_may_name_a_prompt_by_its_derived_name(den, k2):
     assert [json.loads(line)["leader"]["seed"] for line in lines] == [5, 5]
 
 
-def test_single_reading_is_compared_and_led_as_in_the_full_run(den, k2):
+def test_single_expansion_is_compared_and_led_as_in_the_full_run(den, k2):
     import json
 
     head = PROJECT.partition("[[prompt]]")[0] + 'scope = "run"\n'

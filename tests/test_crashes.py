@@ -1,4 +1,4 @@
-"""A run that dies at every file operation in turn: what stands there is whole, and `--resume` makes the rest."""
+"""Runs that die at every file operation in turn: what they leave is whole, and `--resume` renders the rest."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ from k2cli.tables import Toml
 from model import library
 
 OPERATIONS = ("mkdir", "rename", "replace", "unlink", "rmdir", "fsync", "open")
-FORK = multiprocessing.get_context("fork")  # the child has the painting pipeline of this process
+FORK = multiprocessing.get_context("fork")  # the child inherits the fake pipeline of this process
 
 
 def die_at(fatal: int) -> None:
-    """From now on the file operation of this number is the last, and is not done; a file in hand stays half written."""
+    """Die at the file operation of this number, before it is done; a file that was to be flushed stays half written."""
     count = 0
 
     def counted(name: str, operation: Callable[..., Any]) -> Callable[..., Any]:
@@ -60,7 +60,7 @@ def render(fatal: int, arguments: tuple[str, ...]) -> None:
 
 
 def died(fatal: int, *arguments: str) -> bool:
-    """Whether a render in a process of its own came as far as that operation."""
+    """Whether a render in a process of its own got as far as that operation, and died."""
     process = FORK.Process(target=render, args=(fatal, arguments))
     process.start()
     process.join()
@@ -69,7 +69,7 @@ def died(fatal: int, *arguments: str) -> bool:
 
 
 def pictures(outputs: Path) -> dict[str, str]:
-    """Every picture there by its hash, each of them checked against its record."""
+    """The hash of every picture there, each checked against its record."""
     found = {}
     for path in outputs.rglob("*-*.png"):
         with Image.open(path) as image:
@@ -88,7 +88,7 @@ def test_crash_at_any_file_operation_leaves_whole_files(moody, k2):
         left = pictures(moody / "outputs")
         assert left.items() <= expected.items()
         runs = sorted(path.name for path in moody.glob("outputs/*-*") if (path / "run.toml").exists())
-        if len(runs) > folders:  # it had a plan: it can be finished
+        if len(runs) > folders:  # its plan was written, so it can be finished
             begun += 1
             last = moody / "outputs" / runs[-1]
             whole = dict(tree(last))
@@ -118,9 +118,9 @@ def test_crash_during_resume(moody, k2, first):
 
 
 def test_a_few_random_kills(tmp_path):
-    """As `tests/bench/kills.py` does 200 times, with the model of the box; in processes that know nothing of pytest."""
+    """As `tests/bench/kills.py` does 200 times, with the bundled model, in processes that know nothing of pytest."""
     if "mini" not in library.bundled_models():
-        pytest.skip("the box holds no weights yet")
+        pytest.skip("there are no bundled weights yet")
     bench = Path(__file__).parent / "bench" / "kills.py"
     done = subprocess.run(
         [sys.executable, bench, "--kills", "6"],
@@ -160,7 +160,7 @@ def test_twenty_concurrent_renders_lose_and_duplicate_nothing(moody):
 
 @pytest.fixture
 def small_disk(tmp_path) -> Iterator[Path]:
-    """A file system with room for little."""
+    """A file system with little room."""
     disk = tmp_path / "disk"
     disk.mkdir()
     command = ["mount", "-t", "tmpfs", "-o", "size=96k", "none", disk]
@@ -172,7 +172,7 @@ def small_disk(tmp_path) -> Iterator[Path]:
 
 
 def test_full_disk_keeps_whole_files(moody, k2, small_disk, monkeypatch):
-    """Whatever came before it was full is whole; when there is room again, the rest is made."""
+    """Whatever was written before is whole; once there is room again, the rest is rendered."""
     k2("render", "--batch", "9")
     expected = pictures(moody / "outputs")
     shutil.copy(moody / "k2.toml", small_disk)

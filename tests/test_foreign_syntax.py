@@ -1,4 +1,4 @@
-"""Signs of other tools are found in prompts, and plain text is none of them."""
+"""Syntax of other tools is found in prompts, and plain text is not mistaken for it."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ from k2cli.foreign_syntax import read_as_words, signs_of
         ("a red|green} cat", "}", "need two braces"),
     ],
 )
-def test_foreign_syntax_is_found_with_its_equivalent(prompt, sign, advice):
+def test_foreign_syntax_is_found_with_advice(prompt, sign, advice):
     ((found, told),) = signs_of(prompt).items()
     assert found == sign and advice in told
 

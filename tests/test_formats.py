@@ -1,4 +1,4 @@
-"""Pictures as WebP and JPEG: what they say of themselves, and the way back from them."""
+"""Pictures as WebP and JPEG: their metadata, and how they are reproduced from it."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def test_runs_in_other_formats_resume_and_rerun(moody, k2, format, tmp_path):
     moved = tmp_path / f"moved{second[second.rindex('.') :]}"
     (moody / second).rename(moved)
     assert "Identical" in k2("rerun", moved, "--output", tmp_path / "again.png").stderr
-    assert len(k2("log").stdout.splitlines()) == 2  # the one that is left, and the rerun
+    assert len(k2("log").stdout.splitlines()) == 2  # the one that remains, and the rerun
     assert json.loads(k2("gallery", "--json").stdout)["pictures"] == 2
 
 

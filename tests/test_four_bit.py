@@ -1,4 +1,4 @@
-"""4 bits as ComfyUI's own library writes, reads and multiplies them; what is held, what is written, what is refused."""
+"""4 bits as ComfyUI's own library writes, reads and multiplies them: what is held, written and refused."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def state() -> dict[str, Tensor]:
 
 
 def stored(state: dict[str, Tensor], layout: type = W4A8, **how: object) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """A state dict as ComfyUI saves it, the blocks' matrices as a layout has them; and what it stands for."""
+    """A state dict as ComfyUI saves it, the blocks' matrices in a layout, and the weights it stands for."""
     saved, means = dict(state), dict(state)
     for name in [n for n, t in state.items() if n.startswith("blocks.") and t.ndim == 2]:
         packed, params = layout.quantize(state[name], **how)
@@ -74,7 +74,7 @@ def test_every_code_and_scale_decodes_like_the_writer():
 
 @pytest.mark.parametrize("shape", [(48, 256), (33, 1024), (128, 64)])
 def test_rounding_error_matches_comfy_kitchen(shape):
-    """Theirs looks for scales twice."""
+    """comfy-kitchen searches for scales twice."""
     matrix = torch.randn(shape) * torch.logspace(-6, 3, shape[0])[:, None]
     turns = rotation_size(shape[1])
     codes = to_codes(rotate(matrix, turns))
@@ -89,7 +89,7 @@ def test_rounding_error_matches_comfy_kitchen(shape):
 
 
 def test_codes_are_the_nearest_levels():
-    """But for quotients so near the middle of two that the table's steps do not tell them apart."""
+    """Except for quotients so near the middle between two that the table's steps do not tell them apart."""
     matrix = torch.randn(64, 4096)
     codes = to_codes(matrix)
     own = torch.stack([codes.packed & 15, codes.packed >> 4 & 15], -1).view(64, -1, 16)
@@ -125,7 +125,7 @@ def test_rotation_size_divides_the_row(inward, turns):
     assert rotation_size(inward) == turns
 
 
-# ---- files of ComfyUI ---------------------------------------------------------------------------
+# ---- ComfyUI's files ----------------------------------------------------------------------------
 
 
 @LAYOUTS
@@ -157,7 +157,7 @@ def test_codes_are_kept_as_stored(tmp_path, state, layout):
 
 
 def test_product_matches_comfy_kitchen(tmp_path, state, monkeypatch):
-    """Tokens rotated, rounded to 8 bits, times numbers of 8 bits, whatever this processor is good at."""
+    """Tokens are rotated, rounded to 8 bits and multiplied by 8-bit numbers, whatever this processor is good at."""
     monkeypatch.setattr(low_bit, "is_native", lambda number, device: True)
     saved, _ = stored(state)
     layer = few_bit_layers(load_dit(native(tmp_path, saved), precision="int4")[0])[NAME]
@@ -168,7 +168,7 @@ def test_product_matches_comfy_kitchen(tmp_path, state, monkeypatch):
 
 
 def test_other_levels_and_scales(tmp_path, state):
-    """Without levels codes are whole numbers; scales may lie as bytes, levels differ from layer to layer."""
+    """Without levels, codes are whole numbers; scales may be stored as bytes, and levels may differ between layers."""
     plain, means = stored(state, codebook=False)
     assert not any(name.endswith("_codebook") for name in plain)
     assert_means(load_dit(native(tmp_path, plain))[0], means)
@@ -231,8 +231,8 @@ def test_mixed_precision_keeps_each_matrix_as_stored(tmp_path, state):
 
 
 @LAYOUTS
-def test_file_info_needs_no_torch(tmp_path, state, layout, monkeypatch):
-    """Nor its licence: the open weights' shape is theirs in any number of bits."""
+def test_file_info_counts_the_weights_and_finds_the_release(tmp_path, state, layout, monkeypatch):
+    """The open weights are recognised by their shape, in any number of bits."""
     saved, _ = stored(state, layout)
     path = native(tmp_path, saved)
     about, word = library.describe(path), {W4A8: "W4A8", W4A4: "W4A4"}[layout]
@@ -244,7 +244,7 @@ def test_file_info_needs_no_torch(tmp_path, state, layout, monkeypatch):
     assert library.is_release(path)
 
 
-# ---- files of ours ------------------------------------------------------------------------------
+# ---- our files ----------------------------------------------------------------------------------
 
 
 def test_written_files_are_read_by_comfy_kitchen(tmp_path, state):
@@ -279,7 +279,7 @@ def test_matrix_is_coded_in_parts(monkeypatch):
     assert torch.equal(Codes(*whole).numbers, numbers_of(*(whole[i] for i in (0, 1, 3))))
 
 
-# ---- what is refused ----------------------------------------------------------------------------
+# ---- refusals -----------------------------------------------------------------------------------
 
 
 def with_(end: str, change: Callable[[Tensor], Tensor]) -> Callable[[dict[str, Tensor]], dict[str, Tensor]]:
@@ -326,6 +326,6 @@ def test_w4a4_has_no_groups(tmp_path, state):
 
 
 def test_6_bits(tmp_path, state):
-    """The same mark, other widths."""
+    """The mark is the same, the widths are not."""
     saved, _ = stored(state, bits=6)
     assert "asym_w4a8_int8 with scales of F8_E4M3" in refused(native(tmp_path, saved))

@@ -1,4 +1,4 @@
-"""Pulling against a server on this machine that speaks as the hub does, and misbehaves as networks do."""
+"""Pulling from a server on this machine that talks like the hub and misbehaves like a network."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def weights(seed: int, size: int = 200_000) -> bytes:
 
 
 def etag(content: bytes) -> str:
-    """What the hub knows a file by: sha256 of large ones, git's object id of small ones."""
+    """The hub's id of a file: the sha256 of large ones, git's object id of small ones."""
     if len(content) > 1000:
         return hashlib.sha256(content).hexdigest()
     return hashlib.sha1(f"blob {len(content)}\0".encode() + content).hexdigest()
@@ -76,13 +76,13 @@ class Hub:
     repos: dict[str, dict[str, dict[str, bytes]]] = field(default_factory=dict)  # repo -> commit -> name -> bytes
     refs: dict[str, str] = field(default_factory=lambda: {"main": MAIN, "v1": OLD})
     card: dict[str, Any] = field(default_factory=dict)
-    cut: Counter[str] = field(default_factory=Counter)  # file -> how many answers break off half way
+    cut: Counter[str] = field(default_factory=Counter)  # file -> how many answers break off halfway
     damaged: set[str] = field(default_factory=set)
     refuse: Callable[[str], tuple[int, dict[str, str]] | None] = lambda path: None
     asked: list[tuple[str, str, str]] = field(default_factory=list)  # (path, Range, Authorization)
 
     def gets(self, name: str) -> list[str]:
-        """The ranges in which a file was asked for."""
+        """The ranges in which a file was requested."""
         return [span for path, span, _ in self.asked if path.endswith(f"/{name}") and "/resolve/" in path]
 
     @property
@@ -112,7 +112,7 @@ class Handler(BaseHTTPRequestHandler):
             commit = hub.refs.get(parts[3], parts[3])
             content = hub.repos[repo][commit][name]
             about = {"X-Repo-Commit": commit, "ETag": f'"{etag(content)}"'}
-            if len(content) > 1000:  # large files lie elsewhere: another host, to which no token may go
+            if len(content) > 1000:  # large files are on another host, which must not get the token
                 other = f"http://localhost:{self.server.server_address[1]}/cdn/{etag(content)}/{name}"
                 about |= {"X-Linked-Etag": about["ETag"], "X-Linked-Size": str(len(content)), "Location": other}
                 return self.answer(302, b"", about)
@@ -125,7 +125,7 @@ class Handler(BaseHTTPRequestHandler):
     do_HEAD = do_GET
 
     def info(self, repo: str, revision: str, whole: bool) -> None:
-        """What there is; sizes and hashes only where the whole is asked for."""
+        """The list of files; sizes and hashes only if `whole`."""
         commits = self.hub.repos.get(repo)
         if commits is None:
             return self.answer(401, b"{}", {"X-Error-Code": "RepoNotFound"})
@@ -204,7 +204,7 @@ def environment(folder: Path) -> dict[str, str]:
 
 
 def cached(repo: str = REPO) -> list[str]:
-    """What lies in a repository's cache under blobs, by the ends of the names."""
+    """The suffixes of what a repository's cache holds under blobs."""
     return sorted(path.name.partition(".")[2] for path in (library.folder_of(repo) / "blobs").iterdir())
 
 
@@ -254,8 +254,8 @@ def test_files_pulled_by_other_tools_are_found(hf: Hub, k2):
 
 @pytest.mark.parametrize("name", [library.MANIFEST, library.MANIFEST.upper().replace("JSON", "json")])
 @pytest.mark.parametrize("pulled", [True, False])
-def test_manifest_in_a_repository_is_not_fetched(hf: Hub, k2, name, pulled):
-    """It would say of itself which licence and which hashes it has."""
+def test_manifest_in_a_repository_is_ignored(hf: Hub, k2, name, pulled):
+    """It could claim any licence and any hashes."""
     forged = json.dumps({"repo": REPO, "commit": MAIN, "licence": "mit", "files": {}}).encode()
     hf.repos[REPO][MAIN][name] = forged
     if pulled:
@@ -284,7 +284,7 @@ def test_progress_covers_the_whole_pull(hf: Hub):
     hub.fetch(plan, lambda what, done: seen.append(done))
 
     assert seen == sorted(seen) and seen[-1] == plan.size == sum(len(PIPELINE[name]) for name in NEEDED)
-    assert len(set(seen)) > 2 * len(NEEDED)  # not only where a file ends
+    assert len(set(seen)) > 2 * len(NEEDED)  # not only at the ends of files
 
 
 def test_second_pull_only_repairs_damage(hf: Hub, k2):
@@ -345,7 +345,7 @@ def test_wrong_hash_is_discarded_and_reported(hf: Hub, k2):
 
 
 def test_damaged_partial_file_is_detected(hf: Hub, k2):
-    """What lies there as .incomplete need not be the beginning of this file."""
+    """An .incomplete file need not be the beginning of this one."""
     partial = library.folder_of(REPO) / "blobs" / f"{etag(PIPELINE[SHARDS[0]])}.incomplete"
     partial.parent.mkdir(parents=True)
     partial.write_bytes(b"x" * 1000)
@@ -371,8 +371,8 @@ def test_small_files_are_checked_too(hf: Hub, k2):
 
 
 REFUSALS = {
-    "gated, nobody": ("/resolve/", 401, {"X-Error-Code": "GatedRepo"}, "does not know who you are", "set HF_TOKEN"),
-    "gated, stranger": ("/resolve/", 403, {"X-Error-Code": "GatedRepo"}, "no access (403)", "Accept its licence"),
+    "gated, no token": ("/resolve/", 401, {"X-Error-Code": "GatedRepo"}, "does not know who you are", "set HF_TOKEN"),
+    "gated, no access": ("/resolve/", 403, {"X-Error-Code": "GatedRepo"}, "no access (403)", "Accept its licence"),
     "bad token": (
         "/api/",
         401,
@@ -491,7 +491,7 @@ def test_interrupted_download_keeps_its_bytes(hf: Hub, k2, monkeypatch, trouble:
 
 @pytest.mark.parametrize("written", [0, 1], ids=["manifest", "ref"])
 def test_full_disk_leaves_no_partial_small_file(hf: Hub, k2, monkeypatch, written):
-    """Neither of what lists the files nor of what pins a name to a commit."""
+    """Neither of the manifest nor of the ref that pins a name to a commit."""
     write, before = Path.write_text, iter(range(10))
 
     def full(self: Path, text: str, *how: Any) -> int:
@@ -649,7 +649,7 @@ def test_derived_weights_require_the_licence(hf: Hub, k2):
 
 
 def test_pulled_model_renders(hf: Hub, k2, tiny, tmp_path: Path):  # noqa: F811
-    """A whole pipeline in diffusers' layout, from the hub to a picture: the same as from the box."""
+    """A whole pipeline in diffusers' layout, from the hub to a picture: the same one as from the bundled model."""
     from model.pipeline import Pipeline
     from model.spec import RenderSpec
 
@@ -668,7 +668,7 @@ def test_pulled_model_renders(hf: Hub, k2, tiny, tmp_path: Path):  # noqa: F811
 
 
 def test_environment_variables_are_honoured(server: Hub, tmp_path: Path):
-    """HF_ENDPOINT, HF_HOME, HF_TOKEN as a user sets them; the process goes without torch."""
+    """HF_ENDPOINT, HF_HOME, HF_TOKEN as a user sets them; the process does not import torch."""
     env = {key: value for key, value in os.environ.items() if not key.startswith("HF_")} | environment(tmp_path)
     code = """if True:
         import sys

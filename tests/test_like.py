@@ -1,4 +1,4 @@
-"""More like a picture that was made: what is taken from it, and what goes before."""
+"""`--like`: what is taken from a finished picture, and what takes precedence."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def rendered(k2, *options: object) -> str:
 
 
 def test_like_changes_only_the_seed(dusky, k2):
-    """The prompt as it was given, so that styles and what they avoid join once; seeds follow the picture's own."""
+    """The prompt is taken as given, so that styles and what they avoid join once; seeds follow the picture's own."""
     asked = ("-p", r"a \{red|wet\} fox", "--style", "dusk=0.6", "--style", "ink=0", "--steps", "9", "--guidance", "3")
     made = rendered(k2, *asked, "--guidance-until", "0.5", "--sampler", "ab2", "--size", "64x96", "--seed", "40")
     (before,) = plan(k2, *asked, "--guidance-until", "0.5", "--sampler", "ab2", "--size", "64x96", "--batch", "1")
@@ -48,11 +48,11 @@ def test_like_changes_only_the_seed(dusky, k2):
     for key in ("prompt", "style", "leader", "init_image"):
         assert first[key] == before[key]
     assert first["settings"] | {"seed": 7, "mu": None} == before["settings"] | {"seed": 7, "mu": None}
-    assert first["settings"]["mu"] == 0.5  # as it turned out
+    assert first["settings"]["mu"] == 0.5  # the resolved value
 
 
 def test_precision_is_part_of_the_look(dusky, k2, fake):
-    """They make another picture, so that of one seed too; with another model, or said, they are others."""
+    """It changes the picture, even with the same seed; another checkpoint or a given precision overrides it."""
     made = rendered(k2, "-p", "tea", "--precision", "int8")
     (dusky / "k2.toml").write_text((dusky / "k2.toml").read_text().replace("[render]", '[render]\nprecision = "int4"'))
 
@@ -81,7 +81,7 @@ def test_options_override_the_picture_and_what_depends_on_it(dusky, k2):
 
 
 def test_prompts_avoids_count_once(dusky, k2):
-    """Though the project says it of every prompt, whatever it has come to say since."""
+    """Even if the project adds it to every prompt, and whatever the project avoids by now."""
     toml = (dusky / "k2.toml").read_text()
     (dusky / "k2.toml").write_text(toml.replace("seed = 7", 'seed = 7\navoid = "snow"'))
     made = rendered(k2, "-p", "tea", "--style", "dusk=1")
@@ -95,7 +95,7 @@ def test_prompts_avoids_count_once(dusky, k2):
 
 
 def test_mixed_styles_count_once(dusky, k2):
-    """A record names it beside the style, as what that came to."""
+    """A record lists them beside the style that mixes them, at the strengths they came to."""
     (dusky / "styles" / "pale.toml").write_text('keywords = ["pale"]\n[mix]\ndusk = 0.5\n')
     (dusky / "styles" / "both.toml").write_text('keywords = ["both"]\n[mix]\npale = 0.5\ndusk = 0.25\n')
     asked = ("-p", "tea", "--style", "both=1", "--style", "dusk=0.3", "--batch", "1")
@@ -109,7 +109,7 @@ def test_mixed_styles_count_once(dusky, k2):
 
 
 def test_other_prompts_follow_the_pictures_lead(dusky, k2):
-    """As those of its own batch do: a picture that was led itself hands on what led it."""
+    """As those of its own batch do: a picture that followed another passes on its lead picture."""
     made = rendered(k2, "-p", "tea", "--seed", "40", "--style", "dusk=1")
     owl, tea = plan(k2, "--like", made, "-p", "an owl", "-p", "tea", "--cohesion", "0.8", "--batch", "1")
     assert owl["leader"] == tea["leader"] == {"prompt": "tea, film grain, ink", "seed": 40, "avoid": "gloss"}
@@ -137,7 +137,7 @@ def test_init_image_is_kept(dusky, k2):
     masked = rendered(k2, "-p", "tea", "--init-image", "refs/a.png", "--mask", "8x8+0+0")
     Image.new("RGB", (64, 64), "navy").save(dusky / "refs" / "b.png")
     (other,) = plan(k2, "--like", masked, "--batch", "1", "--init-image", "refs/b.png")
-    assert (other["init_image"]["image"], other["mask"]) == ("refs/b.png", None)  # that lay on the one before
+    assert (other["init_image"]["image"], other["mask"]) == ("refs/b.png", None)  # it belonged to the previous one
     noise = rendered(k2, "-p", "tea")
     text = (dusky / "k2.toml").read_text()
     (dusky / "k2.toml").write_text(text.replace("[render]", '[render]\ninit_image = "refs/a.png"\nmask = "8x8+0+0"'))
@@ -146,22 +146,22 @@ def test_init_image_is_kept(dusky, k2):
 
 
 def test_another_init_image_brings_its_shape_and_no_mask(dusky, k2):
-    """Within the mask all was made anew; of the other picture nothing would stay."""
+    """Within the mask everything was repainted; of the other picture nothing would remain."""
     (dusky / "refs").mkdir()
     Image.new("RGB", (64, 64), "teal").save(dusky / "refs" / "a.png")
     Image.new("RGB", (200, 100), "teal").save(dusky / "refs" / "wide.png")
     masked = rendered(k2, "-p", "tea", "--init-image", "refs/a.png", "--mask", "64x64+0+0")
     plain = rendered(k2, "-p", "tea", "--init-image", "refs/a.png", "--denoise", "0.4")
     record = Path(masked).with_suffix(".toml")
-    record.write_text(record.read_text().replace("[settings]\n", "[settings]\ndenoise = 1.0\n"))  # as models tell it
+    record.write_text(record.read_text().replace("[settings]\n", "[settings]\ndenoise = 1.0\n"))  # as models record it
     for made, denoise in ((record, 0.75), (plain, 0.4)):
         (other,) = plan(k2, "--like", made, "--init-image", "refs/wide.png", "--batch", "1")
         assert (other["mask"], other["settings"]["denoise"]) == (None, denoise)
         assert (other["settings"]["width"], other["settings"]["height"]) == (176, 96)
 
 
-def test_stream_line_overrides_the_pictures_settings(dusky, k2):
-    """A size brings its own mu, another beginning its own shape and share and no mask; the project's frame counts."""
+def test_piped_line_overrides_the_pictures_settings(dusky, k2):
+    """A size has its own mu; another init image its own shape and denoise, and no mask; the project's size counts."""
     (dusky / "refs").mkdir()
     Image.new("RGB", (64, 64), "teal").save(dusky / "refs" / "a.png")
     Image.new("RGB", (480, 320), "teal").save(dusky / "refs" / "wide.png")
@@ -186,7 +186,7 @@ def test_stream_line_overrides_the_pictures_settings(dusky, k2):
 
 
 def test_overridden_settings_fall_back_to_the_project(dusky, k2):
-    """What it says of its own picture is told no more than on a command line, and what is wrong is blamed on it."""
+    """Settings for its own init image cause no warnings, as on the command line; its errors are attributed to it."""
     (dusky / "refs").mkdir()
     Image.new("RGB", (64, 64), "teal").save(dusky / "refs" / "a.png")
     toml = (dusky / "k2.toml").read_text()
@@ -214,7 +214,7 @@ def test_unset_settings_are_not_taken_from_the_project(dusky, k2):
     assert {again["settings"][key] for key in ("denoise", "style_guidance", "guidance_until")} == {None}
     assert again["prompt"]["creativity"] == "raw"
     (begun,) = plan(k2, "--like", made, "--batch", "1", "--init-image", "refs/a.png")
-    assert begun["settings"]["denoise"] == 0.3  # of which it says nothing
+    assert begun["settings"]["denoise"] == 0.3  # about which the picture says nothing
 
 
 def test_project_is_found_from_anywhere(dusky, k2, tmp_path, monkeypatch):
@@ -225,7 +225,7 @@ def test_project_is_found_from_anywhere(dusky, k2, tmp_path, monkeypatch):
 
 
 def test_project_elsewhere_is_named(dusky, k2, tmp_path, monkeypatch):
-    """Of two projects that one may be meant as well as the other."""
+    """Of two projects, either one may be meant."""
     made = dusky / rendered(k2, "-p", "tea", "--style", "dusk=1").removeprefix(f"{dusky}/")
     assert "another project" not in k2("render", "--like", made, "--dry-run").stderr
     other = tmp_path / "other"
@@ -244,7 +244,7 @@ def test_project_elsewhere_is_named(dusky, k2, tmp_path, monkeypatch):
 
 
 def test_changed_look_is_reported(dusky, k2):
-    """Once, and with what is other: with cohesion the picture that leads is made anew, by the styles of today."""
+    """Once, and with what differs: with cohesion the lead picture is rendered again, with today's styles."""
     (dusky / "refs").mkdir()
     Image.new("RGB", (64, 64), "teal").save(dusky / "refs" / "a.png")
     (dusky / "styles" / "dusk.toml").write_text(LOOK + '[[reference]]\nimage = "refs/*"\n')
@@ -278,14 +278,14 @@ def test_changed_look_is_reported(dusky, k2):
 
 
 def test_style_newly_brought_by_a_mix_is_reported(dusky, k2):
-    """Of a mix in a mix, too, or where it was weighed off, as no record says; but not one that is asked for."""
+    """Of a mix in a mix, too, or if it had cancelled out, which no record says; but not if it is asked for."""
     blend = dusky / "styles" / "blend.toml"
     blend.write_text('keywords = ["soft"]\n[mix]\ndusk = 0.5\n')
     (dusky / "styles" / "riso.toml").write_text('keywords = ["riso"]\n')
     (dusky / "styles" / "print.toml").write_text("[mix]\nriso = 1\n")
     made = rendered(k2, "-p", "tea", "--style", "blend=1")
     like = ("render", "--like", made, "--dry-run")
-    blend.write_text(blend.read_text().replace("0.5", "0.7"))  # which its weights make up for
+    blend.write_text(blend.read_text().replace("0.5", "0.7"))  # the picture's own weights make up for this
     assert "The look has changed" not in k2(*like, "--style", "riso=0.5").stderr
 
     blend.write_text(blend.read_text() + "print = 1\n")
@@ -299,7 +299,7 @@ def test_style_newly_brought_by_a_mix_is_reported(dusky, k2):
 
 
 def test_changed_method_is_reported(dusky, k2):
-    """`auto` is the way that the model reads them in."""
+    """`auto` stands for the model's own method."""
     night = dusky / "styles" / "night.toml"
     Image.new("RGB", (64, 64), "teal").save(dusky / "a.png")
     plain = '[[reference]]\nimage = "a.png"\n'
@@ -356,7 +356,7 @@ def test_missing_model_is_not_blamed_on_the_project(dusky, k2):
 
 
 def test_missing_moodboard_may_be_left_out(dusky, k2, monkeypatch):
-    """As a style that is gone may."""
+    """As a missing style may."""
 
     def seen(board, *_):
         return ((Style(BOARD, board.strength, keywords=("fog",)),) if board.strength else ()), set()

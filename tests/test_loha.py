@@ -1,4 +1,4 @@
-"""LoHa, a Hadamard product of two low-rank matrices: the dense product in any layout, PEFT's files, and its LoKr's."""
+"""LoHa, a Hadamard product of two low-rank matrices: the dense product in any layout; PEFT's files, LoKr included."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from model.latents import position_ids
 from model.lora import applied
 from model.lora_match import read_lora
 
-Factors = dict[str, dict[str, Tensor]]  # native layer -> what LyCORIS calls it -> tensor
+Factors = dict[str, dict[str, Tensor]]  # native layer -> LyCORIS's name -> tensor
 
 
 @pytest.fixture(scope="module")
@@ -27,7 +27,7 @@ def model() -> Krea2:
 
 
 def hadamard_factors(model: Krea2, rank: int = 2, seed: int = 0) -> Factors:
-    """For every linear layer; numbers of variance 1 / in in their product."""
+    """For every linear layer; the entries of their product have a variance of 1 / in."""
     generator = torch.Generator().manual_seed(seed)
     found = {}
     for name, layer in linears(model).items():
@@ -45,7 +45,7 @@ def hadamard(part: dict[str, Tensor]) -> Tensor:
 
 
 def called(layout: str, name: str, what: str) -> str:
-    """A layer's tensor as a trainer of `test_lora.LAYOUTS` calls it, `what` standing where LoRA's half does."""
+    """The name of a layer's tensor in a layout of `test_lora.LAYOUTS`, with `what` in place of LoRA's half."""
     key = next(iter(LAYOUTS[layout]({name: (torch.ones(1, 1), torch.ones(1, 1))})))
     return re.sub(r"lora[_.](A|down)", what, key)
 
@@ -62,7 +62,7 @@ def written(found: Factors, layout: str, alpha: float | None = None) -> dict[str
 
 @torch.no_grad()
 def answer_of(other: torch.nn.Module) -> Tensor:
-    """diffusers' network, asked what `velocity` asks ours."""
+    """The answer of diffusers' network to what `velocity` asks ours."""
     tokens, sigma, embeds, grid = inputs(TINY)
     everything = torch.ones(embeds.shape[:2], dtype=torch.bool)
     return other(tokens, embeds, sigma, position_ids(embeds.shape[1], *grid), everything, return_dict=False)[0]
@@ -96,7 +96,7 @@ def test_each_layer_gets_the_dense_product(tmp_path, model, rank):
 
 @pytest.mark.parametrize(("rank", "whole"), [(2, False), (20, True)])
 def test_cheaper_computation_is_chosen(monkeypatch, rank, whole):
-    """A few ranks are a pair of their product; of many the whole matrix is less work."""
+    """A low rank is multiplied as a low-rank pair; for a high one the dense matrix is less work."""
     update = Hadamard(torch.ones(64, rank), torch.ones(rank, 48), torch.ones(64, rank), torch.ones(rank, 48))
     made, dense = [], Hadamard.dense
     monkeypatch.setattr(Hadamard, "dense", lambda self, rows: made.append(rows) or dense(self, rows))
@@ -147,7 +147,7 @@ def test_fused_qkv(tmp_path, model):
         ({"w1_a": (64, 2), "w1_b": (2, 64), "w2_a": (64, 2), "w2_b": (2, 1)}, "maps 1 numbers to 64"),
         ({"w1_a": (32, 2), "w1_b": (2, 64), "w2_a": (64, 2), "w2_b": (2, 64)}, "maps 64 numbers to 32"),
     ],
-    ids=["a factor lacks", "two ranks", "no rank", "more rank than width", "a convolution", "in", "out"],
+    ids=["missing factor", "two ranks", "no rank", "more rank than width", "a convolution", "in", "out"],
 )
 def test_invalid_factors_are_refused(tmp_path, model, shapes, what):
     state = {f"blocks.0.attn.wq.hada_{name}": torch.ones(shape) for name, shape in shapes.items()}
@@ -161,11 +161,11 @@ def test_parameters_outside_linear_layers_are_refused(tmp_path, model):
     assert "which is not a linear layer, as if it were one" in refused(tmp_path, model, state)
 
 
-# ---- beside PEFT --------------------------------------------------------------------------------
+# ---- compared with PEFT -------------------------------------------------------------------------
 
 
 def test_lokr_matches_peft(tmp_path: Path, model):
-    """Its scale is by the rank that it states, for factors that have none of their own."""
+    """Its scale is by the stated rank, as its factors do not all have one."""
     peft = pytest.importorskip("peft")
     settings = peft.LoKrConfig(
         r=3,
@@ -190,14 +190,14 @@ def test_lokr_matches_peft(tmp_path: Path, model):
 
 
 def test_loha_matches_peft(tmp_path: Path, model):
-    """Over diffusers' network with the same weights; the folder that it saves, an alpha of one layer's own."""
+    """On diffusers' network with the same weights, from the folder that PEFT saves; one layer has its own alpha."""
     peft = pytest.importorskip("peft")
     settings = peft.LoHaConfig(
         r=3,
         alpha=5,
         target_modules=sorted({THEIRS[name] for name in linears(model)}),
         alpha_pattern={"transformer_blocks.1.attn.to_q": 11},
-        init_weights=False,  # else they are nought
+        init_weights=False,  # otherwise they are zero
     )
     torch.manual_seed(5)
     other = peft.get_peft_model(reference(model), settings)

@@ -1,4 +1,4 @@
-"""Looks and data: pictures are made by rule, and a picture is the same whenever it is made."""
+"""Looks and data: pictures are composed by rule, and come out the same every time."""
 
 import numpy as np
 import pytest
@@ -61,7 +61,7 @@ def test_grainy_film_has_more_fine_detail_than_plain(render):
     assert top_octave("film") > 5 * top_octave("plain")
 
 
-def test_held_out_looks_share_no_medium_with_training_but_every_medium_is_trained():
+def test_held_out_looks_are_new_pairs_of_trained_media():
     trained = {(look.drawing, look.medium) for d in DRAWINGS for look in split_looks(d)[0]}
     held = {(look.drawing, look.medium) for d in DRAWINGS for look in split_looks(d)[1]}
 

@@ -1,4 +1,4 @@
-"""LoRA: every trainer's layout means the same, sums are exact, nothing is silent, and what was there comes back."""
+"""LoRA: every trainer's layout means the same, sums are exact, nothing is ignored silently, removal is complete."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def bare_ones(model: Krea2) -> dict[str, nn.Parameter]:
 
 
 def random_pairs(model: Krea2, seed: int = 0, rank: int = RANK) -> Pairs:
-    """For every linear layer there is, loud enough to be heard."""
+    """For every linear layer, large enough to have an effect."""
     generator = torch.Generator().manual_seed(seed)
     return {
         name: (
@@ -94,7 +94,7 @@ def peft(prefix: str, middle: str, names: Callable[[str], str]) -> Callable[[Pai
 
 
 def kohya(prefix: str, names: Callable[[str], str]) -> Callable[[Pairs], dict[str, Tensor]]:
-    """With an alpha of half the rank, for which the up matrix makes up."""
+    """With an alpha of half the rank, which the up matrix compensates."""
 
     def write(pairs: Pairs) -> dict[str, Tensor]:
         state = {}
@@ -191,7 +191,7 @@ def test_idle_lora_is_reported(tmp_path, model, pairs):
     ],
 )
 def test_other_changes_are_not_idle(tmp_path, model, added, idle):
-    """A whole matrix, a bias, a norm's scale, a DoRA's lengths: where they are noughts they change nothing either."""
+    """A full matrix, a bias, a norm's scale, a DoRA's magnitudes; if they are all zero, the LoRA is idle again."""
     state = {name: torch.full(shape, 0.0 if idle else 1.0) for name, shape in added.items()}
     if "blocks.0.attn.wq.lora_magnitude_vector" in added:
         halves = {"A": torch.ones(4, 64), "B": torch.zeros(64, 4)}
@@ -236,12 +236,12 @@ def test_two_loras_add_in_any_order(tmp_path, model, pairs, adapter):
     assert relative_error(both, velocity(dense(model, (pairs, 0.8), (others, -0.5)))) < 1e-5
     assert torch.equal(both, velocity(model, (other, -0.5), (adapter, 0.8)))
     assert relative_error(velocity(model, (adapter, 0.3), (adapter, 0.7)), velocity(model, (adapter, 1))) < 1e-5
-    with applied(model, [(other, -0.5)]):  # one within the other
+    with applied(model, [(other, -0.5)]):  # nested
         assert relative_error(velocity(model, (adapter, 0.8)), both) < 1e-5
 
 
 def test_several_weights_of_one_lora_add_in_any_order(model, adapter):
-    """To the bit, though sums round by their order."""
+    """Bit for bit, although rounding depends on the order of a sum."""
     orders = permutations([(adapter, weight) for weight in (0.5, -0.3, 0.7)])
     first, *others = (velocity(model, *each) for each in orders)
     assert all(torch.equal(other, first) for other in others)
@@ -294,8 +294,8 @@ def test_alpha_beside_the_tensors(tmp_path, model, pairs, settings, scale):
 
 
 def test_alpha_per_layer(tmp_path, model, pairs):
-    """PEFT's keys are regular expressions for the end of a name, as the file has it: "gate" is a part of attention
-    natively, and in diffusers the feed-forward's alone."""
+    """PEFT's keys are regular expressions for the end of a name as it is in the file: "gate" is a part of attention
+    natively, but in diffusers' names only of the feed-forward."""
     theirs = ("transformer_blocks.1.attn.to_q", r"^transformer_blocks\.1\.attn\.to_(q|r)")
     for layout, keys in {"diffusers": theirs, "ComfyUI": (r"blocks\.1\..*\.wq",)}.items():
         for key in keys:
@@ -311,11 +311,11 @@ def test_alpha_per_layer(tmp_path, model, pairs):
             read_lora(write(tmp_path, LAYOUTS["diffusers"](pairs), lora_adapter_metadata=stated), model)
 
 
-# ---- what is named, and what is refused ---------------------------------------------------------
+# ---- unmatched layers and refusals --------------------------------------------------------------
 
 
 def test_missing_layers_are_named(tmp_path, model, pairs):
-    """A LoRA of a deeper network, with a text encoder's part."""
+    """A LoRA for a deeper network, with a part for a text encoder."""
     strange = {"blocks.7.attn.wq": pairs["blocks.0.attn.wq"], "text_encoder.layers.0.mlp": pairs["first"]}
     state = LAYOUTS["ComfyUI"](pairs) | LAYOUTS["ComfyUI"](strange)
 
@@ -364,7 +364,7 @@ def pair(*modules: str, down: str = "lora_A", up: str = "lora_B", width: int = 3
     ids=["FLUX", "FLUX kohya", "Qwen-Image", "SDXL", "SD 3", "Wan", "Z-Image", "text encoder", "unknown"],
 )
 def test_lora_for_another_model_is_refused(tmp_path, model, modules, what):
-    """Also where some names are also ours, as diffusers calls its blocks alike in every model."""
+    """Even if some of the names are also ours, as diffusers names blocks alike in every model."""
     assert what in refused(tmp_path, model, pair(*modules, width=64))
 
 
@@ -403,7 +403,7 @@ def test_other_adapter_kinds_are_refused(tmp_path, model, key, what):
 
 
 def test_factors_in_8_bits(tmp_path, model, pairs):
-    """With their scales they are read; without, the numbers are not what they seem."""
+    """With scales they are read; without, the numbers are not what they seem."""
     stored, means = {}, {}
     for name, pair in pairs.items():
         rows = [to_int8(half) for half in pair]
@@ -424,7 +424,7 @@ def test_layer_under_two_names_is_refused(tmp_path, model):
 @pytest.mark.parametrize(
     ("down", "up"),
     [((4, 64), (64, 5)), ((0, 64), (64, 0)), ((65, 64), (64, 65)), ((4, 64, 1), (64, 4)), ((256,), (64, 4))],
-    ids=["two ranks", "no rank", "more rank than width", "three dims", "one dim"],
+    ids=["two ranks", "no rank", "rank above width", "three dims", "one dim"],
 )
 def test_invalid_shapes_are_refused(tmp_path, model, down, up):
     state = {"blocks.0.attn.wq.lora_A.weight": torch.ones(down), "blocks.0.attn.wq.lora_B.weight": torch.ones(up)}
@@ -439,7 +439,7 @@ def test_nan_and_inf_are_refused(tmp_path, model, value):
 
 
 def test_oversized_file_is_refused(tmp_path, model, monkeypatch):
-    """It is told by the file's size, before a tensor is read."""
+    """Judged by the file's size, before a tensor is read."""
     path = write(tmp_path, {"blocks.0.attn.wq.lora_A.weight": torch.ones(4, 64)})
     monkeypatch.setattr(lora_match, "MAX_EXTRA_BYTES", -8 * sum(weight.numel() for weight in model.parameters()))
     monkeypatch.setattr(lora_match, "sort_parts", lambda *read: pytest.fail("it was read"))
@@ -458,7 +458,7 @@ def test_unreadable_peft_settings_are_refused(tmp_path, model, text):
 
 @pytest.mark.parametrize("begun", ["pissa", "pissa_niter_16", "olora", "corda", "loftq"])
 def test_lora_that_changed_its_base_is_refused(tmp_path, model, begun):
-    """What such an adapter begins with PEFT takes out of the base: on the base as it is, it would count twice."""
+    """PEFT subtracts such an adapter's initial values from the base; on an unchanged base they would count twice."""
     for prefix in ("", "transformer."):
         stated = json.dumps({f"{prefix}init_lora_weights": begun})
         assert begun in refused(tmp_path, model, pair("blocks.0.attn.wq", width=64), lora_adapter_metadata=stated)
@@ -478,12 +478,12 @@ def test_files_without_a_lora_are_refused(tmp_path, model):
         read_lora(tmp_path / "missing.safetensors", model)
 
 
-# ---- beside diffusers ---------------------------------------------------------------------------
+# ---- compared with diffusers --------------------------------------------------------------------
 
 
 @torch.no_grad()
 def test_matches_diffusers(tmp_path, model, pairs):
-    """The file that its own loader takes, at a strength and with an alpha."""
+    """With a file that its own loader takes, at a strength and with an alpha."""
     pytest.importorskip("peft", reason="diffusers loads LoRA through peft, which is not installed")
     settings = {"r": RANK, "lora_alpha": 2 * RANK, "target_modules": sorted({THEIRS[name] for name in pairs})}
     settings["rank_pattern"] = {}
@@ -520,7 +520,7 @@ def pixels(pipeline: Pipeline, *specs: RenderSpec) -> list[str]:
 
 
 def test_pictures_with_and_without(pipeline, path):
-    """In one run, in any order, neighbours have nothing of each other's; as a style's part it is the same."""
+    """In one run, in any order, neighbours do not affect each other; in a style a LoRA does the same."""
     plain, strong, weak = FOX, replace(FOX, loras=(Lora(path),)), replace(FOX, loras=(Lora(path, -0.5),))
     apart = [pixels(pipeline, spec)[0] for spec in (plain, strong, weak)]
 
@@ -549,7 +549,7 @@ def test_changed_file_is_read_again(pipeline, path, tmp_path):
 
 
 def test_each_lora_is_read_once_however_many(pipeline, tmp_path, monkeypatch):
-    """Where fewer were kept, each would throw out the one that is asked for next."""
+    """If fewer were cached, each would evict the one needed next."""
     few = {"blocks.0.attn.wq": random_pairs(pipeline.dit)["blocks.0.attn.wq"]}
     paths = [write(tmp_path, LAYOUTS["kohya"](few), f"{i}.safetensors") for i in range(MAX_ADAPTERS + 1)]
     spec, asked = replace(FOX, loras=tuple(map(Lora, paths))), []
@@ -561,7 +561,7 @@ def test_each_lora_is_read_once_however_many(pipeline, tmp_path, monkeypatch):
 
 
 def test_overwritten_file_does_not_change_a_loaded_lora(monkeypatch, model, pairs, tmp_path):
-    """Large tensors of a file are views of its pages: an adapter is kept, and answers for what it was."""
+    """Large tensors are views of the file's pages; an adapter is cached, and must keep the values it was read with."""
     monkeypatch.setattr("model.safetensors_file.MAX_COPIED", 0)
     file = write(tmp_path, LAYOUTS["diffusers"](pairs))
     adapter = read_lora(file, model)
@@ -574,7 +574,7 @@ def test_overwritten_file_does_not_change_a_loaded_lora(monkeypatch, model, pair
 
 
 def test_peft_settings_are_part_of_the_identity(pipeline, tmp_path):
-    """PEFT's alpha stands in a file of its own: another alpha is another adapter, to caches and to records."""
+    """PEFT keeps alpha in a separate file: another alpha is another adapter, to caches and to records."""
     state = LAYOUTS["PEFT"](random_pairs(pipeline.dit))
     spec = replace(FOX, loras=(Lora(write(tmp_path, state, "adapter_model.safetensors")),))
     made = []
@@ -588,7 +588,7 @@ def test_peft_settings_are_part_of_the_identity(pipeline, tmp_path):
 
 
 def test_text_input_layers_are_adapted_after_a_plain_picture(pipeline, tmp_path):
-    """Prompts are kept: with an adapter they are others."""
+    """Encoded prompts are cached, and an adapter changes them."""
     inner = {name: pair for name, pair in random_pairs(pipeline.dit).items() if name.startswith("txt")}
     adapted = replace(FOX, loras=(Lora(write(tmp_path, LAYOUTS["kohya"](inner))),))
     (alone,) = pixels(Pipeline.load("tiny", device="cpu"), adapted)
@@ -599,7 +599,7 @@ def test_text_input_layers_are_adapted_after_a_plain_picture(pipeline, tmp_path)
 
 
 @pytest.mark.parametrize("weight", [11, float("nan"), float("-inf")])
-def test_dangling_weights_path_is_refused(pipeline, path, weight):
+def test_weights_out_of_range_are_refused(pipeline, path, weight):
     with pytest.raises(K2Error, match="weight"):
         pipeline.resolve(replace(FOX, loras=(Lora(path, weight),)))
 

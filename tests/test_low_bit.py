@@ -1,4 +1,4 @@
-"""Layers of few bits: right within their rounding, independent of company, and of the file's own bits."""
+"""Low-bit layers: right within their rounding, independent of the batch, and holding the file's own bits."""
 
 from __future__ import annotations
 
@@ -42,14 +42,14 @@ def layer(matrix: torch.Tensor, precision: str, bias: torch.Tensor | None = None
 
 @pytest.fixture(params=[True, False], ids=["multiplied in 8 bits", "widened"])
 def way(request, monkeypatch):
-    """Both ways to the product, whatever this processor is good at."""
+    """Both ways of computing the product, whatever this processor is good at."""
     monkeypatch.setattr(low_bit, "is_native", lambda number, device: request.param and number == torch.int8)
 
 
 @pytest.mark.parametrize(("precision", "most"), [("int8", 0.01), ("fp8", 0.03), ("int4", 0.06)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_products_are_right_within_rounding(way, precision, most, dtype):
-    """Rows and tokens of very different sizes: each has a scale of its own, by which its errors are measured."""
+    """Rows and tokens of very different magnitudes: each has its own scale, and errors are measured relative to it."""
     matrix = torch.randn(96, 64) * torch.logspace(-3, 2, 96)[:, None]
     x = torch.randn(2, 21, 64) * torch.logspace(-2, 2, 21)[:, None]
 
@@ -82,7 +82,7 @@ def test_token_does_not_depend_on_others(way, precision):
 
 @pytest.mark.parametrize("precision", FORMATS)
 def test_gradients_use_the_rounded_matrix(way, precision):
-    """Tokens that learn are not rounded, whatever this processor multiplies."""
+    """Tokens that need a gradient are not rounded, whatever this processor can multiply."""
     small, tokens = layer(torch.randn(48, 32), precision), torch.randn(5, 32, requires_grad=True)
     rounded, slope = small.matrix(), torch.randn(5, 48)
 
@@ -123,7 +123,7 @@ def test_which_devices_multiply_in_8_bits(monkeypatch):
         ("linux", (9, 0), (True, True)),
         ("linux", (12, 0), (True, True)),
         ("win32", (9, 0), (True, True)),
-        ("win32", (12, 0), (True, False)),  # where no kernel with row scales is built
+        ("win32", (12, 0), (True, False)),  # whose builds have no kernel with row scales
     ):
         monkeypatch.setattr("sys.platform", system)
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda card, version=version: version)
@@ -144,7 +144,7 @@ def test_each_gpu_is_asked_separately(monkeypatch):
 
 @pytest.mark.parametrize("precision", FORMATS)
 def test_training_works_after_rendering(precision):
-    """What was made while rendering is no inference tensor, which no gradient could pass."""
+    """What rendering caches must not be inference tensors, through which no gradient could pass."""
     few_bits_of_rows = layer(torch.randn(64, 64), precision)
     powers.cache_clear()
     with torch.inference_mode():
@@ -165,7 +165,7 @@ def test_empty_and_zero_inputs(precision):
 @torch.no_grad()
 @pytest.mark.parametrize(("precision", "most"), [("int8", 0.02), ("fp8", 0.05), ("int4", 0.1)])
 def test_rounded_network(tmp_path, precision, most):
-    """From a wide file, whose matrices are rounded as they are read; only the blocks' are."""
+    """From a wide file, whose matrices are rounded as they are read; only those of the blocks are."""
     model = random_model(TINY)
     save(tmp_path / "wide.safetensors", model.state_dict(), {})
     small, _ = load_dit(tmp_path / "wide.safetensors", precision=precision)
@@ -179,7 +179,7 @@ def test_rounded_network(tmp_path, precision, most):
 
 
 def test_stored_8_bits_are_not_rounded_again(tmp_path):
-    """Ours has a scale a row, other tools' one a matrix, or none where fp8 was cast to."""
+    """Our files have a scale per row, other tools' one per matrix, or none if the weights were cast to fp8."""
     state = random_model(TINY).state_dict()
     stored, name = quantise(state), "blocks.0.mlp.up.weight"
     rows, scale = stored[name], stored[f"{name}_scale"]
@@ -210,7 +210,7 @@ def test_stored_8_bits_are_not_rounded_again(tmp_path):
 
 @pytest.mark.parametrize("precision", ["int8", "fp8"])
 def test_matrices_stored_in_more_bits_stay_so(tmp_path, precision):
-    """In memory, streamed and written again; in other numbers than the file's all are rounded alike."""
+    """In memory, streamed, and written again; in a format other than the file's, all are rounded alike."""
     state, plain = random_model(TINY).state_dict(), "blocks.0.attn.wq.weight"
     save(tmp_path / "wide.safetensors", state, {})
     write_compact(tmp_path / "wide.safetensors", tmp_path / "eight.safetensors", precision, None)

@@ -1,4 +1,4 @@
-"""Several processes train as one does, and each reads what the others wrote."""
+"""Several processes train as one does, and one resumes from what several wrote."""
 
 from __future__ import annotations
 
@@ -40,14 +40,14 @@ def torchrun(*arguments: object, processes: int = 2) -> None:
 
 @pytest.fixture(autouse=True)
 def as_it_was(monkeypatch):
-    """`together.run` sets these for its own process, which here is everybody's."""
+    """`together.run` sets these for its own process, which here runs all other tests too."""
     for module in (loop, optim):
         monkeypatch.setattr(module, "native_bf16", module.native_bf16)
 
 
 @pytest.fixture(scope="module")
 def by_two(tmp_path_factory) -> Path:
-    """A folder with what two processes made, of either kind of stage: started once, which takes the longest."""
+    """A folder with what two processes made in both kinds of stage; started once, as starting takes the longest."""
     folder = tmp_path_factory.mktemp("two")
     torchrun(folder, STEPS, *KINDS)
     return folder
@@ -64,15 +64,15 @@ def test_two_processes_have_the_same_losses_as_one(by_two, kind, tmp_path):
     expected = together.losses(alone, STEPS)
 
     assert two["losses"] == pytest.approx(expected, abs=1e-5)
-    assert min(expected) < 0.95 * expected[0]  # it did learn: equal is not idle
+    assert min(expected) < 0.95 * expected[0]  # it did learn: equal losses alone would not show that
     if kind == "sharded":
         numbers = sum(param.numel() for param in alone.model.parameters())
-        assert two["held"] < 0.6 * numbers  # of each parameter one of two processes holds half
+        assert two["held"] < 0.6 * numbers  # each of two processes holds half of every parameter
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_one_process_resumes_where_two_stopped(by_two, kind, tmp_path):
-    """From the state that two wrote half way: every further loss is theirs, and so is all that is saved in the end."""
+    """From the state that two wrote halfway: every further loss is theirs, and the last state can be resumed too."""
     folder = by_two / kind
     for saved in (*folder.glob("state-*"), *folder.glob("state.safetensors")):
         (shutil.copytree if saved.is_dir() else shutil.copy)(saved, tmp_path / saved.name)

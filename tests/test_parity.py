@@ -1,4 +1,4 @@
-"""The whole picture: diffusers paints the same in both variants, square and 3:2; so does every layout."""
+"""Whole pictures: diffusers paints the same ones in both variants, square and 3:2, and so does every layout."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ SIZES = {"square": (64, 64), "3:2": (96, 64)}
 
 @pytest.fixture(params=["raw", "turbo"])
 def pipeline(request, tiny) -> Pipeline:  # noqa: F811
-    """Raw with guidance, Turbo without: its checkpoint's own setting."""
+    """Raw with guidance, Turbo without, as each checkpoint recommends."""
     loaded = Pipeline.load("tiny", variant=request.param, device="cpu")
     assert bool(loaded.recommended["guidance"]) == (request.param == "raw")
     return loaded
@@ -36,11 +36,11 @@ def test_whole_picture_matches_diffusers(pipeline, tmp_path):
     other.set_progress_bar_config(disable=True)
 
     for size, (width, height) in SIZES.items():
-        # without guidance diffusers drops a negative prompt, and k2 leads the prompt away from it
+        # without guidance diffusers drops a negative prompt, while k2 steers the prompt away from it
         negative = FOX.negative if pipeline.recommended["guidance"] else ""
         spec = pipeline.resolve(RenderSpec(FOX.prompt, width, height, FOX.seed, negative))
         if (width, height) != (pipeline.native,) * 2:
-            pipeline.dit.side = None  # diffusers takes all weights for such as have seen many sizes
+            pipeline.dit.side = None  # diffusers takes all weights to be trained on many sizes
         ours = np.asarray(pipeline.render([spec])[0].image, dtype=np.float32)
         start = noise(spec.seed, pipeline.dit.config.channels, height // 8, width // 8)
         theirs = other(
@@ -54,11 +54,11 @@ def test_whole_picture_matches_diffusers(pipeline, tmp_path):
             output_type="np",
         ).images[0]
         assert np.ptp(ours) > 50, size  # a picture, not a flat field
-        assert np.abs(ours - 255 * theirs).max() < 0.51, size  # half a step is what eight bits round away
+        assert np.abs(ours - 255 * theirs).max() < 0.51, size  # eight bits round away half a level
 
 
 def test_every_layout_renders_the_same_picture(pipeline, tmp_path):
-    """A lone transformer takes what stands beside it; rounded to nothing, it paints the very same pixels."""
+    """A lone transformer uses the parts beside it; as nothing is rounded, the pixels are exactly the same."""
     folder = tmp_path / "out"
     pipeline.export(folder)
     state = pipeline.dit.state_dict()

@@ -1,4 +1,4 @@
-"""Previews: the way is chosen by what a terminal says of itself, and what is sent draws the picture."""
+"""Previews: the protocol is chosen by what a terminal says it is, and what is sent draws the picture."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ def test_several_pictures_are_shown_side_by_side_at_one_height(monkeypatch):
     assert row.size == (64 + gap + 32, 64)
     assert [row.getpixel((x, 32)) for x in (63, 64, 64 + gap)] == [(255, 0, 0), (0, 0, 0), (0, 0, 255)]
     lines = preview.draw(row, "blocks", {}, 2).splitlines()
-    assert len(lines) == preview.TALLEST  # as each of them would have
+    assert len(lines) == preview.TALLEST  # as each of them would have alone
     assert lines[0].count("▀") > preview.WIDEST
 
 
@@ -90,7 +90,7 @@ def test_iterm2_gets_a_file():
 
 
 def read_sixels(text: str) -> Image.Image:
-    """A decoder by the standard, for what the encoder uses."""
+    """A decoder for those parts of the standard that the encoder uses."""
     width, height = map(int, re.match(r'\x1bPq"1;1;(\d+);(\d+)', text).groups())
     image, palette = Image.new("RGB", (width, height), "magenta"), {}
     x = y = colour = 0
@@ -152,7 +152,7 @@ def test_no_preview_in_a_pipe(moody, k2):
 
 
 def in_a_terminal(command: list[str], environ: dict[str, str], answer: bytes = b"") -> str:
-    """What a command prints on a terminal that says `answer` when it is asked for its attributes."""
+    """What a command prints on a terminal that replies `answer` when asked for its attributes."""
     pty = pytest.importorskip("pty", reason="terminals as POSIX has them")
     ours, theirs = pty.openpty()
     process = subprocess.Popen(command, stdin=theirs, stdout=theirs, stderr=theirs, env=os.environ | environ)
@@ -175,7 +175,7 @@ def in_a_terminal(command: list[str], environ: dict[str, str], answer: bytes = b
 
 @pytest.mark.parametrize("name", ["tea-7.png", "tea-7.toml", "saved.jpeg", "saved.jfif"])
 def test_picture_with_any_name_is_drawn(moody, k2, name):
-    """And none that only stands beside it."""
+    """And not another picture beside it."""
     picture = Path(k2("render", "-p", "tea", "--format", "jpeg" if "saved" in name else "png").stdout.strip())
     if "saved" in name:
         picture.rename(picture.with_name(name))

@@ -54,7 +54,7 @@ def test_answer_and_gradients(name):
 
 @pytest.mark.parametrize("end", ["int8", "fp8-emulated"])
 def test_row_scales_tolerate_outliers(end):
-    """One row a thousand times larger: with a scale of its own it costs the others nothing."""
+    """One row is a thousand (fp8: a million) times larger; with a scale of its own it costs the others nothing."""
     x, weight, gradient = torch.randn(64, 96), torch.randn(64, 96), torch.randn(64, 64)
     x[0] *= 1e3 if end == "int8" else 1e6  # e4m3 has an exponent of its own
     (rows, exact), *_ = both(f"{end}-rowwise", x, weight, gradient)
@@ -83,7 +83,7 @@ def test_int8s_weight_gradient_is_wide():
 
 
 def test_tensor_scale_keeps_8_bits_for_the_backward_pass():
-    """fp8 with one scale: the tokens themselves are not kept, their 8 bits are."""
+    """fp8 with one scale: the tokens are kept in 8 bits, not as they were."""
     kept: list[Tensor] = []
     x, weight = torch.randn(64, 32, requires_grad=True), torch.randn(48, 32, requires_grad=True)
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
@@ -124,7 +124,7 @@ def test_autocast_dtype_matches_a_linear_layer():
 
 @pytest.mark.parametrize("name", HERE)
 def test_any_number_of_tokens_works(name):
-    """Kernels take products whose every side but the first is a multiple of 16, and the tokens are one, turned."""
+    """Kernels need all sides but the first to be multiples of 16, and in a transpose the tokens are one of those."""
     how = products(name)
 
     def strict(a, b):

@@ -1,4 +1,4 @@
-"""The study of shapes, on a painter who knows one size alone."""
+"""The study of shapes, with painters that know only squares."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from model.train.shape_study import Study, crop_to_square, pad_to_square
 
 
 class Square(Painter):
-    """Paints the subject where the picture is a square, and nothing else."""
+    """Paints the subject in square pictures, and none of the subjects in others."""
 
     def render(self, specs):
         made = []
@@ -53,7 +53,7 @@ def test_real_pictures_have_zero_distance(tmp_path, monkeypatch):
     monkeypatch.setattr(shape_study, "held_out_prompts", lambda *_: [(item, item.pair.subject) for item in items])
 
     class Knows(Painter):
-        """Of squares all looks, of wide pictures one."""
+        """All looks in squares, a single one in wide pictures."""
 
         def render(self, specs):
             at = [spec.seed - 2000 if spec.width == spec.height else 0 for spec in specs]

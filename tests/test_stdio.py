@@ -1,4 +1,4 @@
-"""Standard error that is full, for good or for now, or read by nobody, and signs that it has not."""
+"""Standard error that is full, for good or for now, or that nobody reads, and characters outside ASCII."""
 
 import os
 import subprocess
@@ -8,14 +8,14 @@ from pathlib import Path
 
 import pytest
 
-pytestmark = pytest.mark.skipif(not Path("/dev/full").exists(), reason="a device of Linux")
+pytestmark = pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full, as on Linux")
 
 
 @pytest.mark.parametrize("buffered", ["", "1"])
 @pytest.mark.parametrize(
     ("words", "code", "results"),
     [
-        ("new other", 0, "other\n"),  # and what to do next
+        ("new other", 0, "other\n"),  # standard error says what to do next
         ("render --dry-run", 0, None),
         ("render --only nobody", 2, ""),
         ("render --nosuch", 2, ""),
@@ -33,10 +33,10 @@ def test_full_stderr_does_not_stop_the_work(moody, words, code, results, buffere
 
 
 @pytest.mark.parametrize("read", [True, False])
-def test_closed_stderr_does_not_stop_the_work(moody, read):
+def test_unread_stderr_does_not_stop_the_work(moody, read):
     reader, writer = os.pipe()
     os.set_blocking(writer, False)
-    if read:  # by somebody who is slow
+    if read:  # by a slow reader
         with suppress(BlockingIOError):
             while os.write(writer, b"." * 4096):
                 pass
@@ -49,7 +49,7 @@ def test_closed_stderr_does_not_stop_the_work(moody, read):
         os.close(end)
 
 
-def test_output_is_written_unchanged(moody):
+def test_stderr_uses_the_requested_encoding(moody):
     line = [sys.executable, "-m", "k2cli", "render", "--only", "füx"]
     done = subprocess.run(line, capture_output=True, env=os.environ | {"PYTHONIOENCODING": "latin-1"})
 

@@ -1,4 +1,4 @@
-"""What an installation brings along: the packages with their weights, recipes and page, and nothing else."""
+"""What an installation contains: the packages with their weights, recipes and page, and nothing else."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ print(*(path for *_, path in command.find_all_modules()), *data, sep="\\n")
 
 @pytest.fixture(scope="module")
 def files() -> set[str]:
-    """The files that a wheel is built of, as setuptools finds them; building one takes many times as long."""
+    """The files that a wheel is built from, as setuptools finds them; building one takes many times as long."""
     pytest.importorskip("setuptools", minversion="77", reason="setuptools is not installed")
     done = subprocess.run([sys.executable, "-c", LIST], cwd=ROOT, check=True, capture_output=True, text=True)
     return set(done.stdout.splitlines())

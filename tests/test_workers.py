@@ -1,4 +1,4 @@
-"""Who makes pictures: dealt out by one rule to workers of every kind, and the same as one process makes."""
+"""Workers: work is distributed by one rule to every kind, and the pictures are those of a single process."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ PICTURE = Image.new("RGB", (8, 8))
 
 
 def test_ctrl_c_does_not_interrupt_the_fork_servers_import():
-    """It reaches all processes there, and that from which workers are forked told of it in a page of lines."""
+    """In a terminal it reaches all processes, and the one that workers are forked from would print a page about it."""
     code = """if __name__ == "__main__":
         import os, signal, threading
         from k2cli.workers import ModelSpec, ProcessPool
@@ -61,7 +61,7 @@ def test_ctrl_c_does_not_interrupt_the_fork_servers_import():
 
 
 def test_ctrl_c_waits_for_the_import_of_torch(monkeypatch):
-    """Cut off in the middle its modules raise something else, or abort the process."""
+    """Interrupted halfway, its modules raise something else, or abort the process."""
 
     class Slow(ModuleType):
         def __getattr__(self, name: str) -> object:
@@ -80,7 +80,7 @@ def test_ctrl_c_waits_for_the_import_of_torch(monkeypatch):
 
 
 def test_model_is_freed_before_the_next_is_loaded(fake, monkeypatch):
-    """Two may not fit. One that is made faster refers to itself."""
+    """Two may not fit in memory. A model that was sped up refers to itself."""
 
     class Model:
         def __init__(self) -> None:
@@ -97,11 +97,11 @@ def test_model_is_freed_before_the_next_is_loaded(fake, monkeypatch):
     for held in (ModelSpec("mini"), ModelSpec("mini"), ModelSpec("mini", variant="turbo")):
         load_pipeline(held)
 
-    assert still_there == [[], [False]]  # and the one that is wanted again is not read again
+    assert still_there == [[], [False]]  # and the one wanted a second time is not loaded again
 
 
 class Scripted(WorkerPool):
-    """Hands in name only. Which of them has news next, and whether it is a loss, is drawn by lot."""
+    """Workers in name only. Which of them reports next, and whether it is lost instead, is random."""
 
     size, where = 3, "in this test"
 
@@ -139,7 +139,7 @@ class Scripted(WorkerPool):
         self.at_work = {worker: group for worker, group in self.at_work.items() if worker not in workers}
 
     def close(self) -> None:
-        raise AssertionError("whoever hired them dismisses them")
+        raise AssertionError("whoever started the workers ends them")
 
 
 @given(st.lists(st.integers(1, 4), min_size=1, max_size=8), st.sets(st.integers(0, 31), min_size=1), st.integers())
@@ -155,11 +155,11 @@ def test_every_picture_comes_once_despite_lost_workers(batches, wanted, seed):
     assert sorted(index for index, _ in made) == sorted(wanted)
     assert all(picture.record["seed"] == index for index, picture in made)
     first = 1 + pool.held[1:].count(ModelSpec("mini"))
-    assert set(pool.held[first:]) <= {ModelSpec("mini", dtype="float32")}  # as the first worker holds the weights
+    assert set(pool.held[first:]) <= {ModelSpec("mini", dtype="float32")}  # as the first worker loaded the weights
     assert set(pool.idle) == set(pool.models) and not (pool.loading or pool.at_work)
 
     pool.losing, kept, hired = 0.0, len(pool.idle), pool.count
-    # by those that were kept, and as many more as there is room for
+    # by the workers that were kept, and as many more as there is room for
     again = list(distribute(pool, ModelSpec("mini"), wanted))
     assert sorted(index for index, _ in again) == sorted(wanted)
     assert pool.count - hired <= pool.size - kept
@@ -174,7 +174,7 @@ def test_group_that_kills_every_worker_is_given_up():
 
 
 class Told(Scripted):
-    """Hands whose news is written down."""
+    """Workers whose messages are given beforehand."""
 
     def __init__(self, *news: tuple[int, Message]):
         super().__init__([], 0, losing=0.0)
@@ -204,7 +204,7 @@ def test_worker_lost_while_idle_gets_no_more_work():
 
 
 def test_idle_workers_lost_do_not_end_the_run():
-    """Nor those that do not get as far as to load, while another one works."""
+    """Nor do workers lost before they have loaded, while another one works."""
     lost, ready = Lost("struck"), Ready(READY.model, [1] * MAX_TRIES + [1])
     made = [[Picture(PICTURE, {"model": {}, "seed": seed})] for seed in range(MAX_TRIES + 1)]
     others = range(2, MAX_TRIES + 2)
@@ -218,7 +218,7 @@ def test_idle_workers_lost_do_not_end_the_run():
     pool = Told((1, READY), (2, lost), (3, lost), (4, lost), (1, FIRST), (1, SECOND))
     pool.size = 2
     assert [index for index, _ in distribute(pool, ModelSpec("mini"), {0, 1})] == [0, 1]
-    assert pool.count == 1 + MAX_TRIES  # and no more of them
+    assert pool.count == 1 + MAX_TRIES  # and no more
 
 
 def test_lost_workers_group_goes_to_an_idle_one():
@@ -229,7 +229,7 @@ def test_lost_workers_group_goes_to_an_idle_one():
 
 
 def test_lost_workers_group_is_rendered_next():
-    """What kills every worker that has it is known early, and not once all else is made."""
+    """A group that kills every worker is found out early, not after everything else is rendered."""
     ready = Ready(READY.model, [1, 1, 1])
     pool = Told((1, ready), (2, ready), (1, Lost("struck")), (2, SECOND), (2, FIRST), (2, SECOND))
     pool.size = 2
@@ -239,7 +239,7 @@ def test_lost_workers_group_is_rendered_next():
 
 
 def test_idle_worker_with_the_weights_is_preferred():
-    """To one that would have to let go of others, and read them."""
+    """Over one that would have to unload other weights and load these."""
     pool = Told()
     mini, other = ModelSpec("mini"), ModelSpec("other")
     hired = [pool.acquire(held) for held in (other, mini)]
@@ -260,7 +260,7 @@ def test_groups_are_the_batches_of_the_whole_run():
     assert wanted_groups([3, 1, 2], range(6)) == [(0, 1, 2), (3,), (4, 5)]
 
 
-needs_weights = pytest.mark.skipif("mini" not in library.bundled_models(), reason="the box holds no weights yet")
+needs_weights = pytest.mark.skipif("mini" not in library.bundled_models(), reason="there are no bundled weights yet")
 PROJECT = """\
 [render]
 steps = 1
@@ -282,7 +282,7 @@ size = "96x64"
 
 @pytest.fixture
 def den(tmp_path, monkeypatch) -> Iterator[Path]:
-    """A project for the model of the box, and one thread wherever it is rendered."""
+    """A project for the bundled model, rendered with one thread everywhere."""
     import torch
 
     (tmp_path / "k2.toml").write_text(PROJECT)
@@ -297,14 +297,14 @@ def den(tmp_path, monkeypatch) -> Iterator[Path]:
 
 
 def made(folder: Path) -> dict[str, dict]:
-    """The records of a run, less what a clock says."""
+    """The records of a run, without times."""
     tables = {path.name: Toml.read(path, path.name).table for path in folder.glob("*-*.toml")}
     return {name: {k: v for k, v in table.items() if k not in ("created", "seconds")} for name, table in tables.items()}
 
 
 @needs_weights
 def test_workers_render_what_one_process_renders(den, k2):
-    """Killed ones included: their pictures are made again by others. Pictures of one size are one batch."""
+    """Even if some are killed: others render their pictures again. Pictures of one size are one batch."""
     k2("render", "--quiet")
     hire, give, given_to = ProcessPool.acquire, ProcessPool.submit, []
 
@@ -334,7 +334,7 @@ def test_workers_render_what_one_process_renders(den, k2):
 
 @needs_weights
 def test_workers_are_kept_between_stream_lines(den, k2, monkeypatch):
-    """One that is lost in between is replaced; with the last line all are gone."""
+    """One that is lost in between is replaced; after the last line all have ended."""
     started: list[tuple[ProcessPool, int]] = []
     start = ProcessPool.start
 
@@ -360,7 +360,7 @@ def test_workers_are_kept_between_stream_lines(den, k2, monkeypatch):
 
 
 def unmanned(size: int) -> tuple[ProcessPool, list[tuple[int, int]]]:
-    """Workers whose processes do nothing, and the threads and the seat that each is given."""
+    """Workers whose processes do nothing, and the threads and the slot that each is given."""
 
     class Idle:
         exitcode = 0
@@ -383,7 +383,7 @@ def unmanned(size: int) -> tuple[ProcessPool, list[tuple[int, int]]]:
 
 @pytest.mark.parametrize(("platform", "method"), [("linux", "forkserver"), ("darwin", "spawn"), ("win32", "spawn")])
 def test_workers_are_forked_only_where_that_is_safe(platform, method, monkeypatch):
-    """Metal hangs or crashes in a process that was forked."""
+    """Metal hangs or crashes in a forked process."""
     methods = ["spawn"] if platform == "win32" else ["fork", "spawn", "forkserver"]
     monkeypatch.setattr(multiprocessing, "get_all_start_methods", lambda: methods)
     monkeypatch.setattr(sys, "platform", platform)
@@ -400,7 +400,7 @@ def test_workers_are_forked_only_where_that_is_safe(platform, method, monkeypatc
     ],
 )
 def test_unstartable_workers_count_as_lost(error, why, monkeypatch):
-    """As where the process that they are forked from is killed while it imports torch."""
+    """As when the process that they are forked from is killed while it imports torch."""
     monkeypatch.setattr(workers, "SERVER_EXIT_DELAY", 0.0)
     pool, given = unmanned(2)
 
@@ -415,7 +415,7 @@ def test_unstartable_workers_count_as_lost(error, why, monkeypatch):
 
 @pytest.mark.skipif(workers.start_method() == "spawn", reason="workers are not forked here")
 def test_long_temporary_path_does_not_prevent_workers(tmp_path):
-    """No socket can lie there, by which they would be forked."""
+    """It cannot hold the socket through which they would be forked."""
     code = """if __name__ == "__main__":
         from k2cli.workers import ModelSpec, ProcessPool
         pool = ProcessPool(2)
@@ -444,7 +444,7 @@ def test_new_workers_take_the_slots_of_lost_ones():
 
 @pytest.mark.parametrize(("cores", "size", "threads"), [(8, 1, 8), (8, 3, 2), (2, 4, 1)])
 def test_workers_share_the_cores(cores, size, threads, monkeypatch):
-    """All at work together take no more threads than one process would, and each has one at least."""
+    """Together they use no more threads than one process would, but each has at least one."""
     monkeypatch.setattr(workers, "core_count", lambda: cores)
     pool, given = unmanned(size)
     for _ in range(size):
@@ -455,7 +455,7 @@ def test_workers_share_the_cores(cores, size, threads, monkeypatch):
 
 
 @pytest.mark.parametrize(("said", "taken"), [(None, [3]), ("2", [])])
-def test_worker_threads_unless_set_by_the_user(said, taken, monkeypatch):
+def test_worker_takes_its_share_of_threads_unless_the_user_set_it(said, taken, monkeypatch):
     import torch
 
     class Over:
@@ -475,9 +475,9 @@ def test_worker_threads_unless_set_by_the_user(said, taken, monkeypatch):
     assert counts == taken
 
 
-@pytest.mark.skipif(not hasattr(os, "sched_getaffinity"), reason="processes cannot be kept to some cores here")
+@pytest.mark.skipif(not hasattr(os, "sched_getaffinity"), reason="processes cannot be limited to some cores here")
 def test_cores_are_those_the_process_may_use(monkeypatch):
-    """Of a node that is shared out, or under taskset; k2 doctor counts the same."""
+    """As on a shared node, or under taskset; k2 doctor counts the same."""
     from k2cli import doctor
 
     monkeypatch.setattr("model.fast.measure_speed", lambda dtype: 1.0)
@@ -491,7 +491,7 @@ def test_cores_are_those_the_process_may_use(monkeypatch):
     [(None, 0, 2, [0]), ("cuda", 3, 2, [1]), ("cuda:1", 2, 4, []), ("cpu", 1, 2, []), (None, 1, 0, [])],
 )
 def test_workers_take_the_gpus_in_turn(device, seat, cards, chosen, monkeypatch):
-    """Unless they are told which; a machine without cards, or a run on its processor, asks for none."""
+    """Unless they are told which; on a machine without GPUs, or on its CPU, they ask for none."""
     import torch
 
     class Pipe:
@@ -519,7 +519,7 @@ def test_workers_take_the_gpus_in_turn(device, seat, cards, chosen, monkeypatch)
 
 @needs_weights
 def test_workers_end_with_a_killed_parent():
-    """In the middle of a picture that nobody waits for any more; its output stays open as long as one of them lives."""
+    """In the middle of a picture that nobody waits for any more; the output stays open as long as one of them lives."""
     code = """if __name__ == "__main__":
         import os, signal
         from k2cli.workers import ModelSpec, ProcessPool

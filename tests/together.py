@@ -31,7 +31,7 @@ def generator_of(step: int, part: int) -> torch.Generator:
 
 
 class Pretraining(pretrain.PretrainStage):
-    """The real stage on random latents and words; every third step shows references, and only then the style learns."""
+    """The real stage on random latents and words; two of three steps show references, and in those the style learns."""
 
     def batch(self, step: int, part: int = 0) -> Batch:
         generator = generator_of(step, part)
@@ -49,7 +49,7 @@ class Pretraining(pretrain.PretrainStage):
 
 
 class Branches(Stage):
-    """A stage that cannot be shared out: each process holds all of it, and some learn a branch that others do not."""
+    """A stage that cannot be sharded: each process holds all of it, and some train a branch that others do not."""
 
     def __init__(self, recipe: pretrain.Recipe):
         torch.manual_seed(recipe.seed)
