@@ -1,4 +1,4 @@
-"""`k2 new --from PICTURE`: a project that asks for pictures anew, and what is told to stay behind."""
+"""`k2 new --from PICTURE`: a project that requests pictures again, and messages about what is not imported."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from model.spec import raw_mu
 
 
 def test_prompts_keep_the_names_of_k2_pictures(moody, k2, tmp_path):
-    """By which --only and the old files know them; where a matrix numbered its cells, without the number."""
+    """--only and the old files use those names; where a matrix numbered its cells, the number is dropped."""
     k2("render", "--only", "fox", "--batch", "2")
     k2("render", "--only", "fox", "--matrix", "sampler=euler,ab2")
     pictures = sorted((moody / "outputs").glob("*/fox*.png"))
@@ -44,7 +44,7 @@ def test_new_project_from_pictures(moody, k2, tmp_path):
         ("a red fox, film grain, second line", "blurry, text", 1234567890),
         ("a {red} fox", "blurry", 99),
     ]
-    assert shots[0].spec.width < shots[0].spec.height  # the shape, at the model's own size
+    assert shots[0].spec.width < shots[0].spec.height  # the same shape, at the model's own size
     assert len(k2("render", tmp_path / "taken").stdout.splitlines()) == 2
 
 
@@ -74,7 +74,7 @@ def test_overlong_prompt_in_a_folder_is_skipped(k2, tmp_path):
 
 
 def test_folder_of_pictures_becomes_batches(moody, k2, tmp_path):
-    """Seeds that follow one another are a batch; what says nothing is told; a run's contact sheet is no picture."""
+    """Consecutive seeds are a batch; pictures without a prompt are reported; a run's contact sheet is no picture."""
     k2("render", "-p", "a fox", "--batch", "3", "--steps", "3")
     k2("render", "-p", "a fox", "--seed", "40", "--steps", "3")
     (tmp_path / "old").mkdir()
@@ -91,7 +91,7 @@ def test_folder_of_pictures_becomes_batches(moody, k2, tmp_path):
     assert sorted(shot.spec.seed for shot in project.shots(project.resolve_settings())) == [7, 8, 9, 40]
 
     assert "Not imported" not in k2("new", tmp_path / "run", "--from", *moody.glob("outputs/0001-*")).stderr
-    said = k2("new", tmp_path / "all", "--from", *moody.glob("outputs/0001-*/*.png")).stderr  # as a shell finds them
+    said = k2("new", tmp_path / "all", "--from", *moody.glob("outputs/0001-*/*.png")).stderr  # as a shell expands it
     assert "Passed over: 1 contact sheet." in said and "Not imported" not in said
     for name in ("bare.png", "plain.png"):
         shutil.move(tmp_path / "old" / name, tmp_path)
@@ -112,7 +112,7 @@ def test_batches_differ_only_in_seeds():
 
 
 def test_equal_prompt_names_are_numbered():
-    """However their own numbers fall."""
+    """Whatever numbers they have already."""
     named = from_pictures.name_prompts(
         [origins.Origin("k2", prompt=prompt) for prompt in ("fox", "fox 3", "fox", "fox")]
     )
@@ -140,7 +140,7 @@ def test_k2_picture_is_requested_again(moody, k2, tmp_path, keep):
 @pytest.mark.parametrize(
     ("options", "kept"),
     [
-        (("--steps", "8", "--guidance", "0"), (None, None)),  # as Turbo does by itself, and raw would come to nothing
+        (("--steps", "8", "--guidance", "0"), (None, None)),  # Turbo's defaults, with which Raw is useless
         (("--steps", "12", "--guidance", "0"), (12, None)),
         (("--steps", "8", "--guidance", "2"), (None, 2)),
     ],
@@ -235,7 +235,7 @@ def test_unimported_settings_of_k2_pictures_are_reported(moody, k2, tmp_path):
 
 
 def test_styles_avoids_are_not_imported(moody, k2, tmp_path):
-    """A phrase that the prompt avoids as well as its styles stays, once."""
+    """A phrase that both the prompt and its styles avoid stays, once."""
     (moody / "styles").mkdir()
     (moody / "styles" / "dusk.toml").write_text('keywords = ["grain"]\navoids = ["glossy, neon", "text"]\n')
     (moody / "styles" / "ink.toml").write_text('keywords = ["bold lines"]\navoids = ["text"]\n')
@@ -259,7 +259,7 @@ def with_mu(moody, mu: float) -> None:
 
 @pytest.mark.parametrize("turbo", [False, True])
 def test_chosen_mu_is_imported(moody, k2, tmp_path, turbo):
-    """One that the model takes for the size by itself would be wrong for another size."""
+    """The model's own mu for a size would be wrong for another size."""
     write_weights(library.BUNDLED / "mini-turbo.safetensors", {"kind": "dit", "variant": "turbo"})
     variant, own = (("--turbo",), "turbo") if turbo else ((), "raw")
     size = ("--size", "64x96")
@@ -309,8 +309,8 @@ def test_unimported_model_is_reported(moody, k2, tmp_path, model):
 
 @pytest.mark.parametrize(("model", "chosen"), [("nyx", None), ("krea-2-raw", None), ("krea-2-raw", 0.25)])
 def test_missing_named_model_is_imported_with_the_size(moody, k2, tmp_path, model, chosen):
-    """Weights of a name may be put here later; a project that asks for them says until then that they are missing."""
-    with_mu(moody, raw_mu(6 * 4) if chosen is None else chosen)  # as the open weights take it for 96x64
+    """Weights of that name may be added later; until then the project says that they are missing."""
+    with_mu(moody, raw_mu(6 * 4) if chosen is None else chosen)  # the open weights' own for 96x64
     k2("render", "-p", "a fox", "--size", "96x64")
     (made,) = moody.glob("outputs/*/*-7.png")
     with Image.open(made) as image:

@@ -147,7 +147,7 @@ def test_fused_qkv(tmp_path, model):
         ({"w1_a": (64, 2), "w1_b": (2, 64), "w2_a": (64, 2), "w2_b": (2, 1)}, "maps 1 numbers to 64"),
         ({"w1_a": (32, 2), "w1_b": (2, 64), "w2_a": (64, 2), "w2_b": (2, 64)}, "maps 64 numbers to 32"),
     ],
-    ids=["missing factor", "two ranks", "no rank", "more rank than width", "a convolution", "in", "out"],
+    ids=["missing factor", "two ranks", "no rank", "rank above width", "a convolution", "in", "out"],
 )
 def test_invalid_factors_are_refused(tmp_path, model, shapes, what):
     state = {f"blocks.0.attn.wq.hada_{name}": torch.ones(shape) for name, shape in shapes.items()}

@@ -1,4 +1,4 @@
-"""Records: there and back, inside pictures and beside them."""
+"""Records: written and read back, inside pictures and beside them."""
 
 from __future__ import annotations
 
@@ -146,7 +146,7 @@ def test_metadata_for_other_tools(tmp_path):
 
 
 def test_record_after_the_image_data_is_found(tmp_path):
-    """Where some tools put texts."""
+    """Some tools put text there."""
     record = records.compose(shot(), picture(), tmp_path)
     path = tmp_path / "fox-7.png"
     bare = metadata.encode(picture().image, record, embed=False)
@@ -173,7 +173,7 @@ def test_model_inside_the_project_moves_with_it(tmp_path):
     assert records.portable("mini", tmp_path) == "mini"
 
 
-def test_moved_project_keeps_plans_and_records_valid(moody):
+def test_plans_and_records_name_the_projects_model_relatively(moody):
     write_weights(moody / "ink.safetensors", {"kind": "dit", "native": 128})
     (moody / "k2.toml").write_text(PROJECT.replace("seed = 7", 'model = "ink.safetensors"'))
     project = Project.open(moody)
@@ -196,7 +196,7 @@ def test_old_record_without_sampler_means_euler_guided_to_the_end(moody):
 
 
 def test_unguided_picture_has_no_guidance_until(moody):
-    """Nor is it said of the one that is made again."""
+    """Neither has its rerun."""
     made = Picture(picture().image, MADE | {"guidance": 0.0})
     table = records.compose(shot(guidance=0.0), made, moody)
     assert records.parse(Toml(dump(table).decode(), "fox-7.toml"), None).shot.spec.guidance_until is None
@@ -286,7 +286,7 @@ def test_show_names_loras_and_their_weights(moody, k2):
 
 @pytest.mark.parametrize("command", ["show", "rerun"])
 def test_picture_path_may_be_relative_to_the_project(moody, k2, tmp_path, monkeypatch, command):
-    """And as it is named from the current folder first."""
+    """A path that exists from the current folder comes first."""
     file = k2("render", "-p", "tea", "--quiet").stdout.strip()
     monkeypatch.chdir(tmp_path)
 
@@ -375,8 +375,8 @@ class TestRerun:
         assert f"{file} was changed after it" in k2("rerun", file.with_suffix(".toml")).stderr
 
     def test_jpeg_is_compared_after_encoding(self, moody, k2):
-        """Its pixels are never the recorded ones: of another that carries its record, or of a smaller one, it is told
-        all the same; where it is not made again as it was nobody can say."""
+        """Its pixels are never the recorded ones, yet another or a smaller picture with its record is still reported as
+        changed; if the reproduction itself differs, nobody can say."""
         k2("render", "--only", "fox", "--format", "jpeg")
         file, record = Path("outputs/0001-fox/fox-7.jpg"), Path("outputs/0001-fox/fox-7.toml")
         (whole,) = map(json.loads, k2("rerun", file, "--check", "--json").stdout.splitlines())
@@ -413,7 +413,7 @@ class TestRerun:
 
     @pytest.mark.parametrize(("kind", "suffix"), [("png", "png"), ("webp", "webp"), ("jpeg", "jpg")])
     def test_record_differing_from_its_picture_is_reported(self, moody, k2, fake, kind, suffix):
-        """The picture's own is followed; which is the truth nobody else can say."""
+        """The embedded one is used; only the user knows which of them is right."""
         k2("render", "--only", "fox", "--format", kind)
         file = Path(f"outputs/0001-fox/fox-7.{suffix}")
         record = file.with_suffix(".toml")
@@ -429,7 +429,7 @@ class TestRerun:
         assert "differs from" not in k2("rerun", record, code=1).stderr and fake.seen[-1].seed == 8
 
     def test_recorded_device_is_used_unless_another_is_given(self, made, k2, fake, monkeypatch):
-        """And threads are as many as then where it is a processor, which alone rounds by them."""
+        """On a CPU there are also as many threads as then, since only there does rounding depend on them."""
         counts: list[int] = []
         monkeypatch.setattr(rerun, "use_threads", counts.append)
         record = made.with_suffix(".toml")
@@ -443,7 +443,7 @@ class TestRerun:
         assert "Identical" in k2("rerun", record).stderr and counts == [3]
 
     def test_picture_alone_is_enough(self, made, k2, tmp_path, fake):
-        """Moved out of the project, without its record: the project is named, the picture says the rest."""
+        """Moved out of the project, without its record: --project names the project, the picture says the rest."""
         bare = Path(shutil.copy(made, tmp_path / "moved.png"))
 
         assert "identical" in k2("rerun", bare, "--project", ".", "--json").stdout
@@ -451,7 +451,7 @@ class TestRerun:
         assert replace(again, **{key: getattr(asked, key) for key in records.SPEC_KEYS}) == asked
 
     def test_several_pictures_are_reproduced_in_one_run(self, moody, k2):
-        """A run's folder is all of it; where a name comes twice there is another run."""
+        """A run folder stands for all its pictures; a name that occurs twice goes into another run."""
         k2("render", "--only", "fox", "--batch", "2")
         k2("render", "--only", "fox", "--batch", "1")
 
@@ -470,7 +470,7 @@ class TestRerun:
         ]
 
     def test_check_compares_and_writes_nothing(self, moody, k2, tmp_path, monkeypatch):
-        """Not even where there is no project to write into."""
+        """It works even without a project to write into."""
         k2("render", "--only", "fox", "--batch", "2")
         before = tree(moody)
 
@@ -489,7 +489,7 @@ class TestRerun:
         record.write_text(record.read_text().replace(tomllib.loads(record.read_text())["pixels"], "0" * 64))
         result = k2("rerun", record, "--check", code=1)
         assert result.stdout == "outputs/0001-fox/fox-7.png\n" and "The pixels differ" in result.stderr
-        assert "was changed" not in result.stderr  # but its record
+        assert "was changed" not in result.stderr  # only its record was
         monkeypatch.chdir(tmp_path)
         assert k2("rerun", bare, "--check").stdout == "bare.png\n"
 
@@ -498,7 +498,7 @@ class TestRerun:
         [("png", "white"), ("folder", "white"), *(("toml", by) for by in ("white", "another", "smaller"))],
     )
     def test_check_of_an_edited_picture_fails(self, moody, k2, named, by):
-        """Be it another one of k2's, which brings a record along that it agrees with."""
+        """Even if it is another one of k2's, which brings along a record that agrees with it."""
         k2("render", "--only", "fox", "--batch", "2")
         file, other = Path("outputs/0001-fox/fox-7.png"), Path("outputs/0001-fox/fox-8.png")
         if by == "another":
@@ -523,7 +523,7 @@ class TestRerun:
         ],
     )
     def test_check_of_an_unreadable_picture_says_so(self, moody, k2, monkeypatch, by, said):
-        """Nobody knows whether its pixels are others."""
+        """Whether its pixels have changed is unknown."""
         k2("render", "--only", "fox")
         file = Path("outputs/0001-fox/fox-7.png")
         if by == "owner":
@@ -543,14 +543,14 @@ class TestRerun:
         assert [found[key] for key in ("identical", "changed", "gone", "unreadable")] == [False, False, False, True]
 
     def test_check_of_another_recorded_size_fails(self, made, k2):
-        """A record that asks for another size by now, of one colour as the picture is."""
+        """The record asks for another size by now; the reproduction has the same single colour as the picture."""
         record = made.with_suffix(".toml")
         record.write_text(record.read_text().replace("width = 64", "width = 96"))
 
         assert "The pixels differ from the recorded ones.\n" in k2("rerun", record, "--check", code=1).stderr
 
     def test_check_of_a_missing_picture_fails(self, made, k2):
-        """Without one, what is gone is brought back by its record."""
+        """Without --check, a missing picture is reproduced from its record."""
         made.unlink()
         record, picture = "outputs/0001-fox/fox-7.toml", "outputs/0001-fox/fox-7.png"
 
@@ -561,7 +561,7 @@ class TestRerun:
         assert k2("rerun", record).stderr == "Identical, pixel for pixel.\n"
 
     def test_check_of_a_run_includes_missing_pictures(self, moody, k2):
-        """Without one, what was thrown away is not made again unless it is named, which is told."""
+        """Without --check, deleted pictures are reproduced only if named, and a message says so."""
         k2("render", "--only", "fox", "--batch", "2")
         Path("outputs/0001-fox/fox-7.png").unlink()
 
@@ -581,7 +581,7 @@ class TestRerun:
         assert "fox-7.toml is not valid TOML" in k2("rerun", "outputs/0001-fox", "--check", code=1).stderr
 
     def test_check_ignores_files_that_are_no_records(self, made, k2):
-        """Notes beside pictures, the plan of a run set aside, what was blocked, a project, styles."""
+        """Notes beside pictures, a copy of a run's plan, the record of a blocked picture, a project, styles."""
         shutil.copy(made.with_name("run.toml"), made.with_name("run-old.toml"))
         shutil.copy(made.with_suffix(".toml"), made.with_name("fox-8.blocked.toml"))
         made.with_name("notes.toml").write_text('[[prompt]]\ntext = "tea"\n')
@@ -593,7 +593,7 @@ class TestRerun:
             assert "There are no k2 pictures in" in k2("rerun", folder, "--check", code=1).stderr
 
     def test_every_picture_of_a_run_folder_is_included(self, moody, k2):
-        """The record beside one is gone, and that in it says the same; of another nothing is known, which is told."""
+        """If the record beside one is gone, the embedded one says the same; a picture without any is reported."""
         k2("render", "--only", "fox", "--batch", "2")
         Path("outputs/0001-fox/fox-7.toml").unlink()
         assert k2("log").stdout.count("outputs/0001-fox/fox-") == 2
@@ -616,7 +616,7 @@ class TestRerun:
         ]
 
     def test_each_of_several_is_reported(self, moody, k2):
-        """One that differs, one that is none, and one that is as it was; and nothing is lost."""
+        """One that differs, one that does not exist and one that is identical; none is left out."""
         k2("render", "--only", "fox", "--batch", "2")
         record = Path("outputs/0001-fox/fox-7.toml")
         pixels = tomllib.loads(record.read_text())["pixels"]
@@ -636,7 +636,7 @@ class TestRerun:
             ("gone.png", None, True),
             ("outputs/0001-fox/fox-8.png", True, False),
         ]
-        assert quiet.stderr.splitlines()[0] == said[0] and "fox-8" not in quiet.stderr  # a difference is no small talk
+        assert quiet.stderr.splitlines()[0] == said[0] and "fox-8" not in quiet.stderr  # differences are still reported
 
         both = ("outputs/0001-fox", "-o", "one.png")
         assert "one file cannot hold 2 pictures" in k2("rerun", *both, code=2).stderr and not Path("one.png").exists()
@@ -645,7 +645,7 @@ class TestRerun:
 
     @pytest.mark.parametrize("check", [[], ["--check"]])
     def test_json_reports_every_failing_file(self, made, k2, monkeypatch, check):
-        """A name that no file can have, a folder without pictures, and one whose owner keeps it to himself."""
+        """A name that no file can have, a folder without pictures, and a folder that may not be read."""
         long = f"{'x' * 300}.png"
         for folder in ("empty", "shut"):
             Path(folder).mkdir()
@@ -675,7 +675,7 @@ class TestRerun:
         assert json.loads(alone.stdout) == wrong[1] and alone.stderr.count("Error: ") == 1
 
     def test_common_error_is_shown_once(self, moody, k2, monkeypatch):
-        """But to a script for each; and what was not compared is not said to differ."""
+        """But with --json for each picture; and what was not compared is not said to differ."""
         k2("render", "--only", "fox", "--batch", "3")
 
         def refused(*of: object) -> None:
@@ -726,7 +726,7 @@ class TestRerun:
         assert result.stdout == "outputs/0002-fox/fox-7.png\n"
 
     def test_picture_moved_into_another_run_is_rendered_alone(self, made, k2, fake):
-        """Moved there by hand, its plan says nothing of it."""
+        """It was moved by hand, so the plan of that run does not mention it."""
         k2("render", "--only", "an-owl-at-night", "--batch", "2")
         record = made.with_suffix(".toml")
         moved = Path("outputs/0002-an-owl-at-night/fox-7.toml")
@@ -736,7 +736,7 @@ class TestRerun:
         assert [spec.prompt for spec in fake.seen[3:]] == ["a blue fox"]
 
     def test_non_picture_original_is_not_compared(self, made, k2, monkeypatch):
-        """Pillow would hand PostScript to Ghostscript, whatever its file is called."""
+        """Pillow would hand PostScript to Ghostscript, whatever the file is named."""
         record = made.with_suffix(".toml")
         record.write_text(record.read_text().replace("a red fox", "a blue fox"))
         Image.new("RGB", (64, 64)).save(made, "EPS")
@@ -749,7 +749,7 @@ class TestRerun:
 
     @pytest.mark.parametrize("beside", [True, False])
     def test_batch_is_reproduced_if_rounding_depends_on_it(self, moody, k2, fake, tmp_path, monkeypatch, beside):
-        """Numbers that a batch rounds otherwise than a picture by itself, by one level here."""
+        """A batch may round differently from a single picture, here by one level."""
         alone = fake.stream
 
         def stream(self, specs, on_step=None):
@@ -769,7 +769,7 @@ class TestRerun:
         result = k2("rerun", shutil.copy(made, tmp_path / "moved.png"), "--project", ".", code=1)
         assert "by at most 1 of 255 levels. That is rounding" in result.stderr
 
-    def test_recorded_device_and_threads_are_used(self, made, k2, monkeypatch):
+    def test_recorded_threads_and_a_given_device_are_used(self, made, k2, monkeypatch):
         used = []
         monkeypatch.setattr("k2cli.rerun.use_threads", used.append)
         record = made.with_suffix(".toml")
@@ -802,7 +802,7 @@ class TestRerun:
         assert len(fake.seen) == 1
 
     def test_failed_reproduction_leaves_no_run(self, moody, k2, fake, monkeypatch):
-        """Alone or beside others: the run is that of the first picture that is made."""
+        """Alone or with others: the run is named after the first picture that is rendered."""
         k2("render")
         fox, owl = (
             moody / "outputs" / "0001-fox-and-1-more" / f"{name}.png" for name in ("fox-7", "an-owl-at-night-7")
@@ -832,7 +832,7 @@ class TestRerun:
 
 
 def test_adapter_is_verified_with_its_settings(tmp_path):
-    """Records that knew of no settings still name the weights alone."""
+    """Older records, which hash only the weights, still verify."""
     weights, settings = tmp_path / "adapter_model.safetensors", tmp_path / "adapter_config.json"
     weights.write_text("weights")
     alone = identity(weights)

@@ -1,4 +1,4 @@
-"""The decoder on drawn latents: wider without another word, a critic that learns, and a decoder that heeds it."""
+"""The decoder on drawn latents: the same when widened, with a critic that learns and that the decoder follows."""
 
 from __future__ import annotations
 
@@ -82,14 +82,14 @@ def test_critic_does_not_see_large_forms():
     ramp = torch.linspace(-1, 1, 128).expand(1, 3, 128, 128)
 
     def seen(picture: Tensor) -> Tensor:
-        return critic(picture)[..., 6:10, 6:10]  # not as far as the rim, where a ramp ends
+        return critic(picture)[..., 6:10, 6:10]  # not the edges, where a ramp ends
 
     torch.testing.assert_close(seen(picture + 0.7 + ramp), seen(picture), rtol=1e-3, atol=1e-5)
     assert not torch.isclose(seen(0.5 * picture), seen(picture), rtol=1e-3).any()
 
 
 def test_sample_starts_from_the_given_latents():
-    """By none of the steps it stays that, by all it is what noise comes to."""
+    """After none of the steps it is unchanged, after all it is what noise leads to."""
     dit, features = Krea2(DIT).eval(), torch.randn(2, 7, DIT.text_taps, DIT.text_width)
     dit.initialise()
     torch.nn.init.normal_(dit.last.linear.weight, std=0.1)
@@ -107,12 +107,12 @@ def test_sample_starts_from_the_given_latents():
 
 
 class Data:
-    """A data set that is known by its manifest's hash alone."""
+    """A data set of which only the fingerprint is used."""
 
 
 @pytest.fixture
 def stage(vae, monkeypatch):
-    """The stage on sixteen pictures of one disc each, whose free latents are other pictures' than their captions'."""
+    """The stage on sixteen pictures of one disc each; the free latents of each are those of another picture."""
     monkeypatch.setattr(sharpen, "fingerprint", lambda catalog: "")
 
     def made(**settings) -> SharpenStage:
@@ -137,7 +137,7 @@ def gradients(stage: SharpenStage, step: int) -> dict[str, Tensor]:
 
 
 def test_critic_is_not_trained_by_the_decoders_loss(stage):
-    """Whatever its opinion weighs, it learns the same."""
+    """Whatever the weight of its opinion, it learns the same."""
     deaf, heeding = (gradients(stage(critic=weight), step=1000) for weight in (0.0, 10.0))
 
     moved = {name for name, each in deaf.items() if not torch.allclose(each, heeding[name], rtol=1e-3, atol=1e-6)}
@@ -156,7 +156,7 @@ def figures(stage: SharpenStage, batch) -> dict[str, float]:
 
 
 def descend(stage: SharpenStage, batch, which: str, rate: float, steps: int = 1) -> None:
-    """Parameters of a part follow the loss's gradient."""
+    """Move the parameters of one part down the gradient of the loss."""
     params = [
         p for name, p in stage.model.named_parameters() if name.startswith(which) and ENCODER_PREFIXES[0] not in name
     ]
@@ -219,7 +219,7 @@ def test_wanted_latents_count_only_in_the_distance(stage):
 
 
 def test_pictures_and_latents_are_cropped_alike(stage):
-    """Cells of factor 8: a picture's crop, encoded, is about the crop of its latents."""
+    """With cells of 8 px, a picture's crop encodes to about the crop of its latents."""
     made = stage(crop=32)
     y, x = np.mgrid[:64, :64]
     made.pool.pictures[:] = np.stack([x, y, y], -1)
@@ -234,7 +234,7 @@ def test_pictures_and_latents_are_cropped_alike(stage):
 
 @pytest.mark.parametrize(("share", "least", "most"), [(0.0, 0, 40), (0.5, 130, 230), (1.0, 300, 300)])
 def test_share_of_grainy_pictures_follows_the_recipe(stage, share, least, most):
-    """Of all three kinds, however few there are among the pictures."""
+    """In all three kinds, however few of the pictures are grainy."""
     made = stage(grainy=share, batch=100)
     made.pool = made.pool._replace(grainy=np.arange(16) == 3)
     grainy = made.batch(0)["grainy"]
@@ -243,7 +243,7 @@ def test_share_of_grainy_pictures_follows_the_recipe(stage, share, least, most):
 
 
 def test_latents_are_drawn_in_parts_and_kept(tmp_path, monkeypatch):
-    """Each of its own pictures, and all in their order."""
+    """Each part from its own pictures, all in order."""
     make_data(tmp_path / "data")
     enlarge(tmp_path / "data")
     catalog, recipe, drawn = Catalog(tmp_path / "data", 256), Recipe(**(COMMON | {"pictures": 5})), []

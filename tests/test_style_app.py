@@ -1,4 +1,4 @@
-"""Styles from the command line: made of pictures, listed, shown, mixed, and looked at."""
+"""Styles on the command line: made from pictures, listed, shown, mixed and previewed."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from model.picture_file import describe_skipped
 
 @pytest.fixture
 def photos(tmp_path: Path) -> Path:
-    """A folder outside the project: three pictures of two contents, and what is no picture."""
+    """A folder outside the project: three pictures, two of them identical, and files that cannot be used."""
     folder = tmp_path / "photos"
     (folder / "more").mkdir(parents=True)
     Image.new("RGB", (32, 32), "red").save(folder / "a.png")
@@ -39,7 +39,7 @@ def photos(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def looks(moody: Path) -> Path:
-    """moody with four styles of words."""
+    """moody with four styles of keywords only."""
     (moody / "styles").mkdir()
     for name in ("dusk", "ink", "neon", "riso"):
         (moody / "styles" / f"{name}.toml").write_text(f'keywords = ["{name} look"]\n')
@@ -88,7 +88,7 @@ def test_add_does_not_overwrite_and_force_loses_no_picture(moody, photos, k2):
 
 @pytest.mark.parametrize("command", ["style add dusk {}/a.png", "mix-styles ink=1 --save-as dusk"])
 def test_concurrently_created_style_stays(looks, photos, k2, monkeypatch, command):
-    """As of two commands at once: what was not there when one of them looked."""
+    """As with two commands at once: the style did not exist when one of them looked."""
     file = looks / "styles" / "dusk.toml"
     file.unlink()
 
@@ -121,7 +121,7 @@ def test_add_reuses_pictures_already_in_the_project(moody, photos, k2):
 
 
 def test_contact_sheets_of_a_run_are_skipped(moody, k2, monkeypatch):
-    """Whether its folder is named, or what a shell's * finds in it."""
+    """Whether its folder is named, or the files that a shell's * finds in it."""
     monkeypatch.setattr(sheet, "PER_SHEET", 2)
     k2("render", "--batch", "2")
     run = next((moody / "outputs").iterdir())
@@ -142,7 +142,7 @@ def test_contact_sheets_of_a_run_are_skipped(moody, k2, monkeypatch):
 
 
 def test_contact_sheet_is_recognised_without_its_run(moody, k2):
-    """By whatever name it is copied; a picture that is called so is one."""
+    """Under whatever name it is copied; and a picture that only has such a name is a picture."""
     k2("render")
     run = next((moody / "outputs").iterdir())
     (run / "run.toml").unlink()
@@ -157,7 +157,7 @@ def test_contact_sheet_is_recognised_without_its_run(moody, k2):
 
 
 def test_picture_may_have_any_name(moody, photos, k2):
-    """Even one that is no text, or that a terminal would obey: the copy gets another."""
+    """Even one that is not valid text, or that a terminal would obey: the copy gets another."""
     accent_apart = "cu\u0308r.png"  # as Macs write ü
     for name in (b"a\xe9.png", b"b\n\x1b[2J.png", accent_apart.encode(), "लोमड़ी.png".encode()):
         Image.new("RGB", (32, 32), (len(name), 0, 0)).save(photos / os.fsdecode(name))
@@ -170,7 +170,7 @@ def test_picture_may_have_any_name(moody, photos, k2):
 
 
 def test_hidden_files_in_folders_are_skipped(moody, photos, k2):
-    """A Mac lays ._a.jpg, which is no picture, beside each that it copies to a stick or a share."""
+    """Macs put a ._a.jpg, which is no picture, beside each picture that they copy to a stick or a share."""
     (photos / "more" / "._a.jpg").write_bytes(b"\0\5\x16\7\0\2\0\0Mac OS X")
 
     k2("style", "add", "dusk", photos / "more")
@@ -179,7 +179,7 @@ def test_hidden_files_in_folders_are_skipped(moody, photos, k2):
 
 
 def test_unsupported_pictures_in_folders_are_reported(moody, photos, k2):
-    """A phone's HEIC beside its JPEGs; what is no picture is no news."""
+    """A phone's HEIC beside its JPEGs; files that are no pictures are not mentioned."""
     (photos / "more" / "IMG_1.HEIC").write_bytes(b"")
     (photos / "more" / "a.txt").write_bytes(b"")
     (photos / "raw").mkdir()
@@ -202,7 +202,7 @@ def test_picture_is_found_with_any_accent_form(moody, photos, k2):
 
 
 def test_unreadable_pictures_in_folders_are_skipped_and_reported(moody, photos, k2):
-    """All at once; who types the name of one means it, and of others there must be some."""
+    """All in one message; a picture that is named itself must be readable, and at least one must remain."""
     more = photos / "more"
     for name in ("broken.png", "cut.jpg"):
         (more / name).write_bytes((more / "a.jpg").read_bytes()[:100])
@@ -260,7 +260,7 @@ def test_render_reports_unread_references_once(looks, photos, k2):
 
 
 def test_copies_keep_their_names_or_are_numbered(moody, photos, k2):
-    """And by nothing that a shell or a file list would take for something else."""
+    """And get no name that a shell or a file list would take for something else."""
     (photos / "b").mkdir()
     for name, colour in (("a.png", "navy"), ("-a-.png", "teal"), ("!!!.png", "black")):
         Image.new("RGB", (32, 32), colour).save(photos / "b" / name)
@@ -276,7 +276,7 @@ def test_copies_keep_their_names_or_are_numbered(moody, photos, k2):
 
 
 def test_jpeg_suffixes_of_browsers_are_accepted(moody, photos, k2):
-    """Windows knows image/jpeg as .jfif."""
+    """To Windows, image/jpeg is .jfif."""
     (photos / "more" / "a.jpg").rename(photos / "more" / "a.JFIF")
     (moody / "refs" / "sea").mkdir(parents=True)
     for name in ("b.jfif", "c.jpg"):
@@ -296,7 +296,7 @@ def test_add_with_json(moody, photos, k2):
 
 
 def write_lora(path: Path, layer: str = "blocks.0.attn.wq", about: dict[str, str] | None = None) -> Path:
-    """The smallest file of one by its names, which is all that is looked at before it is rendered."""
+    """The smallest LoRA file by its tensors' names, which are all that is looked at before rendering."""
     halves: dict[str, Any] = {"__metadata__": about} if about else {}
     halves |= {
         f"{layer}.lora_{half}.weight": {"dtype": "F32", "shape": [1, 1], "data_offsets": [4 * place, 4 * place + 4]}
@@ -315,7 +315,7 @@ def test_lora_is_found_with_any_accent_form(moody, photos, k2):
 
 
 def test_lora_in_a_folder_or_another_format_is_reported(moody, photos, k2):
-    """Beside its preview, as collectors keep them, it is no picture of the style's."""
+    """Beside its preview, as collectors keep them, it does not become part of the style unless it is named."""
     lora = write_lora(photos / "more" / "ink.safetensors")
     said = "Passed over: weights (ink.safetensors); to use a LoRA, name its file."
 
@@ -330,7 +330,7 @@ def test_lora_in_a_folder_or_another_format_is_reported(moody, photos, k2):
 
 
 def test_lora_is_copied_and_becomes_a_style(moody, photos, k2):
-    """With its words, and pictures beside it where such are named."""
+    """With its trigger words, and with pictures if some are named."""
     lora = write_lora(photos / "Ink v2.safetensors")
     added = k2("style", "add", "ink", lora, "--trigger", "in the inkk style", "-k", "bold")
 
@@ -344,10 +344,10 @@ def test_lora_is_copied_and_becomes_a_style(moody, photos, k2):
     assert spec.prompt == "a red fox, in the inkk style, bold" and spec.adapters
 
     both = k2("style", "add", "both", lora, photos / "a.png", "--json").stdout
-    assert json.loads(both)["lora"] == "loras/Ink-v2.safetensors"  # which is there already
+    assert json.loads(both)["lora"] == "loras/Ink-v2.safetensors"  # which is there already, so it is not copied again
     (style,) = spec_of(moody, both=1).styles
     assert style.lora and len(style.references) == 1
-    (moody / "loras" / "A.safetensors").symlink_to(photos / "Ink v2.safetensors")  # which a project would not follow
+    (moody / "loras" / "A.safetensors").symlink_to(photos / "Ink v2.safetensors")  # which no project would follow
     again = k2("style", "add", "again", lora, "--json").stdout
     assert json.loads(again)["lora"] == "loras/Ink-v2.safetensors"
     write_lora(photos / "other" / "Ink v2.safetensors", "blocks.1.attn.wq")
@@ -366,7 +366,7 @@ def test_lora_is_copied_and_becomes_a_style(moody, photos, k2):
     ],
 )
 def test_stated_triggers_join_the_prompt(moody, photos, k2, about, triggers):
-    """And is told; what was typed goes before."""
+    """And are reported; a typed trigger takes precedence."""
     lora = write_lora(photos / "ink.safetensors", about=about)
 
     told = k2("style", "add", "ink", lora).stderr
@@ -390,7 +390,7 @@ def test_stated_triggers_join_the_prompt(moody, photos, k2, about, triggers):
     ],
 )
 def test_overlong_stated_triggers_are_ignored(moody, photos, k2, own, phrase, taken, over):
-    """The style file that it would be written to could not be read."""
+    """The style file that they would be written to could not be read."""
     about = {"k2": json.dumps({"triggers": own}), "modelspec.trigger_phrase": phrase}
 
     told = k2("style", "add", "ink", write_lora(photos / "ink.safetensors", about=about)).stderr
@@ -404,7 +404,7 @@ def test_overlong_stated_triggers_are_ignored(moody, photos, k2, own, phrase, ta
 
 
 def test_peft_settings_are_copied_with_the_lora(moody, photos, k2):
-    """PEFT's say how strong the weights are, and are found by the name that these have."""
+    """PEFT's say how strong the weights are, and are found by the file name of the weights."""
     lora = write_lora(photos / "adapter_model.safetensors")
     (photos / "adapter_config.json").write_text('{"lora_alpha": 8}')
 
@@ -509,7 +509,7 @@ def test_too_many_pictures_for_a_method_are_refused_at_once(moody, photos, k2, m
 
 @pytest.mark.parametrize("dry", [(), ("--dry-run",)])
 def test_too_many_references_over_all_styles_are_reported_early(moody, photos, k2, fake, dry):
-    """Nine and eight of them are spliced where the model has no style encoder; shares of the same add up."""
+    """Nine plus eight are spliced if the model has no style encoder; the same pictures in two styles count once."""
     for index in range(17):
         Image.new("RGB", (32, 32), (index, 0, 0)).save(photos / f"{index}.png")
     k2("style", "add", "first", *(photos / f"{index}.png" for index in range(9)))
@@ -571,7 +571,7 @@ def test_list_and_show(looks, photos, k2):
 
 
 def test_list_on_a_terminal_shows_which_styles_are_on(looks, k2, monkeypatch, capsys):
-    """In cells, of which a Chinese letter takes two."""
+    """Widths are in cells, of which a Chinese character takes two."""
     (looks / "styles" / "夜の色.toml").write_text('keywords = ["night blue", "a sky of very many stars"]\n')
     (looks / "styles" / "riso.toml").write_text("[mix]\nink = 1\n")
     toml = (looks / "k2.toml").read_text()
@@ -672,7 +672,7 @@ def test_sweep_files_sort_in_order(looks):
 
 
 def test_sweep_strips_are_labelled_with_weights_and_prompt(looks, k2, monkeypatch):
-    """Where from and where to first, as a long prompt is cut at its end."""
+    """The weights come first, as a long prompt is cut at its end."""
     told = []
     monkeypatch.setattr(runs, "contact_sheets", lambda entries, *_, **form: told.extend(entries) or iter(()))
 
@@ -690,7 +690,7 @@ def test_the_triangle_is_drawn(looks, k2):
         paper = sheet.getpixel((0, 0))
         top = [x for x in range(sheet.width) if sheet.getpixel((x, 200)) != paper]
     assert sheet.height > sheet.width * 0.8
-    assert abs((top[0] + top[-1]) / 2 - sheet.width / 2) < 2  # the first style's corner hangs in the middle
+    assert abs((top[0] + top[-1]) / 2 - sheet.width / 2) < 2  # the first style's corner is centred
 
 
 @pytest.mark.parametrize(
@@ -729,7 +729,7 @@ def test_unmixable_styles_are_refused(looks, k2, arguments, code, message):
     ],
 )
 def test_conflicting_style_names_are_refused(looks, photos, k2, name, message):
-    """A clone on a Mac or Windows would lose one of two files; with a moodboard nothing would render."""
+    """A clone on a Mac or Windows would lose one of two files; a style named moodboard would stop every render."""
     (looks / "styles" / "größe.toml").write_text('keywords = ["large"]\n')
     before = tree(looks)
 
@@ -837,7 +837,7 @@ def test_interrupted_preview_is_resumed_with_its_captions(looks, fake, k2):
 
 @pytest.mark.parametrize("dry", [(), ("--dry-run",)])
 def test_unsupported_method_is_reported_before_loading(moody, photos, k2, fake, dry):
-    """As rendering would refuse it, but for what has no part in the picture."""
+    """Just as rendering would refuse it; styles at weight 0 are not checked."""
     for method in ("splice", "tokens", "vision"):
         k2("style", "add", method, photos / "a.png", "--method", method)
 

@@ -1,4 +1,4 @@
-"""`k2 train`: recipes are read strictly, runs go on, and everything wrong is one sentence."""
+"""`k2 train`: recipes are read strictly, runs can be resumed, and every error is one sentence."""
 
 import csv
 import errno
@@ -79,7 +79,7 @@ def test_sample_sheets_are_drawn_during_the_run(k2, workshop, monkeypatch):  # n
 
 
 def test_readmes_training_commands_work(k2, workshop, monkeypatch):  # noqa: F811
-    """Every recipe that the README names is one of the package; the first that it tells to run runs, cut short."""
+    """Every recipe that the README names is in the package, and the first that it runs works, cut short."""
     text = README.read_text("utf-8").split("## Training")[1].split("\n## ")[0]
     named = re.findall(r"^\$ k2 train (\S+)", text, re.MULTILINE)
     assert named
@@ -87,7 +87,7 @@ def test_readmes_training_commands_work(k2, workshop, monkeypatch):  # noqa: F81
         recipes.load(name)
 
     load = recipes.load
-    monkeypatch.setattr(recipes, "load", lambda name: replace(load(name), batch=2))  # the first of some thousand steps
+    monkeypatch.setattr(recipes, "load", lambda name: replace(load(name), batch=2))  # one of some thousand steps
     with_box(BUNDLED, monkeypatch)
     assert k2("train", named[0], "--steps", "1").stdout == f".runs/{named[0]}/state.safetensors\n"
 
@@ -156,7 +156,7 @@ def test_unknown_network_is_one_sentence(k2, workshop, key, message, hint):  # n
 
 @pytest.mark.parametrize("key", ["frozen", "fresh"])
 def test_unknown_modules_are_named(k2, workshop, key):  # noqa: F811
-    """Else it would be trained, or taken over, in silence."""
+    """Otherwise it would silently be trained, or taken over."""
     k2("train", written(workshop, f'{SMALL}{key} = ["style", "dit.blocks.0"]\n{TINY}'))
     said = k2("train", written(workshop, f'{SMALL}{key} = ["stile"]\n{TINY}'), code=1).stderr
     assert f'{key} names no module "stile"' in said and "Name dit, style, look_head" in said
@@ -188,7 +188,7 @@ def test_mistyped_folder_has_a_hint(k2, tmp_path, monkeypatch, name):
     said = k2("train", name, code=1).stderr
 
     assert "is neither a folder of pictures nor a recipe." in said and "ame a folder of pictures" in said
-    assert "judge-77" not in said  # of 28 names none is more likely meant
+    assert "judge-77" not in said  # none of the 28 names is more likely than the others
 
 
 def test_missing_data_says_how_to_get_it(k2, tmp_path, monkeypatch):
@@ -264,6 +264,6 @@ def test_recipe_may_start_with_a_byte_order_mark(tmp_path):
     assert recipes.load(str(tmp_path / "small.toml")).name == "small"
 
 
-def test_recipe_of_another_stage_is_an_error():
+def test_recipe_of_an_unknown_stage_is_an_error():
     with pytest.raises(K2Error, match="no stage"):
         recipes.stage_module("none", "here")

@@ -1,4 +1,4 @@
-"""Qwen3-VL reads references: the numbers of transformers, one span, strength as information, words alone."""
+"""Qwen3-VL reads references: as transformers does, in one span, with strengths, and with or without vision rows."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def qwen(tmp_path_factory):
         "num_attention_heads": 4,
         "num_key_value_heads": 2,
         "head_dim": 16,
-        "rope_theta": 5e6,  # as transformers 4 states it, and 5 still reads it
+        "rope_theta": 5e6,  # as transformers 4 writes it and 5 still reads it
         "rope_scaling": {"rope_type": "default", "mrope_section": [4, 2, 2], "mrope_interleaved": True},
     }
     vision = {"depth": 4, "hidden_size": 32, "intermediate_size": 40, "num_heads": 2, "out_hidden_size": 32}
@@ -80,7 +80,7 @@ def pictures():
 
 
 def patches(pixels: torch.Tensor, side: int = 4, merge: int = 2) -> torch.Tensor:
-    """Qwen's image processor's arrangement, spelled out as it does it."""
+    """Patches in the order of Qwen's image processor, arranged step by step as it does."""
     rows, columns = pixels.shape[2] // side, pixels.shape[3] // side
     twice = pixels.expand(2, -1, -1, -1)
     cells = twice.reshape(1, 2, 3, rows // merge, merge, side, columns // merge, merge, side)
@@ -103,7 +103,7 @@ def test_vision_tower_matches_transformers(qwen, pictures):
 
 @pytest.mark.parametrize("which", [0, 1, 2])
 def test_prompt_with_a_picture_matches_transformers(qwen, pictures, which):
-    """Its whole forward: placeholders, three rotary axes, deepstack, taps; the prefix comes from the cache here."""
+    """The whole forward pass: placeholders, three rotary axes, deepstack, taps; our prefix comes from the cache."""
     pixels, prompt = pictures[which], "a red fox in the snow"
     count = pixels.shape[2] * pixels.shape[3] // 64
     words = qwen.encoder.token_ids(prompt)
@@ -126,7 +126,7 @@ def test_prompt_with_a_picture_matches_transformers(qwen, pictures, which):
 
 
 def test_several_pictures_share_one_span(qwen, pictures):
-    """transformers' language model, told where everything stands, as it knows one picture a span only."""
+    """With explicit positions for transformers' language model, which knows only one picture per span."""
     words = qwen.encoder.token_ids("an owl")
     looked = [qwen.model.visual(patches(each), grid_thw=grid(each)) for each in pictures]
     rows = torch.cat([each.pooler_output for each in looked])
@@ -169,7 +169,7 @@ def test_pictures_follow_one_another():
 
 
 def test_strength_moves_prompt_rows_linearly(qwen, pictures):
-    """Nothing at zero, the words as read at one, mirrored below zero; vision rows follow only where they may."""
+    """No change at zero, the prompt as read at one, mirrored below zero; vision rows are added only if allowed."""
     pictures = [see_picture(qwen.reader.tower, each) for each in pictures]
     plain = qwen.encoder.encode(["an owl"])[0]
     read, _, (count,) = qwen.reader.read("an owl", pictures[:1])
@@ -189,7 +189,7 @@ def test_strength_moves_prompt_rows_linearly(qwen, pictures):
 
 @pytest.mark.parametrize("side", [1, -1])
 def test_several_pictures_count_by_their_weights(qwen, pictures, side):
-    """Equal weights are one reading; others are readings of fewer, so that none jumps in at next to nothing."""
+    """Equal weights are one reading; others mix readings of fewer pictures, so that none starts with a jump."""
     pictures = [see_picture(qwen.reader.tower, each) for each in pictures]
     plain = qwen.encoder.encode(["an owl"])[0]
 
@@ -278,7 +278,7 @@ FOX = RenderSpec("a red fox", seed=7, steps=2, guidance=1.0)
 
 @pytest.fixture
 def seeing(tiny, tmp_path) -> Pipeline:  # noqa: F811
-    """The tiny model in diffusers' folder, its text encoder completed by a random vision tower."""
+    """The tiny model in diffusers' layout, its text encoder completed by a random vision tower."""
     Pipeline.load("tiny", device="cpu").export(tmp_path / "model")
     folder = tmp_path / "model" / "text_encoder"
     config = VisionConfig(
@@ -321,7 +321,7 @@ def pixels_of(pipeline: Pipeline, spec: RenderSpec) -> str:
 
 
 def test_vision_as_a_style_method(seeing, refs, monkeypatch):
-    """Zero is nothing bit for bit, and loads nothing; the order means nothing; every setting paints its own picture."""
+    """Zero changes not a bit and loads nothing; the order does not matter; every setting gives its own picture."""
     monkeypatch.setattr(vision, "PIXELS", 128 * 128)
     plain = pixels_of(seeing, FOX)
     assert pixels_of(seeing, looking((refs[0], 0.0))) == plain
@@ -375,7 +375,7 @@ def test_second_picture_starts_continuously(seeing, refs, monkeypatch, rows):
 
 
 def test_negative_picture_is_unaffected_by_a_fading_one(seeing, refs, monkeypatch):
-    """The rows of a picture of little weight are faded in; those of negative weight have none, and stay as they are."""
+    """Rows of a picture with little weight are faded in; a negative weight has no rows, and keeps its full effect."""
     monkeypatch.setattr(vision, "PIXELS", 128 * 128)
 
     def made(strength: float) -> np.ndarray:
@@ -397,8 +397,8 @@ def test_avoids_move_prompt_rows_not_picture_rows(seeing, refs, monkeypatch):
     assert moved[:words].all() and len(moved) > words and not moved[words:].any()
 
 
-def test_vision_needs_an_encoder_with_a_tower(tiny, seeing, refs, tmp_path):  # noqa: F811
-    """What k2 exports itself holds an eye for the class to find, and that eye is blind."""
+def test_vision_needs_an_encoder_that_can_see(tiny, seeing, refs, tmp_path):  # noqa: F811
+    """What k2 exports itself contains a vision tower for the class to load, but a blind one."""
     Pipeline.load("tiny", device="cpu").export(tmp_path / "blind")
     for name in ("tiny", str(tmp_path / "blind")):
         with pytest.raises(K2Error, match="cannot read pictures"):
@@ -426,7 +426,7 @@ def test_config_without_picture_tokens_is_refused(qwen, stated):
 
 
 def test_answer_about_pictures_matches_transformers(qwen, pictures):
-    """Each picture in a span of its own, the likeliest token twelve times over; positions fall behind the tokens."""
+    """Each picture in its own span, twelve times the likeliest token; positions advance less than the tokens."""
     transformers = pytest.importorskip("transformers")
     theirs = transformers.Qwen3VLForConditionalGeneration.from_pretrained(qwen.folder, dtype=torch.float32).eval()
     speaker = LanguageModel.load(qwen.folder, "cpu")

@@ -1,4 +1,4 @@
-"""What the weights in the box draw, as people ask for it."""
+"""What the bundled model can draw, in the words that people use."""
 
 import json
 import subprocess
@@ -42,7 +42,7 @@ def test_words_mean_what_the_training_lists_say():
 
 @pytest.mark.parametrize("plural", ["foxes", "Kittens", "red  apples", "zebus", "navys"])
 def test_plurals_of_subjects_are_understood(plural):
-    """A look and a colour have none."""
+    """Looks and colours have no plurals."""
     assert all(entry.kind == "subject" for entry in vocabulary().meaning(plural))
     assert bool(vocabulary().meaning(plural)) == vocabulary().draws(plural)
 
