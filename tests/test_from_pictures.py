@@ -335,7 +335,7 @@ def test_invalid_settings_are_not_imported(k2, fake, tmp_path):
     assert len(k2("render", tmp_path / "taken").stdout.splitlines()) == 1
 
 
-def test_level_is_imported_ties_are_not(moody, k2, tmp_path):
+def test_creativity_is_imported_cohesion_is_not(moody, k2, tmp_path):
     k2("render", "-p", "a fox", "--batch", "2", "--cohesion", "0.5", "--creativity", "low", "--steps", "3")
     k2("render", "-p", "an owl", "--creativity", "high", "--steps", "4")
     led, owl = moody.glob("outputs/0001-*/*-8.png"), moody.glob("outputs/0002-*/*-7.png")
