@@ -20,7 +20,7 @@ from typing import Any
 
 from k2cli.workers import Group, Lost, Message, ModelSpec, Ready, Unreachable, Worker, WorkerPool, load_pipeline
 from model.errors import K2Error
-from model.hashes import PEFT_SETTINGS, PEFT_WEIGHTS, files_of
+from model.hashes import PEFT_SETTINGS, PEFT_WEIGHTS, spec_files
 from model.spec import Picture, RenderSpec
 
 PLACEMENT_TIMEOUT = 300.0  # seconds that a cluster may take to place the first worker
@@ -210,7 +210,7 @@ def own_versions() -> dict[str, str]:
 
 def pack_files(specs: Sequence[RenderSpec]) -> dict[Path, bytes]:
     """The files of all pictures, each read once."""
-    return {path: path.read_bytes() for path in {path for spec in specs for path in files_of(spec)}}
+    return {path: path.read_bytes() for path in {path for spec in specs for path in spec_files(spec)}}
 
 
 def unpack_files(files: Mapping[Path, bytes], folder: Path) -> dict[Path, Path]:

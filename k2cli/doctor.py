@@ -15,7 +15,7 @@ from k2cli.console import aligned
 from k2cli.project import Project
 from k2cli.workers import core_count
 from model import library, safety
-from model.errors import K2Error, count_of
+from model.errors import K2Error, pluralise
 from model.plan import BYTES, OFFLOADS, PACKED_BYTES, USABLE_SHARE, ModelSize
 
 PACKAGES = ("k2", "torch", "tokenizers", "safetensors", "pillow", "numpy", "typer", "rich")
@@ -65,7 +65,7 @@ def examine(folder: Path | None = None) -> dict[str, Any]:
                 "styles": list(project.styles.known),
             }
     with collect_errors(problems):
-        safety.installed()
+        safety.installed_filters()
     report["plans"] = plans(report["device"])
     report["notes"] = notes(report)
     return report
@@ -83,22 +83,30 @@ def collect_errors(problems: list[str]) -> Iterator[None]:
 def plans(device: str) -> list[dict[str, Any]]:
     """How each installed model would be held, and the open 12.9B weights even if absent; and what fits."""
     from model import parts
-    from model.plan import default_dtype, eight_bits, free_memory, known_precisions, needs, plan_on, ways
+    from model.plan import (
+        bytes_needed,
+        default_dtype,
+        fast_8_bit_precision,
+        free_memory,
+        plan_on,
+        plan_options,
+        supported_precisions,
+    )
 
-    candidates = {"krea-2 (12.9B)": parts.release_numbers(device)}
+    candidates = {"krea-2 (12.9B)": parts.release_size(device)}
     for model in library.list_models():
         try:
             candidates = {model.name: parts.count_numbers(library.find_parts(model), device)} | candidates
         except K2Error:
             continue  # `k2 models` reports what is wrong with it
-    free, eight, known = free_memory(device), eight_bits(device), known_precisions(device)
+    free, eight, known = free_memory(device), fast_8_bit_precision(device), supported_precisions(device)
     found = []
     for name, numbers in candidates.items():
         dtype = default_dtype(device, numbers.width)
         chosen = plan_on(device, numbers, dtype=dtype)
         by_hand = [("int4", offload) for offload in OFFLOADS]  # never chosen automatically
-        open_ways = dict.fromkeys([*ways(numbers, eight, known=known), *by_hand])
-        alternatives = {f"{p}, offload {o}": round(needs(numbers, dtype, p, o) / 1e9, 1) for p, o in open_ways}
+        open_ways = dict.fromkeys([*plan_options(numbers, eight, supported=known), *by_hand])
+        alternatives = {f"{p}, offload {o}": round(bytes_needed(numbers, dtype, p, o) / 1e9, 1) for p, o in open_ways}
         alternatives = dict(sorted(alternatives.items(), key=lambda way: -way[1]))
         on_disk = PACKED_BYTES.get(numbers.stored or "", BYTES["bfloat16"])
         found.append(
@@ -107,7 +115,7 @@ def plans(device: str) -> list[dict[str, Any]]:
                 "dtype": dtype,
                 "precision": chosen.precision,
                 "offload": chosen.offload,
-                "needs_gb": round(chosen.needs / 1e9, 1),
+                "needs_gb": round(chosen.bytes_needed / 1e9, 1),
                 "free_gb": round(free / 1e9, 1),
                 "fits": chosen.fits(free),
                 "ways_gb": alternatives,
@@ -208,7 +216,7 @@ def estimate_prefix(memory_gb: Mapping[str, Any]) -> str:
 def describe(report: Mapping[str, Any], cells: int | None = None) -> str:
     """The findings as text; with `cells`, words are wrapped to that width and none is cut."""
     cpu, memory_gb = report["cpu"], report["memory_gb"]
-    cores, threads = count_of(cpu["cores"], "core"), count_of(cpu["threads"], "thread")
+    cores, threads = pluralise(cpu["cores"], "core"), pluralise(cpu["threads"], "thread")
     usable = [f", {gpu['name']} with {gpu['memory_gb']:g} GB" for gpu in report["gpus"] if gpu["usable"]]
     rows = [
         ("device", report["device"] + "".join(usable)),
@@ -227,7 +235,7 @@ def describe(report: Mapping[str, Any], cells: int | None = None) -> str:
             fits = "" if gb <= USABLE_SHARE * plan["free_gb"] else ", too much"
             rows.append(("plan", f"  or precision {way:<22}{gb:>5} GB{fits}"))
     if project := report.get("project"):
-        counts = f"{count_of(project['prompts'], 'prompt')}, {count_of(len(project['styles']), 'style')}"
+        counts = f"{pluralise(project['prompts'], 'prompt')}, {pluralise(len(project['styles']), 'style')}"
         rows.append(("project", f"{project['name']}: {counts}, in {project['folder']}"))
     rows += [("slow", note) for note in report["notes"]] + [("problem", problem) for problem in report["problems"]]
     rows += [] if report["problems"] else [("result", "Everything is in place.")]

@@ -23,7 +23,7 @@ from k2cli.several import JobQueue, for_all, say_finished
 from k2cli.texts import relative
 from k2cli.workers import WorkerPool, check_device
 from model import library
-from model.errors import K2Error, count_of
+from model.errors import K2Error, pluralise
 from model.foreign_weights import check_transformer
 from model.lora_file import check_kind
 from model.picture_file import is_sheet
@@ -193,7 +193,7 @@ def render_job(
             blocked += bool(saved.record["blocked"])
     if not quiet and total - blocked > 1 and folder is not None:
         sheets = sum(map(is_sheet, folder.iterdir()))
-        beside = count_of(sheets, "contact sheet") if sheets > 1 else "a contact sheet"
+        beside = pluralise(sheets, "contact sheet") if sheets > 1 else "a contact sheet"
         more = " more" if total < len(job.shots) else ""
         say(f"{total - blocked}{more} pictures and {beside} in {short_path(folder)}", "dim")
     return folder

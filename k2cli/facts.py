@@ -11,7 +11,7 @@ from k2cli.console import aligned
 from k2cli.history import lora_weights
 from k2cli.records import Record
 from k2cli.texts import masked
-from model.errors import count_of
+from model.errors import pluralise
 
 SINGULAR = {"styles": "style", "loras": "lora", "files": "file", "versions": "version"}  # facts of several values
 PER_PICTURE = ("created", "seconds", "pixels")  # of each picture alone, however it was made
@@ -112,6 +112,6 @@ def steps_and_guidance(settings: Mapping[str, Any]) -> tuple[str, str]:
     sampler, until = settings.get("sampler"), settings.get("guidance_until")
     steps, guidance = settings["steps"], settings["guidance"]
     return (
-        count_of(steps, "step") + (f" of {sampler}" if sampler not in (None, "euler") else "") if steps else "",
+        pluralise(steps, "step") + (f" of {sampler}" if sampler not in (None, "euler") else "") if steps else "",
         "" if guidance is None else f"guidance {guidance:g}{until_suffix(until) if guidance else ''}",
     )

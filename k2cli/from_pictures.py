@@ -22,7 +22,7 @@ from k2cli.settings import Settings
 from k2cli.sizes import fit_aspect, parse_size
 from k2cli.tables import LIMIT
 from model import library
-from model.errors import K2Error, count_of, listed
+from model.errors import K2Error, listed, pluralise
 from model.picture_file import describe_skipped
 
 MAX_PICTURES = 1000  # pictures in a folder, and in a batch
@@ -217,7 +217,7 @@ def project_text(name: str, origins: Sequence[Origin]) -> str:
         lines += [said(key, value) for key in PER_PROMPT if (value := getattr(each, key)) != getattr(first, key)]
     whole = "\n".join(lines) + "\n"
     if len(whole.encode()) > LIMIT:  # no command would read it
-        large = f"The prompts of {count_of(f'{len(origins):,}', 'picture')} add up to more than {LIMIT >> 20} MB."
+        large = f"The prompts of {pluralise(f'{len(origins):,}', 'picture')} add up to more than {LIMIT >> 20} MB."
         raise K2Error(large, hint="Use fewer, or make several projects.")
     return whole
 

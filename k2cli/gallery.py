@@ -26,7 +26,7 @@ from k2cli.outputs import PICTURES
 from k2cli.prompts import prompt_of
 from k2cli.tables import tables_in
 from model import picture_file
-from model.errors import K2Error, count_of
+from model.errors import K2Error, pluralise
 
 PAGE_FILE, PICTURES_FOLDER = "index.html", "pictures"
 COMPARED_SETTINGS = (  # settings that a run's pictures are labelled with if they differ in them
@@ -74,7 +74,7 @@ def build_gallery(
 def can_be_shown(path: Path, on_skipped: Callable[[Path], None] | None) -> bool:
     """Whether a file is a picture, by its first bytes, as there are thousands. If not, it is passed to `on_skipped`."""
     try:
-        with picture_file.opened(path):
+        with picture_file.open_picture(path):
             return True
     except Exception:  # Pillow raises anything over a broken file
         if on_skipped:
@@ -235,7 +235,7 @@ def describe_run(made: MadePicture, differing: Collection[str]) -> str:
     """What a run's pictures have in common, shown after its name; `differing` are the settings in which they differ."""
     when = f"{made.local_time.day} {made.local_time:%b %Y, %H:%M}" if made.local_time else ""
     steps = "" if "settings.steps" in differing else made.text("settings.steps")
-    return " · ".join(filter(None, [when, model_label(made), count_of(steps, "step") if steps else ""]))
+    return " · ".join(filter(None, [when, model_label(made), pluralise(steps, "step") if steps else ""]))
 
 
 def model_label(made: MadePicture) -> str:

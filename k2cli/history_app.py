@@ -13,7 +13,7 @@ import typer
 from k2cli.completion import complete_run, complete_style
 from k2cli.locate import find_file, find_folders, find_project_of
 from k2cli.options import EmbedOption, JsonOption, OutsideOption, ProjectOption, QuietOption
-from model.errors import K2Error, count_of
+from model.errors import K2Error, pluralise
 
 if TYPE_CHECKING:
     from k2cli.folder import Folder
@@ -157,7 +157,7 @@ def explain_no_match(folders: Sequence[Folder], selection: Selection) -> str:
     from k2cli import history
     from k2cli.styles import BOARD, Styles
     from k2cli.texts import composed
-    from model.errors import close_to, nearest
+    from model.errors import did_you_mean, nearest
 
     runs: list[str] = []
     known: set[str] = set()  # some styles live on only in pictures
@@ -169,7 +169,7 @@ def explain_no_match(folders: Sequence[Folder], selection: Selection) -> str:
     reasons = []
     if runs and not any(map(selection.matches_run, runs)):
         last = f"The last is {runs[-1]}." if len(folders) == 1 else ""
-        reasons += [f'There is no run "{selection.run}".', close_to(selection.run, runs) or last]
+        reasons += [f'There is no run "{selection.run}".', did_you_mean(selection.run, runs) or last]
     for name in selection.styles:
         if composed(name) not in {*known, BOARD}:
             reasons += [f'There is no style "{name}".', nearest(name, sorted(known))]
@@ -255,7 +255,7 @@ def gallery(
         for problem in errors:
             say(f"{problem} The page is named after the folder.", "yellow")
         if count:
-            say(f"{count_of(f'{count:,}', 'picture')}. Open the page in a browser.", "dim")
+            say(f"{pluralise(f'{count:,}', 'picture')}. Open the page in a browser.", "dim")
         elif not skipped:
             say(no_pictures_hint([project_folder]), "dim")
 
@@ -354,7 +354,7 @@ def rerun(
     targets = pictures_in(paths, None if check else orphans)
     if orphans and not quiet:
         gone = "its picture is" if len(orphans) == 1 else "their pictures are"
-        say(f"{count_of(len(orphans), 'record')} left out, since {gone} gone. {how_to_reproduce(orphans)}", "yellow")
+        say(f"{pluralise(len(orphans), 'record')} left out, since {gone} gone. {how_to_reproduce(orphans)}", "yellow")
     if output is not None and len(targets) > 1:
         raise typer.BadParameter(f"one file cannot hold {len(targets)} pictures", param_hint="--output")
     several, identical = len(targets) > 1, 0

@@ -80,7 +80,7 @@ class PullPlan:
 
     @property
     def folder(self) -> Path:
-        return library.folder_of(self.repo)
+        return library.repo_folder(self.repo)
 
     @property
     def snapshot(self) -> Path:
@@ -89,7 +89,7 @@ class PullPlan:
 
 def plan_pull(name: str, revision: str | None = None, include: Sequence[str] = ()) -> PullPlan:
     """Ask the hub for its files, and choose. `name` is an official model's name or a hub id; K2Error if neither."""
-    found = library.parse(name)
+    found = library.parse_hub_name(name)
     if found is None:
         known = ", ".join(library.OFFICIAL)
         raise K2Error(f'"{masked(name)}" is not the name of a model on the hub.', hint=f"Like ORG/NAME, or {known}.")
@@ -160,7 +160,7 @@ def stated_licence(info: Any) -> str | None:
     stated = getattr(card, "license_name", None) or getattr(card, "license", None)
     bases = getattr(card, "base_model", None) or []
     kin = {info.id, *([bases] if isinstance(bases, str) else bases)}
-    return library.KREA_2 if kin & set(library.OFFICIAL.values()) else masked(str(stated)) if stated else None
+    return library.KREA_2_LICENCE if kin & set(library.OFFICIAL.values()) else masked(str(stated)) if stated else None
 
 
 def fetch(plan: PullPlan, on_progress: OnProgress = lambda what, done: None) -> Path:
@@ -357,7 +357,7 @@ def pull(
     with signals_as_ctrl_c(), progress_bar(plan.size, quiet=quiet) as on_progress:
         path = fetch(plan, on_progress)
     manifest = library.read_manifest(plan.snapshot)
-    return library.Model(name, path, "hub", library.variant_of(path), plan.commit, manifest)
+    return library.Model(name, path, "hub", library.detect_variant(path), plan.commit, manifest)
 
 
 @contextmanager

@@ -16,7 +16,7 @@ from k2cli.project import Shot
 from k2cli.prompts import Prompt
 from k2cli.runs import Job
 from k2cli.settings import NONE, Settings
-from model.errors import count_of, listed
+from model.errors import listed, pluralise
 from model.picture_file import describe_skipped
 from model.region import Region
 from model.spec import Leader, RenderSpec, resolve_denoise, steps_guided, steps_taken
@@ -166,7 +166,7 @@ def unsuitable_init_images(job: Job) -> Iterator[str]:
         strength = resolve_denoise(denoise, masked=bool(mask))
         if not mask and strength < 1 and steps_taken(strength, steps) == steps:
             all_of_it = f"denoise {strength:g} amounts to 1: nothing of the init image remains."
-            yield f"With {count_of(steps, 'step')}, {all_of_it}"
+            yield f"With {pluralise(steps, 'step')}, {all_of_it}"
     framed = {(spec.init_image, spec.width, spec.height, bool(spec.mask)): None for spec in specs}
     for path, width, height, masked in framed:
         if not (path and width and height):
@@ -178,7 +178,7 @@ def unsuitable_init_images(job: Job) -> Iterator[str]:
         if masked and sides != (width, height):
             yield f"{path.name} is scaled from {was} to {width}x{height}, and so is the part that the mask keeps."
     step = grid(job.model.name, job.model.variant).step
-    for region in {Region.read(spec.mask): None for spec in specs if isinstance(spec.mask, str)}:
+    for region in {Region.parse(spec.mask): None for spec in specs if isinstance(spec.mask, str)}:
         if region and min(region.width, region.height) < step:
             yield f"The region {region} is narrower than {step} pixels: little or nothing in it will change."
 
@@ -213,7 +213,7 @@ def equal_step_counts(job: Job, matrices: Sequence[Matrix]) -> Iterator[str]:
         if key in axes and values:
             how = f"{'is' if count == 1 else 'are'} {'used' if key == 'denoise' else 'guided'}"
             those = f"{key} {', '.join(values)} and {last}"
-            warnings[f"With {those}, {count} of {count_of(steps, 'step')} {how}: these pictures are the same."] = None
+            warnings[f"With {those}, {count} of {pluralise(steps, 'step')} {how}: these pictures are the same."] = None
     yield from warnings
     for key, need in needs.items():
         alike = {given: None for (given, _, about), count in ignoring.items() if about == key and count > 1}
@@ -229,7 +229,7 @@ def names_nothing(shot: Shot, job: Job) -> bool:
 
 @lru_cache(maxsize=1000)  # many pictures share a prompt
 def is_drawable(prompt: str) -> bool:
-    return not prompt.strip() or vocabulary().draws(prompt)
+    return not prompt.strip() or vocabulary().can_draw(prompt)
 
 
 def names_several(shot: Shot, job: Job) -> bool:

@@ -30,7 +30,7 @@ class Licence:
 
 
 KREA_2 = Licence(
-    name=library.KREA_2,
+    name=library.KREA_2_LICENCE,
     title="Krea 2 Community License, version 1 (22 June 2026)",
     text="https://krea.ai/krea-2-licensing",
     policy="https://www.krea.ai/krea-2-use-policy",

@@ -49,7 +49,7 @@ def resolve(name: str, inside: Callable[[str], Path] | None = None, variant: str
         return name
     path = inside(name) if inside else Path(name).absolute()
     if name and os.path.exists(path):
-        if not any(library.weights(path) if path.is_dir() else [path.suffix in library.WEIGHT_SUFFIXES]):
+        if not any(library.find_weights(path) if path.is_dir() else [path.suffix in library.WEIGHT_SUFFIXES]):
             kinds = " or ".join(library.WEIGHT_SUFFIXES)
             raise K2Error(
                 f"{masked(name)} holds no weights: no {kinds}.",
@@ -88,7 +88,7 @@ def unknown_variant(name: str, variant: str | None = None) -> str:
     found = library.find(name, variant)
     if found is None or found.variant:
         return ""
-    about = map(library.describe, library.files_in(library.dit_of(found.path)))
+    about = map(library.describe, library.weights_files(library.dit_path(found.path)))
     if not any(each.get("layout") or each.get("kind") == "dit" for each in about):
         return ""  # not a transformer, which is reported when it is read
     name = masked(Path(name).name)
@@ -106,7 +106,7 @@ def files(name: str) -> list[Path]:
         return library.bundled_models()[name]
     found = library.find(name)
     path = found.path if found else Path(name)
-    return sorted(library.weights(path)) if path.is_dir() else [path]
+    return sorted(library.find_weights(path)) if path.is_dir() else [path]
 
 
 def file_of(name: str, file: str) -> Path:
@@ -142,7 +142,7 @@ def grid(name: str, variant: str | None = None) -> Grid:
     if found is None:
         raise K2Error(f'There is no model "{masked(name)}" here.')
     parts = library.find_parts(found)
-    about = [library.describe(file) for file in library.files_in(parts.dit)]
+    about = [library.describe(file) for file in library.weights_files(parts.dit)]
     native, shapes = (next((each[key] for each in about if each.get(key)), None) for key in ("native", "shapes"))
     areas = [prod(map(int, shape.split("x"))) for shape in shapes or ()] + ([native**2] if native else [])
     stated = parts.vae / "config.json"
@@ -235,7 +235,7 @@ def describe(name: str) -> list[dict[str, Any]]:
     for path in files(name):
         about = library.describe(path) if path.suffix in library.WEIGHT_SUFFIXES else {}
         if "layout" in about:  # the transformer: its publisher's facts, where it states none itself
-            variant = about.get("variant") or library.variant_of(path) or found.variant
+            variant = about.get("variant") or library.detect_variant(path) or found.variant
             best = library.recommended(variant, {}, path) if variant else {}
             about = {"variant": variant, "recommended": best} | about
             about |= {"licence": found.licence} if found.licence else {}

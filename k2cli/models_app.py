@@ -73,7 +73,7 @@ def show_vocabulary(
 
     known, unknown, rows = vocabulary(), [], []
     for asked in words or [""]:
-        found = known.meaning(asked) if words else known.entries
+        found = known.look_up(asked) if words else known.entries
         if not found:
             unknown.append(f'"{asked}"')
         for entry in found:

@@ -15,7 +15,7 @@ from k2cli.styles import MOST_LORA, MOST_REFERENCES, Styles, taken
 from k2cli.texts import as_name, masked, plain, relative
 from model import library
 from model.errors import K2Error, listed
-from model.hashes import identity, settings_beside, sha256
+from model.hashes import identity, peft_settings_file, sha256
 from model.lora_file import check_kind, stated_triggers
 from model.picture_file import describe_skipped
 from model.reference_weights import MAX_REFERENCES
@@ -72,7 +72,7 @@ def add_style(
     pictures, patterns, over = add_pictures(styles, name, images, method, loras) if images else ([], [], "")
     if lora and not lora.exists():
         make(lora.parent)
-        beside = settings_beside(loras[0])
+        beside = peft_settings_file(loras[0])
         settings = {lora.with_name(beside.name): beside.read_bytes()} if beside else {}
         write_files({**settings, lora: loras[0].read_bytes()})
     make(file.parent)
@@ -89,7 +89,7 @@ def place_for(file: Path, name: str, styles: Styles) -> Path:
         raise K2Error(f"{masked(str(file))} is larger than {MOST_LORA >> 30} GB.", hint="Is it a model, not a LoRA?")
     check_kind(file)
     folder = styles.inside("loras", "")
-    if settings_beside(file):  # found only by its name, so both get a folder of their own
+    if peft_settings_file(file):  # found only by its name, so both get a folder of their own
         place = styles.inside(f"loras/{name}/{file.name}", "")
         if place.exists() and identity(place) != identity(file):
             raise K2Error(f"loras/{name} holds a different LoRA.", hint="Choose another name, or remove it.")

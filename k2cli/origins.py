@@ -91,7 +91,7 @@ def read(path: Path) -> Origin:
     if path.suffix == ".json":
         return read_side_file(path)
     try:
-        with picture_file.opened(path) as image:
+        with picture_file.open_picture(path) as image:
             said = {str(key): value for key, value in image.info.items()}
             texts = {key: value for key, value in said.items() if isinstance(value, str) and len(value) <= MOST_SAID}
             exif = image.getexif()

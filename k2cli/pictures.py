@@ -16,7 +16,7 @@ from PIL import Image
 from k2cli.folder import spelled_on_disk
 from k2cli.texts import composed, fold_case, masked, printable, relative
 from model import picture_file
-from model.errors import K2Error, count_of
+from model.errors import K2Error, pluralise
 from model.picture_file import MAX_PIXELS, MIN_SIDE, USE_OTHER_SIZE
 
 MOST_SEEN = 100_000  # names that a glob may look at
@@ -131,7 +131,7 @@ def check_picture(path: Path, where: str, label: str, *, whole: bool = False) ->
     """Refuse what is not a picture -> png, jpg or webp, by its content. It is decoded only to check if it is `whole`,
     that is complete."""
     try:
-        with picture_file.opened(path) as image:
+        with picture_file.open_picture(path) as image:
             width, height, kind = *image.size, str(image.format)
             if whole and width * height <= MAX_PIXELS:
                 decode(image, path)
@@ -170,13 +170,13 @@ def decode(image: Image.Image, path: Path) -> None:
 
 def sides_of(path: Path) -> tuple[int, int]:
     """Width and height of a picture as displayed."""
-    with picture_file.opened(path) as image:
-        return picture_file.sides(image)
+    with picture_file.open_picture(path) as image:
+        return picture_file.displayed_size(image)
 
 
 def is_dark(path: Path) -> bool:
     """Whether no part of a picture is lighter than half, as masks count it: transparency on black."""
-    with picture_file.opened(path) as image:
+    with picture_file.open_picture(path) as image:
         rgba = picture_file.to_eight_bits(image).convert("RGBA")
     opaque = Image.new("RGB", rgba.size)
     opaque.paste(rgba, mask=rgba)
@@ -198,4 +198,4 @@ def without_sheets(files: Sequence[Path]) -> tuple[list[Path], str]:
         hint = "Name the pictures that it shows, or their folder."
         raise K2Error(f"{masked(str(files[0]))} is a contact sheet.", hint=hint)
     sheets = len(files) - len(kept)
-    return kept, f"Passed over: {count_of(sheets, 'contact sheet')}." if sheets else ""
+    return kept, f"Passed over: {pluralise(sheets, 'contact sheet')}." if sheets else ""

@@ -37,7 +37,7 @@ def preview(paths: Sequence[Path]) -> None:
         return
     images = []
     for path in paths:
-        with suppress(Exception), picture_file.opened(path) as image:  # Pillow raises anything over a broken file
+        with suppress(Exception), picture_file.open_picture(path) as image:  # Pillow raises anything over a broken file
             if image.width * image.height <= picture_file.MAX_PIXELS:
                 images.append(image.convert("RGB"))
     if images:

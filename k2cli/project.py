@@ -193,7 +193,7 @@ class Project(Folder):
     def mask(self, text: str, where: str, size: tuple[int | None, int | None], init_sides: Sides) -> Path | str:
         """The part of an init image to repaint: a region of the new picture, or a mask picture with the init image's
         proportions. Raises K2Error."""
-        if region := Region.read(text):
+        if region := Region.parse(text):
             assert size[0] and size[1]  # the init image determines them
             region.check(size[0], size[1], f"{where}: ")
             return str(region)

@@ -254,7 +254,7 @@ def read(path: Path) -> Toml:
     if not path.is_file():
         raise K2Error(f"There is no {path}.", hint="Name a picture that k2 made, or its record.")
     try:
-        with picture_file.opened(path) as image:
+        with picture_file.open_picture(path) as image:
             if image.width * image.height > picture_file.MAX_PIXELS:
                 raise ValueError
             text = image.info.get("k2") if image.format == "PNG" else formats.record_from_xmp(image.info)

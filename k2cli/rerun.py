@@ -346,7 +346,7 @@ def as_jpeg(image: Image.Image) -> Image.Image:
 
 def pixels_of(path: Path) -> Image.Image:
     """A picture's pixels. Raises whatever Pillow does, and ValueError if there are too many."""
-    with picture_file.opened(path) as found:
+    with picture_file.open_picture(path) as found:
         if found.width * found.height > picture_file.MAX_PIXELS:
             raise ValueError("it is too large")
         return found.convert("RGB")

@@ -15,7 +15,7 @@ from k2cli.folder import Folder, find_root
 from k2cli.outputs import Run, number_of
 from k2cli.runs import Job, begin
 from k2cli.workers import Unreachable
-from model.errors import USAGE, K2Error, count_of
+from model.errors import USAGE, K2Error, pluralise
 
 Target = TypeVar("Target", bound=Folder | Job)
 Result = TypeVar("Result")
@@ -174,7 +174,7 @@ class JobQueue:
                 run.unlock()
         if self.failed:
             names = ", ".join(name_among_several(job.project.root) for job, _ in self.failed)
-            which = f"{len(self.failed)} of {count_of(len(self.asked), 'project')}"
+            which = f"{len(self.failed)} of {pluralise(len(self.asked), 'project')}"
             others = "; the others are done" if len(self.failed) < len(self.asked) else ""
             more = f" Resume with: {resume_commands(self.resumable)}" if self.resumable else ""
             told = [error for _, error in self.failed]

@@ -14,7 +14,7 @@ from k2cli.project import MAX_PLAN, Project
 from k2cli.prompts import name_files
 from k2cli.tables import Place
 from k2cli.texts import quote
-from model.errors import K2Error, count_of, listed
+from model.errors import K2Error, listed, pluralise
 from model.headers import open_file
 
 PLANNED_PICTURE = re.compile(  # in a plan as k2 writes it
@@ -42,13 +42,13 @@ def project_status(*, allow_outside: bool = False) -> str:
     facts = [
         ("  prompts", listed(names) or "none yet: add a [[prompt]] to k2.toml"),
         ("  styles", listed(describe_styles(project)) or "none"),
-        ("  model", f"{model_label(project)}, {count_of(project.settings.batch, 'picture')} per prompt"),
+        ("  model", f"{model_label(project)}, {pluralise(project.settings.batch, 'picture')} per prompt"),
         *([("  together", describe_cohesion(project))] if project.settings.cohesion else []),
         ("  runs", lost or f"{len(runs) or 'none yet'}{when}"),
     ]
     steps = {}
     if last and done < planned:
-        there = f"{last.folder.name} has {done} of {count_of(planned, 'picture')}"
+        there = f"{last.folder.name} has {done} of {pluralise(planned, 'picture')}"
         if last.is_busy:
             there += " and is being rendered"
         else:
@@ -132,5 +132,5 @@ def time_ago(moment: datetime | None, now: datetime) -> str:
     seconds = int((now - moment).total_seconds())
     for unit, length in (("day", 86400), ("hour", 3600), ("minute", 60)):
         if seconds >= length:
-            return f"{count_of(seconds // length, unit)} ago"
+            return f"{pluralise(seconds // length, unit)} ago"
     return "just now"

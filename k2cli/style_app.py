@@ -32,7 +32,7 @@ from k2cli.options import (
     seed_of,
     variant_of,
 )
-from model.errors import K2Error, count_of
+from model.errors import K2Error, pluralise
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -118,7 +118,7 @@ def add(
             say(note, "yellow")
         if added.stated_triggers:
             say(f"Trigger words stated by the LoRA, added to the prompt: {', '.join(added.stated_triggers)}", "dim")
-        pictures = count_of(len(added.pictures), "picture") if added.pictures else ""
+        pictures = pluralise(len(added.pictures), "picture") if added.pictures else ""
         holds = " and ".join(filter(None, [pictures, "1 LoRA" if added.lora else ""]))
         say(f"{holds}. Next: k2 render --style {name}=0.6", "dim")
 
@@ -137,7 +137,7 @@ def list_styles(project: ProjectOption = None, allow_outside: OutsideOption = Fa
     for name, style in usable.items():
         path = opened.root / opened.styles.file_of(name)
         kinds = [
-            count_of(len(style.references), "picture") if style.references else "",
+            pluralise(len(style.references), "picture") if style.references else "",
             "a mix of " + ", ".join(style.mix) if style.mix else "",
             f"lora {style.lora.name}" if style.lora else "",
         ]

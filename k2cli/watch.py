@@ -168,7 +168,7 @@ def plan_missing(
     from. `asked`: the keys of the last look; a picture that was made and is gone is rendered again only if its key is
     not among them, as otherwise somebody deleted it. `drawn`: the seed, if it is random."""
     from k2cli.planning import plan_job
-    from model.hashes import files_of, identity
+    from model.hashes import identity, spec_files
 
     chosen = replace(project.resolve_settings(**settings), drawn=drawn)
     prompts = project.choose(only) if only else None
@@ -179,7 +179,7 @@ def plan_missing(
     new = known.keys() - set(asked.values())
     left = [shot for key, shot in known.items() if key not in made or (key in new and not made[key].exists())]
     keys = {shot.stem: key for key, shot in known.items()}
-    used = {path for shot in shots for path in files_of(shot.spec)}
+    used = {path for shot in shots for path in spec_files(shot.spec)}
     return plan_job(project, chosen, left, compared=bool(matrices)), keys, used
 
 

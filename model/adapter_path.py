@@ -30,7 +30,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from model.low_bit import FewBitLinear, as_eight_bit
-from model.quantize import parts_of
+from model.quantize import restored_chunks
 
 EPS = torch.finfo(torch.float32).eps  # added to a norm, as in LyCORIS: a row of zeros has none
 
@@ -39,7 +39,7 @@ EPS = torch.finfo(torch.float32).eps  # added to a norm, as in LyCORIS: a row of
 class Update(ABC):
     """What is added to one linear layer at weight 1: scale · a product of factors, and a term for its bias."""
 
-    scaled: ClassVar[str]  # the factor that a scale is multiplied into
+    scaled_factor: ClassVar[str]  # the factor that a scale is multiplied into
     scale: float = 1.0  # alpha / rank
     bias: Tensor | None = None  # [out]
     magnitude: Tensor | None = None  # of a DoRA: [out, 1] or [1, in]
@@ -62,7 +62,7 @@ class Update(ABC):
 
     def times(self, weight: float) -> Self:
         """This update with scale · weight multiplied into one of its factors, in fp32."""
-        factor: dict[str, Any] = {self.scaled: getattr(self, self.scaled).float() * (self.scale * weight)}
+        factor: dict[str, Any] = {self.scaled_factor: getattr(self, self.scaled_factor).float() * (self.scale * weight)}
         return replace(self, scale=1.0, **factor)
 
     def to(self, *place: Any) -> Self:
@@ -76,7 +76,7 @@ class Update(ABC):
 class LowRank(Update):
     """LoRA: up @ down."""
 
-    scaled = "up"
+    scaled_factor = "up"
     down: Tensor  # [r, in]
     up: Tensor  # [out, r]
 
@@ -91,7 +91,7 @@ class LowRank(Update):
 class FullMatrix(Update):
     """A full matrix."""
 
-    scaled = "matrix"
+    scaled_factor = "matrix"
     matrix: Tensor  # [out, in]
 
     def product(self, x: Tensor) -> Tensor:
@@ -105,7 +105,7 @@ class FullMatrix(Update):
 class Hadamard(Update):
     """LoHa: (w1_a @ w1_b) ⊙ (w2_a @ w2_b) (Hyeon-Woo et al. 2021, "FedPara", arXiv 2108.06098)."""
 
-    scaled = "w1_a"
+    scaled_factor = "w1_a"
     w1_a: Tensor  # [out, r]
     w1_b: Tensor  # [r, in]
     w2_a: Tensor  # [out, q]
@@ -114,8 +114,8 @@ class Hadamard(Update):
     def product(self, x: Tensor) -> Tensor:
         """x [..., in] -> [..., out], unscaled. The matrix has rank r·q: up holds all products of columns of w1_a and
         w2_a, down those of rows of w1_b and w2_b."""
-        rank, out, inward = len(self.w1_b) * len(self.w2_b), len(self.w1_a), x.shape[-1]
-        if rank * (out + inward) > out * inward:
+        rank, out_features, in_features = len(self.w1_b) * len(self.w2_b), len(self.w1_a), x.shape[-1]
+        if rank * (out_features + in_features) > out_features * in_features:
             return F.linear(x, self.dense(slice(None)))
         down = (self.w1_b[:, None] * self.w2_b).flatten(0, 1)
         up = (self.w1_a[:, :, None] * self.w2_a[:, None]).flatten(1)
@@ -129,7 +129,7 @@ class Hadamard(Update):
 class Kronecker(Update):
     """LoKr: left ⊗ right, or some of its rows."""
 
-    scaled = "left"
+    scaled_factor = "left"
     left: Tensor  # [a, b]
     right: Tensor  # [c, d], for a layer of b·d numbers in and a·c out
     rows: slice  # of the product
@@ -156,20 +156,20 @@ class AdapterPath:
         biases = [each.bias.float() * weight for each, weight in weighted if each.bias is not None]
         self.bias = torch.stack(biases).sum(0) if biases else None
 
-    def __call__(self, layer: nn.Linear, inputs: tuple[Tensor], answer: Tensor) -> Tensor:
+    def __call__(self, layer: nn.Linear, inputs: tuple[Tensor], output: Tensor) -> Tensor:
         (x,) = inputs
         first = next(iter(layer._forward_hooks.values())) is self  # else other hooks have added to the answer
-        own = answer if first or not self.doras else layer.forward(x)
+        base_output = output if first or not self.doras else layer.forward(x)
         # x has the device and dtype that the layer computes in
         self.updates = [each.to(x) for each in self.updates]
         for each in self.updates:
-            answer = answer + each.product(x)
+            output = output + each.product(x)
         if self.bias is not None:
             self.bias = self.bias.to(x)
-            answer = answer + self.bias
+            output = output + self.bias
         for dora in self.doras:
-            answer = answer + dora.difference(layer, x, own)
-        return answer
+            output = output + dora.difference(layer, x, base_output)
+        return output
 
 
 def stack_pairs(pairs: Sequence[LowRank]) -> list[LowRank]:
@@ -186,23 +186,24 @@ class Dora:
     def __init__(self, update: Update, weight: float):
         self.update, self.weight = update, weight
         self.gain: Tensor | None = None  # g, [out] or [in]
-        self.more: Tensor  # s (g − 1)
+        self.gain_delta: Tensor  # s (g − 1)
         self.by_row: bool
 
-    def difference(self, layer: nn.Linear, x: Tensor, own: Tensor) -> Tensor:
+    def difference(self, layer: nn.Linear, x: Tensor, base_output: Tensor) -> Tensor:
         """x [..., in], own [..., out] the bare layer's output -> s (W' − W) x [..., out]."""
         if self.gain is None:
             gain = self.update.gains.get(layer)
             if gain is None:  # costs reading the whole matrix
                 gain = self.update.gains[layer] = dora_gain(layer, self.update)
             self.by_row = gain.shape == (layer.out_features, 1)
-            self.gain, self.more = gain.flatten(), self.weight * (gain - 1).flatten()  # in bf16 g − 1 would be lost
+            self.gain = gain.flatten()
+            self.gain_delta = self.weight * (gain - 1).flatten()  # in bf16 g − 1 would be lost
             self.update = self.update.times(self.weight)
-        self.update, self.gain, self.more = self.update.to(x), self.gain.to(x), self.more.to(x)
-        bias = 0 if layer.bias is None else layer.bias.to(own)
+        self.update, self.gain, self.gain_delta = self.update.to(x), self.gain.to(x), self.gain_delta.to(x)
+        bias = 0 if layer.bias is None else layer.bias.to(base_output)
         if self.by_row:
-            return self.more * (own - bias) + self.gain * self.update.product(x)
-        return layer.forward(self.more * x) - bias + self.update.product(self.gain * x)
+            return self.gain_delta * (base_output - bias) + self.gain * self.update.product(x)
+        return layer.forward(self.gain_delta * x) - bias + self.update.product(self.gain * x)
 
 
 @torch.no_grad()
@@ -212,9 +213,9 @@ def dora_gain(layer: nn.Linear, update: Update) -> Tensor:
     assert update.magnitude is not None
     by_row = update.magnitude.shape == (layer.out_features, 1)
     squares, start = torch.zeros_like(update.magnitude), 0
-    for own in row_chunks(layer):
-        rows = slice(start, start := start + len(own))
-        changed = (own + update.dense(rows)).square()
+    for chunk in row_chunks(layer):
+        rows = slice(start, start := start + len(chunk))
+        changed = (chunk + update.dense(rows)).square()
         if by_row:
             squares[rows] = changed.sum(1, keepdim=True)
         else:
@@ -225,5 +226,5 @@ def dora_gain(layer: nn.Linear, update: Update) -> Tensor:
 def row_chunks(layer: nn.Linear) -> Iterator[Tensor]:
     """A layer's matrix, dequantised to fp32, a few rows at a time."""
     if isinstance(layer, FewBitLinear):
-        return parts_of(*as_eight_bit(*layer.held), layer.format.rotation, 0)
-    return parts_of(layer.weight, None, 0, 0)
+        return restored_chunks(*as_eight_bit(*layer.packed_tensors), layer.format.rotation, 0)
+    return restored_chunks(layer.weight, None, 0, 0)

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-DRAFT = ".draft"
+DRAFT_SUFFIX = ".draft"
 DEAD_AFTER = 86_400  # seconds after which an unfinished draft's writer counts as killed
 
 
@@ -21,7 +21,7 @@ def atomic_write(path: Path) -> Iterator[Path]:
     No other process or thread uses the same draft. It gets the permissions of any new file, whatever its writer sets:
     safetensors makes files private.
     """
-    draft = path.with_name(f".{path.name}.{secrets.token_hex(4)}{DRAFT}")
+    draft = path.with_name(f".{path.name}.{secrets.token_hex(4)}{DRAFT_SUFFIX}")
     handle = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
     try:
         rights = os.fstat(handle).st_mode & 0o777
@@ -38,7 +38,7 @@ def atomic_write(path: Path) -> Iterator[Path]:
 
 def remove_drafts(folder: Path, name: str | None = None) -> None:
     """Remove drafts that killed processes left, of one file or of all."""
-    for draft in folder.glob(f".{glob.escape(name) if name else '*'}.*{DRAFT}"):
+    for draft in folder.glob(f".{glob.escape(name) if name else '*'}.*{DRAFT_SUFFIX}"):
         try:
             if draft.stat().st_mtime < time.time() - DEAD_AFTER:
                 draft.unlink()

@@ -23,10 +23,12 @@ def repeat_heads(x: Tensor, heads: int) -> Tensor:
 
 def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
     """q [B, H, S, d], k and v [B, K, S', d], mask broadcast to [B, H, S, S'] -> [B, H, S, d]."""
-    most = MAX_SCORES.get(q.device.type)
-    if most and q.shape[2] > (at_once := max(1, most // (q.shape[:2].numel() * k.shape[2]))):
-        masks = repeat(mask) if mask is None or mask.shape[-2] == 1 else mask.split(at_once, -2)
-        return torch.cat([attention(some, k, v, own) for some, own in zip(q.split(at_once, 2), masks, strict=False)], 2)
+    max_scores = MAX_SCORES.get(q.device.type)
+    if max_scores and q.shape[2] > (chunk := max(1, max_scores // (q.shape[:2].numel() * k.shape[2]))):
+        masks = repeat(mask) if mask is None or mask.shape[-2] == 1 else mask.split(chunk, -2)
+        return torch.cat(
+            [attention(some, k, v, part_mask) for some, part_mask in zip(q.split(chunk, 2), masks, strict=False)], 2
+        )
     if q.device.type == "cpu" and q.dtype == torch.bfloat16:  # its kernel iterates over heads: strides slow it
         q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
     if q.device.type == "cuda" and (mask is not None or q.dtype == torch.float32):

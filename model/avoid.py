@@ -48,8 +48,8 @@ def avoided_phrases(spec: RenderSpec) -> AvoidedPhrases:
 
 def negative_prompt(spec: RenderSpec) -> str:
     """What guidance leads away from: the spec's negative prompt, plus the styles' avoids that it lacks."""
-    said = phrases_in(spec.negative)
-    lacking = sorted({phrase for phrase, _ in style_avoids(spec) if phrase not in said})
+    present = phrases_in(spec.negative)
+    lacking = sorted({phrase for phrase, _ in style_avoids(spec) if phrase not in present})
     return ", ".join(filter(None, [spec.negative, *lacking]))
 
 
@@ -76,17 +76,17 @@ class Direction(NamedTuple):
     """The direction of a phrase, and how much of it to remove."""
 
     rows: Tensor  # [1, T_a, N, E] its rows when read as a prompt
-    adds: Tensor  # [1, SUFFIX_TOKENS, N, E] what it adds to the current prompt's suffix
+    suffix_delta: Tensor  # [1, SUFFIX_TOKENS, N, E] what it adds to the current prompt's suffix
     weight: float
 
 
 def directions(
-    encode: Callable[[str], Tensor], unread: Callable[[str], int], prompt: str, avoided: AvoidedPhrases
+    encode: Callable[[str], Tensor], truncated: Callable[[str], int], prompt: str, avoided: AvoidedPhrases
 ) -> list[Direction]:
     """The directions of avoided phrases for a prompt.
 
-    encode  makes a prompt's rows [1, T, N, E]
-    unread  the number of tokens truncated from a prompt's end
+    encode     makes a prompt's rows [1, T, N, E]
+    truncated  the number of tokens truncated from a prompt's end
 
     The suffix summarises the prompt, so what a phrase adds to it depends on the rest: it is the difference between the
     prompt with the phrase and without. If the prompt already contains the phrase, it is removed for the latter. A
@@ -94,11 +94,11 @@ def directions(
     """
     found = []
     for phrase, weight in avoided:
-        too_many = unread(f"{prompt}, {phrase}")
-        said = " ".join(prompt.split()[:-too_many]) if too_many else prompt
-        without = re.sub(rf"[\s,]*(?<!\w){re.escape(phrase)}(?!\w)", "", said, flags=re.IGNORECASE)
-        with_it = said if without != said else ", ".join(filter(None, (said, phrase)))
-        suffixes = [split_suffix(encode(text).cpu().double())[1] for text in (with_it, without)]
+        overflow = truncated(f"{prompt}, {phrase}")
+        base = " ".join(prompt.split()[:-overflow]) if overflow else prompt
+        without_phrase = re.sub(rf"[\s,]*(?<!\w){re.escape(phrase)}(?!\w)", "", base, flags=re.IGNORECASE)
+        with_phrase = base if without_phrase != base else ", ".join(filter(None, (base, phrase)))
+        suffixes = [split_suffix(encode(text).cpu().double())[1] for text in (with_phrase, without_phrase)]
         found.append(Direction(split_suffix(encode(phrase))[0], suffixes[0] - suffixes[1], weight))
     return found
 
@@ -135,8 +135,10 @@ def steer_away(embeds: Tensor, away: Sequence[Direction], neutral: Tensor) -> Te
     for rows, far, shifts in ((own, own - middle, from_own), (suffix, suffix, from_suffix)):
         shift = torch.stack(shifts).sum(0)
         if rows.shape[1]:
-            room = torch.maximum(rows.norm(dim=-1, keepdim=True).mean(1, keepdim=True), far.norm(dim=-1, keepdim=True))
-            shift = shift * (room / shift.norm(dim=-1, keepdim=True).clamp(min=1e-12)).clamp(max=1)
+            max_shift = torch.maximum(
+                rows.norm(dim=-1, keepdim=True).mean(1, keepdim=True), far.norm(dim=-1, keepdim=True)
+            )
+            shift = shift * (max_shift / shift.norm(dim=-1, keepdim=True).clamp(min=1e-12)).clamp(max=1)
         moved.append(rows - shift)
     return torch.cat(moved, 1).to(embeds)
 
@@ -151,8 +153,8 @@ def removal(rows: Tensor, avoided: Tensor) -> Tensor:
     share = (inside / by_tap.square().sum(-1, keepdim=True).clamp(min=1e-12)).mean(0)
     share = share**2 * (3 - 2 * share)
     aside = MEAN_SHARE * (1 - share.amax()) if len(share) else 0.0
-    taken = share * by_tap + aside * (1 - share) * spanning.mean(1, keepdim=True)
-    return taken.transpose(0, 1)[None]
+    removed = share * by_tap + aside * (1 - share) * spanning.mean(1, keepdim=True)
+    return removed.transpose(0, 1)[None]
 
 
 def split_suffix(embeds: Tensor) -> tuple[Tensor, Tensor]:

@@ -23,16 +23,18 @@ STACKED_ROWS = 32  # rows of a tile that are stacked
 CHUNK_BYTES = 1 << 22  # bytes unpacked at once, to keep working copies small
 
 
-def unpack_blocks(kind: str, matrix: Tensor, scale: Tensor, whole: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def unpack_blocks(
+    kind: str, matrix: Tensor, scale: Tensor, matrix_scale: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """A matrix as stored -> numbers [out, in], int8 or fp8, and fp32 scales [out, in / block].
 
-    whole: NVFP4's scale of the matrix.
+    matrix_scale: NVFP4's scale of the matrix.
     """
     numbers = unpack_e2m1(matrix) if kind == "nvfp4" else matrix
     scales = unswizzle(scale, len(numbers), numbers.shape[1] // BLOCK_SIZES[kind])
-    if whole is None:
+    if matrix_scale is None:
         return numbers, scales.view(torch.float8_e8m0fnu).float()
-    return numbers, scales.float() * (whole.float() / 2)
+    return numbers, scales.float() * (matrix_scale.float() / 2)
 
 
 def unpack_e2m1(matrix: Tensor) -> Tensor:
@@ -58,15 +60,15 @@ def pad_to_tiles(rows: int, blocks: int) -> Sequence[int]:
     return [-(-count // size) * size for count, size in zip((rows, blocks), TILE, strict=True)]
 
 
-def find_problem(kind: str, stored: StoredTensor, scale: StoredTensor | None, whole: StoredTensor | None) -> str:
+def find_problem(kind: str, stored: StoredTensor, scale: StoredTensor | None, matrix_scale: StoredTensor | None) -> str:
     """What is missing or wrong in a matrix scaled in blocks; empty if nothing is."""
     rows, numbers = stored.shape if len(stored.shape) == 2 else (0, 0)
     if not numbers or numbers % BLOCK_SIZES[kind]:
         return f"{kind} of shape {list(stored.shape)}"
-    if (kind == "nvfp4") != (whole is not None):
-        return f"{kind} with{'out' if whole is None else ''} a scale of the whole matrix"
-    if whole is not None and (whole.dtype, prod(whole.shape)) != ("F32", 1):
-        return f"{kind} with {whole.dtype} {list(whole.shape)} as the scale of the whole matrix"
+    if (kind == "nvfp4") != (matrix_scale is not None):
+        return f"{kind} with{'out' if matrix_scale is None else ''} a scale of the whole matrix"
+    if matrix_scale is not None and (matrix_scale.dtype, prod(matrix_scale.shape)) != ("F32", 1):
+        return f"{kind} with {matrix_scale.dtype} {list(matrix_scale.shape)} as the scale of the whole matrix"
     if scale is None:
         return f"{kind} without scales"
     right = scale.dtype in SCALE_DTYPES[kind] and prod(scale.shape) == prod(

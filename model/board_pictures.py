@@ -21,18 +21,18 @@ from model.parts import Autoencoder, load_style, load_vae
 from model.picture_file import MAX_PIXELS, MIN_SIDE
 from model.references import to_rgba
 from model.style import StyleEncoder
-from model.words import Words
+from model.words import WordTable
 
 Pixels = NDArray[np.uint8]  # RGB [S, S, 3]
-LARGE = 1 << 24  # pictures of more pixels are decoded one at a time: each may take half a gigabyte
-one_at_a_time = Lock()
+MAX_PARALLEL_PIXELS = 1 << 24  # pictures of more pixels are decoded one at a time: each may take half a gigabyte
+decode_lock = Lock()
 
 
 class StyleReader:
     """A style encoder with its autoencoder, and its word table if it has one."""
 
-    def __init__(self, encoder: StyleEncoder, vae: Autoencoder, side: int, words: Words | None, why: str):
-        self.encoder, self.vae, self.side, self.words, self.why = encoder, vae, side, words, why
+    def __init__(self, encoder: StyleEncoder, vae: Autoencoder, side: int, words: WordTable | None, words_problem: str):
+        self.encoder, self.vae, self.side, self.words, self.words_problem = encoder, vae, side, words, words_problem
 
     @classmethod
     def load(cls, name: str = "mini", device: str = "cpu") -> StyleReader:
@@ -43,14 +43,14 @@ class StyleReader:
         where = torch.device(device)
         words, why = None, f"{library.BUNDLED / f'{name}-words.safetensors'} is missing"
         if (table := library.BUNDLED / f"{name}-words.safetensors").is_file():
-            words = Words.load(table)
+            words = WordTable.load(table)
             if words.made_for != {"style": sha256(style), "vae": sha256(vae)}:
                 words, why = None, f"{table.name} was measured for another style encoder"
         encoder, side = load_style(style, where)
         return cls(encoder, load_vae(vae, where, torch.float32), side, words, why)
 
     @torch.inference_mode()
-    def see(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
+    def encode(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
         """pixels [B, 3, S, S] in −1 … 1 -> unit style vectors [B, V], feature statistics [B, 2·width]."""
         statistics = self.encoder.statistics(self.vae.encode(pixels).float())
         return self.encoder.from_statistics(statistics)[1], statistics
@@ -62,12 +62,12 @@ def read_picture(path: Path, side: int) -> Pixels:
     JPEGs are decoded at reduced size where that is enough: a board may hold hundreds of photographs.
     """
     try:
-        picture_file.check(path)  # not its `opened`, whose handling of warnings is not thread-safe
+        picture_file.check_file(path)  # not its `opened`, whose handling of warnings is not thread-safe
         with Image.open(path, formats=picture_file.FORMATS) as image:
             if image.width * image.height > MAX_PIXELS or min(image.size) < MIN_SIDE:
                 raise K2Error(f"{path.name} has {image.width} x {image.height} pixels.")
             image.draft("RGB", (2 * side, 2 * side))
-            with one_at_a_time if image.width * image.height > LARGE else nullcontext():
+            with decode_lock if image.width * image.height > MAX_PARALLEL_PIXELS else nullcontext():
                 upright = ImageOps.exif_transpose(image)
                 if upright.mode not in ("RGB", "RGBA") or {"transparency", "icc_profile"} & upright.info.keys():
                     upright = to_rgba(upright)

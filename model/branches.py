@@ -14,7 +14,7 @@ from torch import Tensor
 
 from model.cohesion import LeadAttention
 from model.dit import Attend, Krea2
-from model.sampler import guided, style_guided
+from model.sampler import apply_guidance, apply_style_guidance
 from model.splice import Splice
 
 
@@ -65,22 +65,23 @@ class GuidedVelocity:
         self.guidance, self.style_guidance, self.fade = guidance, style_guidance, fade
         self.splice, self.cohesion, self.one_stream = splice, cohesion, one_stream
         branches = [each.contexts for versions in (*prompts.branches.values(), prompts.negative) for each in versions]
-        self.count, self.pictures = len(branches), len(branches[0])
+        self.branch_count, self.picture_count = len(branches), len(branches[0])
         rows = [context for branch in branches for context in branch]
         # The splice enters every branch, so that guidance contrasts prompts and not looks; the style's own guidance
         # term is the difference between a branch with the splice and one without.
-        without = 0 if style_guidance is None else len(prompts.branches["plain"]) + len(prompts.negative)
-        spliced = (self.count - without) * self.pictures if splice else 0
-        self.spliced, self.others = self._groups(rows, range(spliced)), self._groups(rows, range(spliced, len(rows)))
+        unspliced = 0 if style_guidance is None else len(prompts.branches["plain"]) + len(prompts.negative)
+        spliced = (self.branch_count - unspliced) * self.picture_count if splice else 0
+        self.spliced_groups = self._groups(rows, range(spliced))
+        self.plain_groups = self._groups(rows, range(spliced, len(rows)))
 
     def __call__(self, tokens: Tensor, step: int) -> Tensor:
         """tokens [B, L, C·p·p], fp32 -> the guided velocity [B, L, C·p·p]."""
-        x = tokens.repeat(self.count, 1, 1)
-        v = self._evaluate(x, self.others, step)
+        x = tokens.repeat(self.branch_count, 1, 1)
+        v = self._evaluate(x, self.plain_groups, step)
         if self.splice is not None:
-            v = v + self.splice.velocity(lambda attend: self._evaluate(x, self.spliced, step, attend), step)
-        answers = iter(v.chunk(self.count))
-        velocities = {name: weighted_sum(versions, answers) for name, versions in self.prompts.branches.items()}
+            v = v + self.splice.velocity(lambda attend: self._evaluate(x, self.spliced_groups, step, attend), step)
+        outputs = iter(v.chunk(self.branch_count))
+        velocities = {name: weighted_sum(versions, outputs) for name, versions in self.prompts.branches.items()}
         with_style = velocities["styled"]
         if self.fade < 1:
             without = velocities["lasting" if "lasting" in velocities else "plain"]
@@ -88,14 +89,16 @@ class GuidedVelocity:
         conditional = with_style if self.style_guidance is None else velocities["plain"]
         v = conditional
         if self.prompts.negative:
-            v = guided(conditional, weighted_sum(self.prompts.negative, answers), self.guidance)
-        return v if self.style_guidance is None else style_guided(with_style, conditional, v, self.style_guidance)
+            v = apply_guidance(conditional, weighted_sum(self.prompts.negative, outputs), self.guidance)
+        return (
+            v if self.style_guidance is None else apply_style_guidance(with_style, conditional, v, self.style_guidance)
+        )
 
     def _groups(self, contexts: Sequence[Tensor], rows: Sequence[int]) -> list[Group]:
         """Rows grouped by context length; the lead picture's groups come first."""
         found: dict[tuple[bool, int], list[int]] = {}
         for row in rows:
-            leads = self.cohesion is not None and row % self.pictures == 0
+            leads = self.cohesion is not None and row % self.picture_count == 0
             found.setdefault((not leads, contexts[row].shape[1]), []).append(row)
         return [
             Group(group, torch.cat([contexts[row] for row in group]), self.dit.rope(length, self.grid), not follows)
@@ -112,14 +115,14 @@ class GuidedVelocity:
         attends = [self._with_lead(group, attend, step) for group in groups]
         streams = [(x[rows].to(context.dtype), context, rope) for rows, context, rope, _ in groups]
         if len(groups) > 1 and sum(len(group.rows) for group in groups) * x.shape[1] <= self.one_stream:
-            answers = self.dit.velocities(streams, mods, attends)
+            outputs = self.dit.velocities(streams, mods, attends)
         else:
-            answers = [
+            outputs = [
                 self.dit.velocity(tokens, context, mods, rope, attend=own)
                 for (tokens, context, rope), own in zip(streams, attends, strict=True)
             ]
-        for group, answer in zip(groups, answers, strict=True):
-            v[group.rows] = answer.float()
+        for group, output in zip(groups, outputs, strict=True):
+            v[group.rows] = output.float()
         return v
 
     def _with_lead(
@@ -128,12 +131,12 @@ class GuidedVelocity:
         """A group's attention: the lead's is recorded, the others follow it."""
         if self.cohesion is None:
             return attend
-        branches = [row // self.pictures for row in group.rows]
+        branches = [row // self.picture_count for row in group.rows]
         return self.cohesion.record(attend, branches, step) if group.is_lead else self.cohesion.follow(attend, branches)
 
 
-def weighted_sum(versions: Sequence[WeightedContexts], answers: Iterator[Tensor]) -> Tensor:
+def weighted_sum(versions: Sequence[WeightedContexts], outputs: Iterator[Tensor]) -> Tensor:
     """The weighted sum of all versions' velocities; takes the next answers."""
     if len(versions) == 1:
-        return next(answers)
-    return torch.stack([each.share * next(answers) for each in versions]).sum(0)
+        return next(outputs)
+    return torch.stack([each.share * next(outputs) for each in versions]).sum(0)

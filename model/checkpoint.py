@@ -37,12 +37,12 @@ from model.comfy_formats import (
     special_format,
 )
 from model.errors import K2Error, listed
-from model.four_bit import Codes, codes_of
+from model.four_bit import Codes, read_codes
 from model.gguf_file import GGUFTensors
 from model.headers import FETCH_AGAIN, StoredTensor, own_metadata, read_json, shards, stored_tensors
 from model.low_bit import SUFFIXES, Format, few_bit_layers, pack
 from model.plan import free_memory
-from model.quantize import Rows, restore, scale_of
+from model.quantize import Rows, restore, scale_name
 from model.safetensors_file import USE_PLAIN_FILE, SafeTensors, StreamedMatrix
 
 WIDE_DTYPES = ("F64", "F32", "F16", "BF16")
@@ -74,24 +74,24 @@ class Checkpoint:
         *,
         device: torch.device | str = "cpu",
         dtype: torch.dtype | None = None,
-        few: Mapping[str, Format] | None = None,
+        formats: Mapping[str, Format] | None = None,
     ) -> Iterator[tuple[str, Tensor]]:
         """Tensors one by one, in file order, few-bit ones dequantised; floats in `dtype` (None: as stored).
 
         Anything that `refuse_unreadable` lets pass is read correctly.
 
-        few: matrices wanted in few bits, and their formats; each is followed by what is needed to read it, named as in
-        `low_bit.SUFFIXES`. They are rounded a few rows at a time while the next are read, or kept as stored if the file
-        holds the very same format.
+        formats: matrices wanted in few bits, and their formats; each is followed by what is needed to read it, named as
+        in `low_bit.SUFFIXES`. They are rounded a few rows at a time while the next are read, or kept as stored if the
+        file holds the very same format.
         """
-        wanted, few = set(self.tensors) if names is None else set(names), few or {}
+        wanted, formats = set(self.tensors) if names is None else set(names), formats or {}
         order = [name for name in self.tensors if name in wanted and not is_auxiliary(name)]
 
         def fetch(index: int) -> tuple[Rows | Codes, Tensor | None]:
             name = order[index]
-            stored, scale = self.tensors[name], scale_of(name, self.tensors)
-            if scale is None and name in few and stored.dtype in WIDE_DTYPES:
-                return files.rows(stored, reader), None
+            stored, scale = self.tensors[name], scale_name(name, self.tensors)
+            if scale is None and name in formats and stored.dtype in WIDE_DTYPES:
+                return files.rows(stored, executor), None
             tensor = files.get(stored)
             factor = None if scale is None else files.get(self.tensors[scale])
             if factor is None:
@@ -100,7 +100,7 @@ class Checkpoint:
                 groups, levels = (
                     files.get(s) if (s := self.tensors.get(name + end)) else None for end in W4A8_SUFFIXES
                 )
-                return codes_of(kind, tensor, factor, groups, levels), factor
+                return read_codes(kind, tensor, factor, groups, levels), factor
             if kind := special_format(stored.marks, BLOCK_SIZES):
                 whole = self.tensors.get(name + SECOND_SCALE)
                 return blockwise.unpack_blocks(kind, tensor, factor, None if whole is None else files.get(whole))
@@ -109,17 +109,20 @@ class Checkpoint:
         device = torch.device(device)
         if device.type == "cuda" and device.index is None:  # the current one, which is per thread
             device = torch.device("cuda", torch.cuda.current_device())
-        where = "cpu" if device.type == "mps" else str(device)  # Metal has no 8-bit floats
-        with OpenFiles(where, not few or self.can_be_cached()) as files, ThreadPoolExecutor(1, "weights") as reader:
-            coming = reader.submit(fetch, 0) if order else None
+        read_device = "cpu" if device.type == "mps" else str(device)  # Metal has no 8-bit floats
+        with (
+            OpenFiles(read_device, not formats or self.can_be_cached()) as files,
+            ThreadPoolExecutor(1, "weights") as executor,
+        ):
+            pending = executor.submit(fetch, 0) if order else None
             for index, name in enumerate(order):
-                assert coming is not None
-                tensor, factor = coming.result()
-                coming = reader.submit(fetch, index + 1) if index + 1 < len(order) else None
+                assert pending is not None
+                tensor, factor = pending.result()
+                pending = executor.submit(fetch, index + 1) if index + 1 < len(order) else None
                 group = rotation(self.tensors[name].marks)
-                if name in few:
-                    held = pack(tensor, factor, group, few[name])
-                    for end, part in zip(SUFFIXES[few[name].bits], held, strict=True):
+                if name in formats:
+                    held = pack(tensor, factor, group, formats[name])
+                    for end, part in zip(SUFFIXES[formats[name].bits], held, strict=True):
                         yield name + end, part.to(device)
                 else:
                     tensor = tensor.numbers if isinstance(tensor, Codes) else tensor
@@ -137,15 +140,15 @@ class OpenFiles(ExitStack):
 
     def get(self, stored: StoredTensor) -> Tensor:
         """A tensor as stored; on a CPU a view of the mapping, which lives as long as the tensor does."""
-        return self._of(stored.path).get_tensor(stored.name)
+        return self._file(stored.path).get_tensor(stored.name)
 
-    def rows(self, stored: StoredTensor, reader: Executor) -> Rows:
-        """A matrix as stored; on a CPU possibly still being read, by `reader`."""
-        file = self._of(stored.path)
-        on_its_way = self.device == "cpu" and isinstance(file, SafeTensors)
-        return StreamedMatrix(file, stored.name, reader) if on_its_way else file.get_tensor(stored.name)
+    def rows(self, stored: StoredTensor, executor: Executor) -> Rows:
+        """A matrix as stored; on a CPU possibly still being read, by `executor`."""
+        file = self._file(stored.path)
+        streamable = self.device == "cpu" and isinstance(file, SafeTensors)
+        return StreamedMatrix(file, stored.name, executor) if streamable else file.get_tensor(stored.name)
 
-    def _of(self, path: Path) -> Any:
+    def _file(self, path: Path) -> Any:
         if path not in self._files:
             self._files[path] = self.enter_context(open_tensors(path, self.device, self.cached))
         return self._files[path]
@@ -170,10 +173,10 @@ def open_checkpoint(path: Path | str) -> Checkpoint:
             hint = "It is unclear which one counts: fetch the folder again."
             raise K2Error(f"{path} holds {listed(twice, 3)} in more than one file.", hint=hint)
         tensors = {name: stored for part in parts for name, stored in part.tensors.items()}
-        astray = tuple(mark for part in parts for mark in part.stray_marks)
-        return Checkpoint(path, tensors, parts[0].metadata, config, stray_marks=astray)
-    tensors, about, astray = stored_tensors(path)
-    return Checkpoint(path, tensors, own_metadata(about), stray_marks=astray)
+        stray_marks = tuple(mark for part in parts for mark in part.stray_marks)
+        return Checkpoint(path, tensors, parts[0].metadata, config, stray_marks=stray_marks)
+    tensors, about, stray_marks = stored_tensors(path)
+    return Checkpoint(path, tensors, own_metadata(about), stray_marks=stray_marks)
 
 
 def open_tensors(path: Path, device: str, cached: bool) -> Any:
@@ -183,13 +186,13 @@ def open_tensors(path: Path, device: str, cached: bool) -> Any:
     return GGUFTensors(path, device) if gguf else SafeTensors(path, device, cached)
 
 
-def save(path: Path | str, state: Mapping[str, Tensor], metadata: Mapping[str, Any], **beside: str) -> None:
+def save(path: Path | str, state: Mapping[str, Tensor], metadata: Mapping[str, Any], **extra: str) -> None:
     """Write a checkpoint with its `k2` metadata, completely or not at all.
 
-    beside: further header entries, for other tools.
+    extra: further header entries, for other tools.
     """
     tensors = {name: tensor.detach().cpu() for name, tensor in state.items()}
-    header = {"format": "pt", **beside} | ({"k2": json.dumps(metadata, sort_keys=True)} if metadata else {})
+    header = {"format": "pt", **extra} | ({"k2": json.dumps(metadata, sort_keys=True)} if metadata else {})
     write(Path(path), tensors, header)
 
 
@@ -227,16 +230,18 @@ def load(
     Norm scales stay fp32, since norms compute in fp32. Tensors to skip are compared and stay on meta. Raises K2Error
     naming what does not fit.
     """
-    check(model, checkpoint)
-    state = reader(model, checkpoint, device=device, dtype=dtype)(name for name in shapes_of(model) if not skip(name))
+    check_tensors(model, checkpoint)
+    state = tensor_reader(model, checkpoint, device=device, dtype=dtype)(
+        name for name in expected_shapes(model) if not skip(name)
+    )
     left = {name: tensor for name, tensor in model.state_dict().items() if name not in state}
     model.load_state_dict(state | left, strict=True, assign=True)
     model.requires_grad_(False).eval()
 
 
-def check(model: nn.Module, checkpoint: Checkpoint) -> None:
+def check_tensors(model: nn.Module, checkpoint: Checkpoint) -> None:
     """Compare names, shapes and storage formats. Raises K2Error naming what does not fit."""
-    expected = shapes_of(model)
+    expected = expected_shapes(model)
     refuse_unreadable(checkpoint)
     stored = {name: s.shape for name, s in checkpoint.tensors.items() if not is_auxiliary(name)}
     misfits = [
@@ -255,26 +260,26 @@ def check(model: nn.Module, checkpoint: Checkpoint) -> None:
         raise K2Error(f"The tensors of {checkpoint.path} do not fit the network: {', '.join(problems)}.", hint=hint)
 
 
-def shapes_of(model: nn.Module) -> dict[str, tuple[int, ...]]:
+def expected_shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
     """The tensors that a checkpoint must hold for a network; missing few-bit scales are computed."""
     few = {name: (layer.out_features, layer.in_features) for name, layer in few_bit_layers(model).items()}
     whole = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items() if not is_auxiliary(name)}
     return whole | few
 
 
-def reader(
+def tensor_reader(
     model: nn.Module, checkpoint: Checkpoint, *, device: torch.device | str, dtype: torch.dtype
 ) -> Callable[[Iterable[str]], dict[str, Tensor]]:
     """A function that reads some of a network's tensors as it needs them: norm scales in fp32, few bits by layer."""
-    shapes, few = shapes_of(model), {name: layer.format for name, layer in few_bit_layers(model).items()}
+    shapes, formats = expected_shapes(model), {name: layer.format for name, layer in few_bit_layers(model).items()}
 
     def wanted(name: str, tensor: Tensor) -> Tensor:
-        if name in few or name not in shapes:
+        if name in formats or name not in shapes:
             return tensor
         return (tensor.float() if name.endswith(".scale") else tensor.to(dtype)).view(shapes[name])
 
     def read(names: Iterable[str]) -> dict[str, Tensor]:
-        return {name: wanted(name, tensor) for name, tensor in checkpoint.read(names, device=device, few=few)}
+        return {name: wanted(name, tensor) for name, tensor in checkpoint.read(names, device=device, formats=formats)}
 
     return read
 
@@ -285,10 +290,10 @@ def refuse_unreadable(checkpoint: Checkpoint) -> None:
     formats = {"marks without their weights" for mark in checkpoint.stray_marks if find_problem([mark], "", ())}
     marked = set[str]()
     for name, stored in checkpoint.tensors.items():
-        scale = scale_of(name, checkpoint.tensors)
+        scale = scale_name(name, checkpoint.tensors)
         factor = checkpoint.tensors[scale] if scale else None
-        if strange := find_problem(stored.marks, stored.dtype, stored.shape):
-            marked.add(strange)
+        if problem := find_problem(stored.marks, stored.dtype, stored.shape):
+            marked.add(problem)
         if kind := special_format(stored.marks, BLOCK_SIZES):
             formats.add(blockwise.find_problem(kind, stored, factor, checkpoint.tensors.get(name + SECOND_SCALE)))
             continue
@@ -299,14 +304,16 @@ def refuse_unreadable(checkpoint: Checkpoint) -> None:
                 )
             )
             continue
-        if strange:  # the shapes and scales of such a format are unknown
+        if problem:  # the shapes and scales of such a format are unknown
             continue
         if factor and not is_per_row(factor.shape, stored.shape):
             formats.add(f"{stored.dtype} with scales of {list(factor.shape)}")
         if not factor and stored.dtype == "I8" and name.endswith(".weight"):
             formats.add("I8 without scales")
-        if beside := next((end for end in (SECOND_SCALE, *W4A8_SUFFIXES) if name + end in checkpoint.tensors), None):
-            formats.add(f'{stored.dtype} with an unexplained "weight{beside}" beside it')
+        if unexplained := next(
+            (end for end in (SECOND_SCALE, *W4A8_SUFFIXES) if name + end in checkpoint.tensors), None
+        ):
+            formats.add(f'{stored.dtype} with an unexplained "weight{unexplained}" beside it')
         elif stored.dtype in INTEGER_DTYPES and name.endswith(".weight"):
             formats.add(f"{stored.dtype}, which packs another format")
         if UNSUPPORTED_SCALES.search(name):

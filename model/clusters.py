@@ -9,11 +9,10 @@ Array = NDArray[np.float64]
 
 MAX_LOOKS = 8
 MIN_SILHOUETTE = 0.25  # silhouette below which a split is not structure (Kaufman & Rousseeuw 1990)
-MAX_COSINE = 0.5  # cosine of two centres from which they are one look: a silhouette has no scale and splits any tight
-EVEN_SPLIT = (
-    0.35  # group. An even split is less likely to be due to a few odd pictures, so the smallest look's share times
-)
-# this is added to ONE_LOOK: up to 0.675 for two halves
+# Cosine of two centres from which they are one look: a silhouette has no scale and splits any tight group. An even
+# split is less likely to be due to a few odd pictures, so EVEN_SPLIT times the smallest look's share is added: up to
+# 0.675 for two halves.
+MAX_COSINE, EVEN_SPLIT = 0.5, 0.35
 MIN_SHARE, MIN_PICTURES = 0.05, 3  # smallest share of a board, and number of pictures, for a look
 MAX_ROUNDS = 50  # of k-means, at most
 

@@ -38,17 +38,17 @@ NOISE, PULL, SHARE = 1.0, 0.8, 0.65
 LEAD_GUARD = "both"  # against the lead's content
 
 
-def leader_of(spec: Spec) -> Spec | None:
+def lead_spec(spec: Spec) -> Spec | None:
     """The spec of the lead picture: this one but for prompt, negative and seed. None if nothing is shared."""
     if not spec.cohesion or spec.leader is None:
         return None
-    led = spec.leader
-    return replace(spec, prompt=led.prompt, negative=led.negative, seed=led.seed, cohesion=0.0, leader=None)
+    leader = spec.leader
+    return replace(spec, prompt=leader.prompt, negative=leader.negative, seed=leader.seed, cohesion=0.0, leader=None)
 
 
 def is_lead(spec: RenderSpec) -> bool:
     """Whether a tied picture is its own lead, and so the picture that it would be alone."""
-    return leader_of(spec) == replace(spec, cohesion=0.0, leader=None)
+    return lead_spec(spec) == replace(spec, cohesion=0.0, leader=None)
 
 
 def shared_amounts(spec: RenderSpec) -> dict[str, float]:
@@ -74,9 +74,10 @@ def shared_noise(starts: Tensor, cohesion: float) -> Tensor:
 class LeadAttention:
     """Records the lead's attention in an evaluation of the network, and lets rows evaluated after it follow."""
 
-    def __init__(self, config: DiTConfig, cohesion: float, sigmas: Sequence[float], tokens: int, reach: float):
-        """sigmas of the steps, number of image tokens, and the reach of their grid (`Krea2.reach`)."""
-        self.config, self.cohesion, self.sigmas, self.tokens, self.reach = config, cohesion, sigmas, tokens, reach
+    def __init__(self, config: DiTConfig, cohesion: float, sigmas: Sequence[float], tokens: int, column_offset: float):
+        """sigmas of the steps, number of image tokens, and the `Krea2.column_offset` of their grid."""
+        self.config, self.cohesion, self.sigmas = config, cohesion, sigmas
+        self.tokens, self.column_offset = tokens, column_offset
         self.first_block = first_block(config.blocks)
         self.captures: dict[int, list[Capture]] = {}  # branch -> the lead's capture in each tied block, keys guarded
 
@@ -85,18 +86,18 @@ class LeadAttention:
         tokens, sigma = self.tokens, self.sigmas[step]
         self.captures |= {branch: [] for branch in branches}
 
-        def listening(inner: Attend, _: int) -> Attend:
+        def recording(inner: Attend, _: int) -> Attend:
             def block(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
                 own_q, own_k, own_v = (x[:, :, -tokens:] for x in (q, k, v))
-                keys = guard_keys(own_k, self.config, LEAD_GUARD, sigma, self.reach)
-                heard = Capture(keys, own_v, *moments(own_q), *moments(own_k))
+                keys = guard_keys(own_k, self.config, LEAD_GUARD, sigma, self.column_offset)
+                captured = Capture(keys, own_v, *moments(own_q), *moments(own_k))
                 for row, branch in enumerate(branches):
-                    self.captures[branch].append(Capture(*(x[row] for x in heard)))
+                    self.captures[branch].append(Capture(*(x[row] for x in captured)))
                 return inner(q, k, v)
 
             return block
 
-        return self._in_deeper_blocks(attend, listening)
+        return self._in_deeper_blocks(attend, recording)
 
     def follow(self, attend: Sequence[Attend | None] | None, branches: Sequence[int]) -> list[Attend | None]:
         """Attention for rows in these branches, tied to what the same block recorded of the lead."""
@@ -104,8 +105,8 @@ class LeadAttention:
         def following(inner: Attend, index: int) -> Attend:
             def block(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
                 each = (self.captures[branch][index] for branch in branches)
-                heard = Capture(*map(torch.stack, zip(*each, strict=True)))
-                return shared_attention(inner, heard, self.cohesion)(q, k, v)
+                captured = Capture(*map(torch.stack, zip(*each, strict=True)))
+                return shared_attention(inner, captured, self.cohesion)(q, k, v)
 
             return block
 
@@ -125,15 +126,15 @@ def shared_attention(inner: Attend, lead: Capture, cohesion: float) -> Attend:
     tokens, pull, share = lead.k.shape[2], PULL * cohesion, SHARE * cohesion
 
     def block(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        own = inner(q, k, v)
+        native = inner(q, k, v)
         q_image = pull_statistics(q[:, :, -tokens:], lead.q_mean, lead.q_var, pull)
         k_image = pull_statistics(k[:, :, -tokens:], lead.k_mean, lead.k_var, pull)
-        together = inner(
+        shared = inner(
             torch.cat((q[:, :, :-tokens], q_image), 2),
             torch.cat((lead.k, k[:, :, :-tokens], k_image), 2),
             torch.cat((lead.v, v), 2),
         )
-        image = own[:, :, -tokens:].lerp(together[:, :, -tokens:], share)
-        return torch.cat((own[:, :, :-tokens], image), 2)
+        image = native[:, :, -tokens:].lerp(shared[:, :, -tokens:], share)
+        return torch.cat((native[:, :, :-tokens], image), 2)
 
     return block

@@ -15,7 +15,7 @@ Array = NDArray[np.float64]
 
 PALETTE_SIZE = 6
 STRIP_SIZE = (480, 96)  # width and height in pixels of a palette strip
-SAME_COLOUR = 0.06  # OKLab distance below which two colours are one swatch
+MIN_COLOUR_DISTANCE = 0.06  # OKLab distance below which two colours are one swatch
 KEYWORD_SHARE = 0.3  # share of a board from which a colour is a keyword
 
 
@@ -30,8 +30,8 @@ class Colour:
         return "#{:02x}{:02x}{:02x}".format(*self.rgb)
 
 
-LIGHTNESS = 0.7  # weight of lightness when naming: dark red is closer to red than to dark blue
-BASIC = {  # hues, depths and muted tones missing from the data's palettes; the text encoder knows all these names
+LIGHTNESS_WEIGHT = 0.7  # weight of lightness when naming: dark red is closer to red than to dark blue
+BASIC_COLOURS = {  # hues, depths and muted tones missing from the data's palettes; the text encoder knows all names
     "white": [(252, 252, 252), (238, 238, 238)], "black": [(16, 16, 18)],
     "grey": [(118, 120, 124)], "dark grey": [(80, 82, 86), (46, 47, 50)],
     "red": [(214, 36, 40)], "brick red": [(92, 22, 30)],
@@ -67,14 +67,14 @@ def named_colours() -> dict[str, list[tuple[int, int, int]]]:
         name: [(int(code[1:3], 16), int(code[3:5], 16), int(code[5:7], 16)) for code in codes]
         for name, codes in look_words()["palette"].items()
     }
-    return known | {name: known.get(name, []) + rgbs for name, rgbs in BASIC.items()}
+    return known | {name: known.get(name, []) + rgbs for name, rgbs in BASIC_COLOURS.items()}
 
 
-def name_of(rgb: Iterable[int]) -> str:
+def colour_name(rgb: Iterable[int]) -> str:
     """The nearest named colour, by hue rather than by lightness."""
     lab = oklab(np.array(list(rgb)) / 255)
     entries = [(name, colour) for name, colours in named_colours().items() for colour in colours]
-    away = (oklab(np.array([colour for _, colour in entries]) / 255) - lab) * (LIGHTNESS, 1, 1)
+    away = (oklab(np.array([colour for _, colour in entries]) / 255) - lab) * (LIGHTNESS_WEIGHT, 1, 1)
     return entries[int(np.linalg.norm(away, axis=1).argmin())][0]
 
 
@@ -90,7 +90,7 @@ def find_palette(pictures: Sequence[NDArray[np.uint8]]) -> tuple[Colour, ...]:
     centres = labs[[int(counts.argmax())]]
     while len(centres) < PALETTE_SIZE:
         away = np.linalg.norm(labs[:, None] - centres, axis=-1).min(1)
-        if away.max() < SAME_COLOUR:
+        if away.max() < MIN_COLOUR_DISTANCE:
             break
         centres = np.vstack([centres, labs[int((away * np.sqrt(counts)).argmax())]])
     for _ in range(30):
@@ -105,7 +105,7 @@ def find_palette(pictures: Sequence[NDArray[np.uint8]]) -> tuple[Colour, ...]:
     for k in np.unique(label):
         mean = np.average(colours[label == k], axis=0, weights=counts[label == k]).round().astype(int)
         share = counts[label == k].sum() / counts.sum()
-        found.append(Colour((int(mean[0]), int(mean[1]), int(mean[2])), float(share), name_of(mean)))
+        found.append(Colour((int(mean[0]), int(mean[1]), int(mean[2])), float(share), colour_name(mean)))
     return tuple(sorted(found, key=lambda colour: (-colour.share, colour.rgb)))
 
 
@@ -138,4 +138,4 @@ def colour_words(palette: Sequence[Colour]) -> tuple[list[str], list[str]]:
         return float(np.linalg.norm(oklab(np.array(known[name]) / 255)[:, None] - here, axis=-1).min())
 
     furthest = max(sorted(names), key=away)
-    return wanted[:1], [furthest] if away(furthest) > 3 * SAME_COLOUR else []
+    return wanted[:1], [furthest] if away(furthest) > 3 * MIN_COLOUR_DISTANCE else []

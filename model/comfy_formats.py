@@ -17,7 +17,7 @@ COMFYUI_PREFIXES = ("model.diffusion_model.", "diffusion_model.")
 WRAPPERS = ("transformer.", "model.", "dit.", "net.", "module.", "_orig_mod.")  # trainers' wrapping modules
 PREFIXES = ("", *COMFYUI_PREFIXES, *WRAPPERS)  # of the transformer's names
 OTHER_PARTS = ("vae.", "first_stage_model.", "text_encoders.", "cond_stage_model.")  # other parts in all-in-one files
-SUFFIX = ".comfy_quant"
+MARK_SUFFIX = ".comfy_quant"
 
 SCALED_FORMATS = {"float8_e4m3fn", "float8_e5m2", "int8_tensorwise"}  # a number times its scale
 BLOCK_SIZES = {"nvfp4": 16, "mxfp8": 32}  # formats with one scale per this many numbers of a row
@@ -60,15 +60,15 @@ def marks_table(text: str | None) -> dict[str, Mark]:
         return {"": ""}
 
 
-def make_mark(bits: int, turned: int) -> dict[str, Any]:
+def make_mark(bits: int, group: int) -> dict[str, Any]:
     """The mark for a matrix, given `few_bits.Format`'s fields; empty if scales and shapes say it all."""
-    rotated = {"convrot": True, "convrot_groupsize": turned} if turned else {}
+    rotated = {"convrot": True, "convrot_groupsize": group} if group else {}
     if bits == 4:
         return {"format": W4A8, "group_size": GROUP_SIZES["group_size"], **rotated}
-    return {"format": "int8_tensorwise", **rotated} if turned else {}
+    return {"format": "int8_tensorwise", **rotated} if group else {}
 
 
-def weight_of(layer: str, names: Iterable[str]) -> str:
+def weight_name(layer: str, names: Iterable[str]) -> str:
     """The weight that a layer's mark is about: some writers omit the transformer's prefix."""
     return next((name for prefix in PREFIXES if (name := f"{prefix}{layer}.weight") in names), f"{layer}.weight")
 
@@ -79,7 +79,7 @@ def rotation(marks: Sequence[Mark]) -> int:
     marks: of one weight, all equal in meaning. Unreadable ones count as none here: they are refused elsewhere.
     """
     try:
-        return int(group_of(terms(marks[0]))) if marks else 0
+        return int(group_size(parse_mark(marks[0]))) if marks else 0
     except (ValueError, TypeError, AttributeError, RecursionError):
         return 0
 
@@ -90,12 +90,12 @@ def special_format(marks: Sequence[Mark], kinds: Iterable[str]) -> str:
     marks: as for `rotation`.
     """
     try:
-        return next((kind for kind in kinds if marks and terms(marks[0])["format"] == kind), "")
+        return next((kind for kind in kinds if marks and parse_mark(marks[0])["format"] == kind), "")
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
         return ""
 
 
-def shape_of(name: str, header: Mapping[str, Any], marks: Sequence[Mark] = ()) -> tuple[int, ...]:
+def network_shape(name: str, header: Mapping[str, Any], marks: Sequence[Mark] = ()) -> tuple[int, ...]:
     """A tensor's shape in the network: 4-bit numbers are stored two to a byte."""
     shape, dtype = tuple(header[name]["shape"]), header[name]["dtype"]
     packed = (dtype == "U8" and name + SECOND_SCALE in header) or (
@@ -110,7 +110,7 @@ def find_problem(marks: Sequence[Mark], dtype: str, shape: Sequence[int]) -> str
     Unreadable formats scale other blocks, or rotate differently.
     """
     try:
-        found = [terms(mark) for mark in marks]
+        found = [parse_mark(mark) for mark in marks]
         for how in found:
             extra = sorted(name for name in how if how[name] and not is_harmless(name, how))
             if how["format"] not in {*SCALED_FORMATS, *BLOCK_SIZES, *CODE_FORMATS} or extra:
@@ -119,18 +119,18 @@ def find_problem(marks: Sequence[Mark], dtype: str, shape: Sequence[int]) -> str
         others = formats & STORED_AS.keys()
         if others and (len(formats) > 1 or dtype != STORED_AS[min(others)]):
             return f"{dtype} with marks of {' and '.join(sorted(formats))}"
-        groups = {group_of(how) for how in found}
+        groups = {group_size(how) for how in found}
         if len(groups) > 1:
             return f"{found[0]['format']} with contradictory marks"
-        turned = any(map(is_rotated, found))
-        if turned and not can_be_rotated(group := groups.pop(), found[0]["format"], dtype, shape):
+        rotated = any(map(is_rotated, found))
+        if rotated and not can_be_rotated(group := groups.pop(), found[0]["format"], dtype, shape):
             return f"{dtype} rows of {shape[-1]} rotated in groups of {group} (convrot)"
     except (ValueError, TypeError, KeyError, IndexError, AttributeError, RecursionError):
         return "an unknown format"
     return ""
 
 
-def terms(mark: Mark) -> dict[str, Any]:
+def parse_mark(mark: Mark) -> dict[str, Any]:
     """A mark's terms. Older writers nest some in a table; the first ComfyUI-INT8-Fast files name no format."""
     how = dict(json.loads(mark))
     how = dict(how.pop("params", None) or {}) | how
@@ -144,7 +144,7 @@ def is_harmless(name: str, how: Mapping[str, Any]) -> bool:
     )
 
 
-def group_of(how: Mapping[str, Any]) -> Any:
+def group_size(how: Mapping[str, Any]) -> Any:
     return how.get("convrot_groupsize", DEFAULT_GROUP) if is_rotated(how) else 0
 
 

@@ -16,16 +16,16 @@ import torch
 from torch import Tensor, nn
 
 from model.atomic import atomic_write
-from model.checkpoint import check, reader
+from model.checkpoint import check_tensors, tensor_reader
 from model.comfy_formats import make_mark
 from model.errors import K2Error
 from model.headers import FETCH_AGAIN
 from model.layouts import open_dit, prepare_blocks
 from model.low_bit import SUFFIXES, few_bit_layers
-from model.safetensors_file import NUMBERS
+from model.safetensors_file import TORCH_DTYPES
 
-WORDS = {number: word for word, number in NUMBERS.items()}
-SCALES = ("_scale", "_s_channel")  # row scales of few-bit matrices, which show any NaN or infinity in their rows
+DTYPE_NAMES = {number: word for word, number in TORCH_DTYPES.items()}
+ROW_SCALE_SUFFIXES = ("_scale", "_s_channel")  # they show any NaN or infinity in their rows
 ALIGNMENT = 64  # tensors start at a multiple of this many bytes, so that they can be mapped
 
 OnTensor = Callable[[int, int], None]  # (tensors written, of how many)
@@ -44,17 +44,17 @@ def write_compact(
     if target.exists():
         raise K2Error(f"{target} exists already.", hint="Choose another name.")
     model, checkpoint = open_dit(source)
-    check(model, checkpoint)
+    check_tensors(model, checkpoint)
     prepare_blocks(model, checkpoint, precision)
-    read = reader(model, checkpoint, device="cpu", dtype=torch.bfloat16)
+    read = tensor_reader(model, checkpoint, device="cpu", dtype=torch.bfloat16)
     about = {"kind": "dit", "config": asdict(model.config)} | ({"variant": variant} if variant else {})
-    header, count = header_of(model, about | checkpoint.metadata), len(model.state_dict())
+    header, count = make_header(model, about | checkpoint.metadata), len(model.state_dict())
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         with atomic_write(target) as draft, draft.open("wb") as file:
             file.write(len(header).to_bytes(8, "little") + header)
-            for done, (name, tensor) in enumerate(zip(model.state_dict(), tensors(model, read), strict=True), 1):
-                if (name.endswith(SCALES) or tensor.dtype == torch.float8_e4m3fn) and not is_finite(tensor):
+            for done, (name, tensor) in enumerate(zip(model.state_dict(), iter_tensors(model, read), strict=True), 1):
+                if (name.endswith(ROW_SCALE_SUFFIXES) or tensor.dtype == torch.float8_e4m3fn) and not is_finite(tensor):
                     matrix = name.removesuffix("_scale").removesuffix("_s_channel")
                     raise K2Error(f"{source} is damaged: {matrix} holds NaN or infinite numbers.", hint=FETCH_AGAIN)
                 raw = tensor.contiguous().flatten().view(torch.uint8).numpy()
@@ -70,28 +70,28 @@ def is_finite(tensor: Tensor) -> bool:
     return all(bool(rows.float().isfinite().all()) for rows in tensor.split(1024))
 
 
-def header_of(model: nn.Module, about: Mapping[str, Any]) -> bytes:
-    """safetensors' header for what `tensors` yields, in its order."""
+def make_header(model: nn.Module, about: Mapping[str, Any]) -> bytes:
+    """safetensors' header for what `iter_tensors` yields, in its order."""
     few = few_bit_layers(model)
     marks = {
         name.removesuffix(".weight"): mark for name, layer in few.items() if (mark := make_mark(*layer.format[1:]))
     }
     table = {"_quantization_metadata": json.dumps({"layers": marks})} if marks else {}
     entries: dict[str, Any] = {"__metadata__": {"format": "pt", "k2": json.dumps(about, sort_keys=True), **table}}
-    held = {f"{name}{end}" for name, layer in few.items() for end in SUFFIXES[layer.format.bits]}
+    few_bit_names = {f"{name}{end}" for name, layer in few.items() for end in SUFFIXES[layer.format.bits]}
     end = 0
     for name, tensor in model.state_dict().items():
-        if name in held:  # k2 holds e4m3 scales as raw bytes
-            number = torch.float8_e4m3fn if tensor.dtype == torch.uint8 else tensor.dtype
+        if name in few_bit_names:  # k2 holds e4m3 scales as raw bytes
+            dtype = torch.float8_e4m3fn if tensor.dtype == torch.uint8 else tensor.dtype
         else:
-            number = torch.float32 if name.endswith(".scale") else torch.bfloat16  # norms compute in fp32
-        begin, end = end, end + tensor.numel() * number.itemsize
-        entries[name] = {"dtype": WORDS[number], "shape": list(tensor.shape), "data_offsets": [begin, end]}
+            dtype = torch.float32 if name.endswith(".scale") else torch.bfloat16  # norms compute in fp32
+        begin, end = end, end + tensor.numel() * dtype.itemsize
+        entries[name] = {"dtype": DTYPE_NAMES[dtype], "shape": list(tensor.shape), "data_offsets": [begin, end]}
     text = json.dumps(entries, separators=(",", ":")).encode()
     return text + b" " * (-(8 + len(text)) % ALIGNMENT)
 
 
-def tensors(model: nn.Module, read: Callable[[Iterable[str]], dict[str, Tensor]]) -> Iterator[Tensor]:
+def iter_tensors(model: nn.Module, read: Callable[[Iterable[str]], dict[str, Tensor]]) -> Iterator[Tensor]:
     """The tensors of a network on the meta device, one after the other; scales are read with their matrix."""
     come: dict[str, Tensor] = {}
     for name in model.state_dict():

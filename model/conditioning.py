@@ -19,7 +19,7 @@ from model.references import to_pixels
 from model.resolve import ResolvedSpec, references_in
 from model.style import StyleEncoder
 from model.text_encoder import TextEncoder
-from model.vision import Reader, SeenPicture, WeightedPicture, find_tower
+from model.vision import EncodedPicture, VisionReader, WeightedPicture, find_tower
 
 MAX_CONTEXTS = 64  # contexts kept: a batch's prompts, and the negative prompt that they share
 MAX_TEXTS = 16  # texts and pictures whose rows are kept: of every tapped layer, five times the size of a context
@@ -52,20 +52,24 @@ class Conditioning:
         self._long_texts: LRU[Tensor] = LRU(MAX_TEXTS)
         self._short_texts: LRU[Tensor] = LRU(MAX_CONTEXTS)
         self._style_rows: LRU[Tensor] = LRU(MAX_STYLE_ROWS)
-        self._vision_inputs: LRU[SeenPicture] = LRU(MAX_TEXTS)
+        self._vision_inputs: LRU[EncodedPicture] = LRU(MAX_TEXTS)
 
     def context(
         self, prompt: str, adapters: Hashable, spec: ResolvedSpec | None = None, branch: str = "plain"
     ) -> Tensor:
         """What the transformer sees of a prompt and, in one of its `prompt_branches`, of a spec's styles, steered away
         from the spec's avoids, [1, T, D]. `adapters` identifies the adapters applied to the transformer."""
-        (references, shown), away = (references_in(spec, branch), avoided_phrases(spec)) if spec else (((), ()), ())
-        tiles, keep_rows = (spec.vision_tiles, bool(spec.vision_rows)) if spec and shown else (None, False)
+        (references, vision_references), away = (
+            (references_in(spec, branch), avoided_phrases(spec)) if spec else (((), ()), ())
+        )
+        tiles, keep_rows = (spec.vision_tiles, bool(spec.vision_rows)) if spec and vision_references else (None, False)
 
         def read() -> Tensor:
-            if shown:
+            if vision_references:
                 assert tiles
-                embeds = self._vision_reader.encode(prompt, self.vision_inputs(shown, tiles), keep_rows=keep_rows)
+                embeds = self._vision_reader.encode(
+                    prompt, self.vision_inputs(vision_references, tiles), keep_rows=keep_rows
+                )
             else:
                 embeds = self._text_rows(prompt)
             if away:
@@ -77,8 +81,8 @@ class Conditioning:
                 embeds = torch.cat((embeds, self.style_rows(references)[None].to(embeds)), 1)
             return self.dit.encode_text(embeds)
 
-        seen = [tuple((r.sha256, r.weight) for r in each) for each in (references, shown)]
-        return self._contexts.get((prompt, adapters, away, *seen, tiles, keep_rows), read)
+        reference_keys = [tuple((r.sha256, r.weight) for r in each) for each in (references, vision_references)]
+        return self._contexts.get((prompt, adapters, away, *reference_keys, tiles, keep_rows), read)
 
     def style_rows(self, references: tuple[WeightedReference, ...]) -> Tensor:
         """References as extra prompt rows [K, N, E], from the style encoder."""
@@ -86,7 +90,7 @@ class Conditioning:
 
         def read(reference: WeightedReference) -> Tensor:
             pixels = to_pixels(reference.image, side, side).to(self.device, self.dtype)
-            return encoder.read(self.vae.encode(pixels).float())
+            return encoder.encode_reference(self.vae.encode(pixels).float())
 
         rows = [self._style_rows.get(each.sha256, partial(read, each)) for each in references]
         return encoder.mix(rows, [reference.weight for reference in references])
@@ -94,8 +98,8 @@ class Conditioning:
     def vision_inputs(self, references: tuple[WeightedReference, ...], tiles: int) -> list[WeightedPicture]:
         """References as the text encoder's vision tower sees them."""
 
-        def see(reference: WeightedReference) -> SeenPicture:
-            return self._vision_reader.show(reference.image, tiles)
+        def see(reference: WeightedReference) -> EncodedPicture:
+            return self._vision_reader.encode_reference(reference.image, tiles)
 
         return [
             WeightedPicture(self._vision_inputs.get((each.sha256, tiles), partial(see, each)), each.weight)
@@ -124,7 +128,7 @@ class Conditioning:
         return find_tower(self.parts.text)
 
     @cached_property
-    def _vision_reader(self) -> Reader:
+    def _vision_reader(self) -> VisionReader:
         """The text encoder with its vision tower, which is loaded for the first picture."""
         assert self._vision_tower is not None  # or settling would have refused
-        return Reader(self.text, self._vision_tower)
+        return VisionReader(self.text, self._vision_tower)

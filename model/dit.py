@@ -135,11 +135,11 @@ def rotate(x: Tensor, rope: Tensor) -> Tensor:
     """Rotate adjacent pairs of x [B, S, heads, d] by rope [S, 1, d/2, 2], cosines and sines."""
     pairs = x.float().unflatten(-1, (-1, 2))
     if runs_unfused(x):  # one pass instead of seven; compilers need real numbers
-        turned = torch.view_as_real(torch.view_as_complex(pairs) * torch.view_as_complex(rope))
+        rotated = torch.view_as_real(torch.view_as_complex(pairs) * torch.view_as_complex(rope))
     else:
         (even, odd), (cos, sin) = pairs.unbind(-1), rope.unbind(-1)
-        turned = torch.stack((even * cos - odd * sin, odd * cos + even * sin), -1)
-    return turned.flatten(-2).to(x.dtype)
+        rotated = torch.stack((even * cos - odd * sin, odd * cos + even * sin), -1)
+    return rotated.flatten(-2).to(x.dtype)
 
 
 def attend_by_group(attends: Sequence[Attend], shapes: Sequence[Sequence[int]]) -> Attend:
@@ -328,24 +328,24 @@ class Krea2(nn.Module):
         time = self.tmlp(torch.cat((angles.cos(), angles.sin()), -1).to(self.first.weight.dtype))
         return torch.cat((self.tproj(time), time), -1)
 
-    def places(self, grid: tuple[int, int]) -> Tensor:
+    def grid_positions(self, grid: tuple[int, int]) -> Tensor:
         """Row and column of every token in an h × w grid, as positions for RoPE -> [h · w, 2], fp64.
 
         A network trained on one square puts its subject in the square's middle, and has seen no positions beyond it.
         Any other grid is therefore centred on that middle (`centre_on_square`), in training too.
         """
-        places = position_ids(0, *grid)[:, 1:].double()
-        return places if self.side is None else centre_on_square(places, grid, self.side)
+        positions = position_ids(0, *grid)[:, 1:].double()
+        return positions if self.side is None else centre_on_square(positions, grid, self.side)
 
-    def reach(self, grid: tuple[int, int]) -> float:
+    def column_offset(self, grid: tuple[int, int]) -> float:
         """How far to shift columns so that a picture of this grid lies right beside another: its full width."""
-        columns = self.places(grid)[: grid[1], 1]
+        columns = self.grid_positions(grid)[: grid[1], 1]
         return float(columns[-1] - columns[0]) * grid[1] / (grid[1] - 1) if grid[1] > 1 else 1.0
 
     def rope(self, text_tokens: int, grid: tuple[int, int]) -> Tensor:
         """Cosines and sines of the stream's rotary angles, for `text_tokens` and an h × w grid -> [S, 1, d/2, 2]."""
         positions = position_ids(text_tokens, *grid).double()
-        positions[text_tokens:, 1:] = self.places(grid)
+        positions[text_tokens:, 1:] = self.grid_positions(grid)
         angles = [
             positions[:, axis, None] * self.config.rope_base ** -(torch.arange(0, dim, 2, dtype=torch.float64) / dim)
             for axis, dim in enumerate(self.config.rope_axes)
@@ -378,8 +378,8 @@ class Krea2(nn.Module):
         time_mod, time = step_mod.split((6 * width, width), -1)
         mask = None if prompt_mask is None else F.pad(prompt_mask, (0, tokens.shape[1]), value=True)[:, None, None]
         x = torch.cat((context, self.first(tokens)), 1)
-        for block, own in zip(self.blocks, attend or [None] * len(self.blocks), strict=True):
-            x = block(x, time_mod, rope, mask, own)
+        for block, block_attend in zip(self.blocks, attend or [None] * len(self.blocks), strict=True):
+            x = block(x, time_mod, rope, mask, block_attend)
         return self.last(x[:, text:], time)
 
     def velocities(
@@ -402,10 +402,10 @@ class Krea2(nn.Module):
         each = [own or [None] * len(self.blocks) for own in attend or [None] * len(groups)]
         for block, *own in zip(self.blocks, *each, strict=True):
             x = block(x, time_mod, rope, None, attend_by_group([one or attention for one in own], shapes))
-        answers = self.last(x, time)[0].split([count * length for count, length in shapes])
+        outputs = self.last(x, time)[0].split([count * length for count, length in shapes])
         return [
-            answer.unflatten(0, shape)[:, context.shape[1] :]
-            for answer, shape, (_, context, _) in zip(answers, shapes, groups, strict=True)
+            output.unflatten(0, shape)[:, context.shape[1] :]
+            for output, shape, (_, context, _) in zip(outputs, shapes, groups, strict=True)
         ]
 
     def forward(

@@ -24,7 +24,7 @@ class TooLittleMemory(K2Error):
 
 
 @contextmanager
-def reported() -> Iterator[None]:
+def exit_on_error() -> Iterator[None]:
     """For scripts run as modules: within the context a K2Error, or a file that cannot be opened, prints its message
     (and hint) and exits with code 1."""
     try:
@@ -39,18 +39,18 @@ def reported() -> Iterator[None]:
         raise
 
 
-def brief(error: object, most: int = 200) -> str:
+def brief(error: object, max_chars: int = 200) -> str:
     """A library's message on one line, cut to a readable length: names in it may be a megabyte long."""
     text = " ".join(str(error).split())
-    return text if len(text) <= most else f"{text[:most]}…"
+    return text if len(text) <= max_chars else f"{text[:max_chars]}…"
 
 
-def count_of(number: object, word: str) -> str:
+def pluralise(number: object, word: str) -> str:
     """ "1 picture", "2 pictures"."""
     return f"{number} {word}{'' if str(number) == '1' else 's'}"
 
 
-def close_to(name: str, known: Iterable[str]) -> str:
+def did_you_mean(name: str, known: Iterable[str]) -> str:
     """A hint for an unknown name: the closest known one; "" if none is close."""
     found = difflib.get_close_matches(name, list(known), 1, 0.6)
     return f'Did you mean "{found[0]}"?' if found else ""
@@ -59,9 +59,9 @@ def close_to(name: str, known: Iterable[str]) -> str:
 def nearest(name: str, known: Iterable[str]) -> str:
     """A hint for an unknown name: the closest known one, else all known names, or the first ten of more than twenty."""
     known = list(known)
-    return close_to(name, known) or (f"Known: {listed(known, 20 if len(known) <= 20 else 10)}." if known else "")
+    return did_you_mean(name, known) or (f"Known: {listed(known, 20 if len(known) <= 20 else 10)}." if known else "")
 
 
-def listed(names: Sequence[str], most: int = 8) -> str:
+def listed(names: Sequence[str], limit: int = 8) -> str:
     """ "fox, owl and 3 more"."""
-    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+    return ", ".join(names[:limit]) + (f" and {len(names) - limit} more" if len(names) > limit else "")

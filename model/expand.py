@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Any
 
 LEVELS = {"raw": 0, "low": 1, "medium": 2, "high": 3}  # level -> how many slots it fills
-LOOK = ("drawing", "medium")  # the slots that a style's pictures or LoRA already fill
-SLOTS = ("ground", *LOOK)  # in the order in which they are appended
+LOOK_SLOTS = ("drawing", "medium")  # the slots that a style's pictures or LoRA already fill
+SLOTS = ("ground", *LOOK_SLOTS)  # in the order in which they are appended
 MAX_CHARS = 600  # characters that a language model's expansion may have
 STOP_WORDS = frozenset((  # words that say nothing about a look
     "a", "an", "the", "of", "on", "in", "at", "with", "and", "or", "its", "his", "her", "their", "to", "by", "from",
@@ -46,43 +46,45 @@ def expand(
     if not (count := LEVELS[level]):
         return prompt
     words = look_words()
-    decided = {slot for slot, names in words["named"].items() if mentions([prompt, *styles], names)}
+    decided = {slot for slot, names in words["named"].items() if mention_any([prompt, *styles], names)}
     if look:
-        decided.update(LOOK)
+        decided.update(LOOK_SLOTS)
     # a plain prompt varies in both drawing and medium: "medium" would vary less than "raw" if it only added drawings
-    order = LOOK if pick(LOOK, "look", prompt, seed) == LOOK[0] else LOOK[::-1]
+    order = LOOK_SLOTS if pick(LOOK_SLOTS, "look", prompt, seed) == LOOK_SLOTS[0] else LOOK_SLOTS[::-1]
     added: dict[str, str] = {}
     for slot in order:
-        if len(added) < count - 1 and slot not in decided and (choices := suitable(slot, decided, avoids)):
+        if len(added) < count - 1 and slot not in decided and (choices := allowed_looks(slot, decided, avoids)):
             name = pick(sorted(choices), slot, prompt, seed)
             added[slot] = pick(choices[name], f"{slot} words", prompt, seed)
             if name in words["own_ground"]["media"]:
                 decided.add("ground")
-    if "ground" not in decided and (setting := ground(prompt, seed, decided, avoids)):
+    if "ground" not in decided and (setting := pick_ground(prompt, seed, decided, avoids)):
         added["ground"] = setting
     return ", ".join([prompt, *(added[slot] for slot in SLOTS if slot in added)])
 
 
-def suitable(slot: str, decided: set[str], avoids: Sequence[str]) -> dict[str, list[str]]:
+def allowed_looks(slot: str, decided: set[str], avoids: Sequence[str]) -> dict[str, list[str]]:
     """The looks of a slot, each with its words, that may be added unasked, given what is decided."""
     words = look_words()
     left_out = set(words["asked_only"][slot])
     if slot == "medium" and {"ground", "colour"} & decided:  # theirs is black
         left_out |= set(words["own_ground"]["media"])
-    return {name: told for name, told in words[slot].items() if name not in left_out and not clash(told, avoids)}
+    return {
+        name: phrases for name, phrases in words[slot].items() if name not in left_out and not clash(phrases, avoids)
+    }
 
 
-def ground(prompt: str, seed: int, decided: set[str], avoids: Sequence[str]) -> str:
+def pick_ground(prompt: str, seed: int, decided: set[str], avoids: Sequence[str]) -> str:
     """A setting for a prompt that names none, with a colour if the prompt names none; "" if all are avoided."""
     words = look_words()
     colours = [name for name in sorted(words["palette"]) if not clash([name], avoids)]
     plain = "colour" in decided or not colours
-    told = [words["ground"][name][plain] for name in sorted(words["ground"])]
-    told = [each for each in told if not clash([each.replace("{}", "")], avoids)]
-    if not told:
+    settings = [words["ground"][name][plain] for name in sorted(words["ground"])]
+    settings = [each for each in settings if not clash([each.replace("{}", "")], avoids)]
+    if not settings:
         return ""
     colour = "" if plain else pick(colours, "colour", prompt, seed)
-    text = pick(told, "ground", prompt, seed).format(colour)
+    text = pick(settings, "ground", prompt, seed).format(colour)
     return text.replace(" a o", " an o")  # of the colours only orange begins with a vowel
 
 
@@ -102,26 +104,26 @@ def pick(choices: Sequence[str], slot: str, prompt: str, seed: int) -> str:
     return sorted(choices, key=key)[place]
 
 
-def words_of(text: str) -> list[str]:
+def split_words(text: str) -> list[str]:
     return re.findall(r"[^\W_]+", text.casefold())
 
 
-def mentions(texts: Iterable[str], names: Iterable[str]) -> bool:
+def mention_any(texts: Iterable[str], names: Iterable[str]) -> bool:
     """Whether any of the texts contains any of the names as whole words."""
-    said = [spaced_words(text) for text in texts]
-    return any(spaced_words(name) in text for name in names for text in said)
+    spaced = [spaced_words(text) for text in texts]
+    return any(spaced_words(name) in text for name in names for text in spaced)
 
 
 @lru_cache(maxsize=1024)
 def spaced_words(text: str) -> str:
     """A text's words, with spaces around each. Cached: the same names and prompts are searched again and again."""
-    return f" {' '.join(words_of(text))} "
+    return f" {' '.join(split_words(text))} "
 
 
-def clash(told: Iterable[str], avoids: Iterable[str]) -> bool:
+def clash(texts: Iterable[str], avoids: Iterable[str]) -> bool:
     """Whether any text shares a meaningful word with what is to be avoided."""
-    avoided = {word for text in avoids for word in words_of(text)} - STOP_WORDS
-    return any(word in avoided for text in told for word in words_of(text))
+    avoided = {word for text in avoids for word in split_words(text)} - STOP_WORDS
+    return any(word in avoided for text in texts for word in split_words(text))
 
 
 # ---- by a language model ----------------------------------------------------------------------------------------
@@ -175,8 +177,8 @@ def expand_by_language(
     if level == "raw":
         return prompt
     answer = checked_answer(generate(instruction(prompt, level, styles, avoids, look), seed))
-    kept = set(words_of(prompt)) - STOP_WORDS <= set(words_of(answer))
-    return answer if answer and kept and not mentions([answer], avoids) else prompt
+    kept = set(split_words(prompt)) - STOP_WORDS <= set(split_words(answer))
+    return answer if answer and kept and not mention_any([answer], avoids) else prompt
 
 
 def checked_answer(answer: str) -> str:

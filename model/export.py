@@ -29,8 +29,8 @@ from model.vae import QwenImageVAE
 if TYPE_CHECKING:
     from model.pipeline import Pipeline
 
-WEIGHTS = "diffusion_pytorch_model.safetensors"  # diffusers' file name, in any of its folders
-LIBRARIES = {
+WEIGHTS_NAME = "diffusion_pytorch_model.safetensors"  # diffusers' file name, in any of its folders
+COMPONENT_CLASSES = {
     "scheduler": ["diffusers", "FlowMatchEulerDiscreteScheduler"],
     "vae": ["diffusers", "AutoencoderKLQwenImage"],
     "text_encoder": ["transformers", "Qwen3VLModel"],
@@ -55,19 +55,19 @@ def export_diffusers(pipeline: Pipeline, folder: Path) -> None:
         draft.chmod(0o755)
         write_transformer(pipeline, draft / "transformer")
         write_scheduler(pipeline, draft / "scheduler")
-        lender = pipeline.parts.text
-        if lender.is_dir():
-            shutil.copytree(lender / "text_encoder", draft / "text_encoder")
+        text_path = pipeline.parts.text
+        if text_path.is_dir():
+            shutil.copytree(text_path / "text_encoder", draft / "text_encoder")
         else:
             write_text_encoder(pipeline.text, draft / "text_encoder")
-        if (lender / "tokenizer").is_dir():
-            shutil.copytree(lender / "tokenizer", draft / "tokenizer")
+        if (text_path / "tokenizer").is_dir():
+            shutil.copytree(text_path / "tokenizer", draft / "tokenizer")
         else:  # a lone tokenizer.json, which works just as well
             write_tokenizer(pipeline.text, draft / "tokenizer")
         if pipeline.parts.vae.is_dir():
             shutil.copytree(pipeline.parts.vae, draft / "vae")
         else:
-            write(draft / "vae", pipeline.vae.config.to_diffusers(), pipeline.vae.to_diffusers())
+            write_component(draft / "vae", pipeline.vae.config.to_diffusers(), pipeline.vae.to_diffusers())
         write_json(draft / "model_index.json", model_index(pipeline))
         draft.rename(folder)
     except (OSError, SafetensorError) as error:
@@ -91,13 +91,13 @@ def model_index(pipeline: Pipeline) -> dict[str, Any]:
         "is_distilled": pipeline.recommended["mu"] == turbo["mu"],  # there it only means that mu is 1.15 at any size
         "patch_size": pipeline.dit.config.patch,
         "text_encoder_select_layers": list(pipeline.text.tower.config.taps),
-        **LIBRARIES,
+        **COMPONENT_CLASSES,
     }
 
 
 def write_transformer(pipeline: Pipeline, folder: Path) -> None:
     c = pipeline.dit.config
-    write(
+    write_component(
         folder,
         transformer_config(c),
         to_diffusers(dequantised_state(pipeline.dit, pipeline.dtype), c),
@@ -154,20 +154,20 @@ def write_text_encoder(text: TextEncoder, folder: Path) -> None:
         state |= {name.replace(f".{depth - 1}.", f".{depth}."): torch.zeros_like(t) for name, t in zeros.items()}
         state["language_model.norm.weight"] = torch.ones_like(state["language_model.layers.0.input_layernorm.weight"])
         depth += 1
-    eye_config, eye = empty_vision_tower(config.hidden_size)
+    vision_config, vision_state = empty_vision_tower(config.hidden_size)
     end = text.tokenizer.token_to_id(SPECIAL_TOKENS[0])
-    write(
+    write_component(
         folder,
         {
             "architectures": ["Qwen3VLModel"],
             "model_type": "qwen3_vl",
             "text_config": text_config(config, depth),
-            "vision_config": eye_config,
+            "vision_config": vision_config,
             # no picture ever comes in; the ids just must not be those of words
             **dict.fromkeys(("image_token_id", "video_token_id"), config.vocab_size),
             **dict.fromkeys(("vision_start_token_id", "vision_end_token_id"), end),
         },
-        state | eye,
+        state | vision_state,
         file="model.safetensors",
     )
 
@@ -240,13 +240,13 @@ def write_tokenizer(text: TextEncoder, folder: Path) -> None:
     write_json(folder / "tokenizer_config.json", config)
 
 
-def write(
+def write_component(
     folder: Path,
     config: dict[str, Any],
     state: dict[str, Tensor],
     metadata: dict[str, Any] | None = None,
     *,
-    file: str = WEIGHTS,
+    file: str = WEIGHTS_NAME,
 ) -> None:
     """A folder of config.json and one file of weights."""
     folder.mkdir()

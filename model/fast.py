@@ -29,9 +29,9 @@ from model.quantize import hadamard
 MAX_GRAPHS = 8  # shapes kept; each holds working memory
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # glibc's malloc.h
 MATRIX_SIDE = 512  # side of the matrices that measure a CPU's speed
-WARM_UP = 3  # runs before recording, in which libraries choose their kernels
+WARM_UP_RUNS = 3  # runs before recording, in which libraries choose their kernels
 
-Work = Callable[..., Tensor]
+TensorFunction = Callable[..., Tensor]
 
 
 def accelerate(dit: Krea2) -> None:
@@ -41,7 +41,7 @@ def accelerate(dit: Krea2) -> None:
         os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache_folder() / "inductor"))
         torch.compiler.assume_constant_result(is_native)  # a device query would break every block's graph
         torch.compiler.assume_constant_result(hadamard)  # or every call would rebuild it
-    compiled = wide and triton_supports(layer.format.number for layer in few_bit_layers(dit).values()) and can_compile()
+    compiled = wide and triton_supports(layer.format.dtype for layer in few_bit_layers(dit).values()) and can_compile()
     if compiled:
         for block in dit.blocks:
             block.compile()  # one by one: they share code, so one compilation serves all
@@ -73,13 +73,13 @@ def keep_freed_memory() -> None:
             libc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
 
 
-def triton_supports(numbers: Iterable[torch.dtype]) -> bool:
+def triton_supports(dtypes: Iterable[torch.dtype]) -> bool:
     """Whether Triton supports these number formats on the card: e4m3 from Ada on, and on few AMD cards; plain kernels
     can widen it anywhere.
 
     `can_compile` would not find out: Triton only fails when it meets such a matrix, in the middle of the first picture.
     """
-    if torch.float8_e4m3fn not in numbers:
+    if torch.float8_e4m3fn not in dtypes:
         return True
     return torch.version.hip is None and torch.cuda.get_device_capability() >= (8, 9)
 
@@ -97,7 +97,7 @@ class FastVelocity:
     """Replaces `Krea2.velocity`."""
 
     def __init__(self, dit: Krea2, compiled: bool):
-        self.plain: Work = dit.velocity
+        self.eager: TensorFunction = dit.velocity
         self.compiled, self.narrow = compiled, dit.config.width < FP32_WIDTH
         self.layers = list(dit.modules())
         self.graphs: LRU[Graph] = LRU(MAX_GRAPHS)
@@ -107,33 +107,33 @@ class FastVelocity:
         seldom = any(value is not None for value in others.values()) or len(inputs) > 4
         if seldom or any(layer._forward_hooks for layer in self.layers):  # a recording would ignore them
             with torch.compiler.set_stance("force_eager") if self.compiled else nullcontext():
-                return self.plain(*inputs, **others)
+                return self.eager(*inputs, **others)
         if not self.narrow:
-            return self.plain(*inputs, **others)
+            return self.eager(*inputs, **others)
         shapes = tuple(each.shape for each in inputs)
-        return self.graphs.get(shapes, lambda: Graph(self.plain, inputs))(*inputs)
+        return self.graphs.get(shapes, lambda: Graph(self.eager, inputs))(*inputs)
 
 
 class Graph:
     """All kernels of one call, recorded on its own input buffers; a replay costs one launch."""
 
     @torch.inference_mode()
-    def __init__(self, work: Work, inputs: tuple[Tensor, ...]):
+    def __init__(self, function: TensorFunction, inputs: tuple[Tensor, ...]):
         self.inputs = [each.clone() for each in inputs]
         here, side = torch.cuda.current_stream(), torch.cuda.Stream()
         side.wait_stream(here)
         with torch.cuda.stream(side):
-            for _ in range(WARM_UP):
-                work(*self.inputs)
+            for _ in range(WARM_UP_RUNS):
+                function(*self.inputs)
         here.wait_stream(side)
         self.graph = torch.cuda.CUDAGraph()
         # other threads may continue meanwhile: one reads the next layer of a streamed text encoder
         with torch.cuda.graph(self.graph, capture_error_mode="thread_local"):
-            self.answer = work(*self.inputs)
+            self.output = function(*self.inputs)
 
     @torch.inference_mode()
     def __call__(self, *inputs: Tensor) -> Tensor:
-        for own, given in zip(self.inputs, inputs, strict=True):
-            own.copy_(given)
+        for buffer, given in zip(self.inputs, inputs, strict=True):
+            buffer.copy_(given)
         self.graph.replay()
-        return self.answer.clone()
+        return self.output.clone()

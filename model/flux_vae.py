@@ -17,8 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from model.attention import attention
-from model.tiling import OVERLAP, TILE, tiled
-from model.upsample import doubled
+from model.tiling import OVERLAP, TILE, apply_tiled
+from model.upsample import upsample_conv
 
 EPS = 1e-6  # of every group norm
 SCALES = 4  # so a latent cell is 8 x 8 pixels
@@ -124,7 +124,7 @@ class Upsample(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x [B, C, H, W] -> [B, C, 2H, 2W]."""
-        return doubled(x, self.conv)
+        return upsample_conv(x, self.conv)
 
 
 class DownBlock(nn.Module):
@@ -226,28 +226,28 @@ class FluxVAE(nn.Module):
         """images [B, 3, H, W], H and W multiples of 16 -> normalised latents [B, 32, H/8, W/8]."""
         if images.shape[-2] % 16 or images.shape[-1] % 16:
             raise ValueError(f"height and width must be multiples of 16, not {tuple(images.shape[-2:])}")
-        latents = tiled(self._mean, images, self.tile, self.overlap, Fraction(1, 8), unit=16)
-        std, mean = self._statistics(latents.dtype)
+        latents = apply_tiled(self._encode_mean, images, self.tile, self.overlap, Fraction(1, 8), unit=16)
+        std, mean = self._norm_statistics(latents.dtype)
         return F.pixel_shuffle((F.pixel_unshuffle(latents, 2) - mean) / std, 2)
 
     def decode(self, latents: Tensor) -> Tensor:
         """Normalised latents [B, 32, h, w], h and w even -> images [B, 3, 8h, 8w] in -1 ... 1."""
-        std, mean = self._statistics(latents.dtype)
+        std, mean = self._norm_statistics(latents.dtype)
         z = F.pixel_shuffle(F.pixel_unshuffle(latents, 2) * std + mean, 2)
-        images = tiled(self._picture, z, self.tile // 8, self.overlap // 8, Fraction(8))
+        images = apply_tiled(self._decode_raw, z, self.tile // 8, self.overlap // 8, Fraction(8))
         return images.clamp(-1, 1)
 
     def load_diffusers(self, state: Mapping[str, Tensor]) -> None:
         """Load diffusers' weights. Raises RuntimeError on any misfit."""
         self.load_state_dict(state, strict=True, assign=True)
 
-    def _mean(self, images: Tensor) -> Tensor:
+    def _encode_mean(self, images: Tensor) -> Tensor:
         return self.quant_conv(self.encoder(images)).chunk(2, dim=1)[0]
 
-    def _picture(self, z: Tensor) -> Tensor:
+    def _decode_raw(self, z: Tensor) -> Tensor:
         return self.decoder(self.post_quant_conv(z))
 
-    def _statistics(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    def _norm_statistics(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """Standard deviation and mean of packed latents, [1, 128, 1, 1]."""
         assert self.bn.running_var is not None and self.bn.running_mean is not None
         std = (self.bn.running_var.float() + self.config.batch_norm_eps).sqrt()

@@ -11,10 +11,10 @@ from model.comfy_formats import PREFIXES
 from model.errors import K2Error
 from model.headers import own_metadata, read_header
 
-NATIVE = ("txtfusion.projector.weight", "blocks.0.attn.wq.weight")  # either identifies the layout
-DIFFUSERS = ("text_fusion.projector.weight", "transformer_blocks.0.attn.to_gate.weight")
+NATIVE_KEYS = ("txtfusion.projector.weight", "blocks.0.attn.wq.weight")  # either identifies the layout
+DIFFUSERS_KEYS = ("text_fusion.projector.weight", "transformer_blocks.0.attn.to_gate.weight")
 LORA = "a LoRA, which goes on top of a model"
-KINDS = {  # stated in our own files
+KIND_NAMES = {  # stated in our own files
     "text": "a text encoder",
     "vae": "an autoencoder",
     "style": "a style encoder",
@@ -35,15 +35,15 @@ MAKE_A_STYLE = "Make it a style: k2 style add NAME FILE"
 def check_transformer(path: Path) -> None:
     """Refuse a file whose header shows that it is something else. Raises K2Error."""
     header = read_header(path)
-    refuse_others(path, own_metadata(header.get("__metadata__", {})), header)
+    refuse_other_weights(path, own_metadata(header.get("__metadata__", {})), header)
 
 
-def refuse_others(path: Path, about: Mapping[str, Any], names: Collection[str]) -> None:
+def refuse_other_weights(path: Path, about: Mapping[str, Any], names: Collection[str]) -> None:
     """Raises K2Error for a file that is recognised as something else, by its metadata or its tensors' names."""
     kind = str(about.get("kind", "dit"))
     if kind != "dit":
-        what = KINDS.get(kind, kind)
-    elif any(prefix + name in names for prefix in PREFIXES for name in (*NATIVE, *DIFFUSERS)):
+        what = KIND_NAMES.get(kind, kind)
+    elif any(prefix + name in names for prefix in PREFIXES for name in (*NATIVE_KEYS, *DIFFUSERS_KEYS)):
         return
     else:
         what = next((what for pattern, what in OTHER_FILES.items() if any(re.search(pattern, n) for n in names)), "")

@@ -18,7 +18,7 @@ from model.comfy_formats import W4A4, W4A8
 from model.headers import StoredTensor
 from model.quantize import LARGEST_NUMBER
 
-GROUP = 16  # neighbours in a row that share a scale
+GROUP_SIZE = 16  # neighbours in a row that share a scale
 LEVELS = (  # comfy-kitchen's: its kernels support no others
     -0.980602, -0.794529, -0.638165, -0.500986, -0.377321, -0.263187, -0.155210, -0.050720,
     0.052541, 0.156985, 0.265284, 0.379533, 0.502636, 0.638953, 0.794876, 0.980671,
@@ -44,27 +44,27 @@ class Codes(NamedTuple):
     @property
     def numbers(self) -> Tensor:
         """The integers that the codes stand for, int8 [out, in]."""
-        return numbers_of(self.packed, self.groups, self.levels)
+        return decode_codes(self.packed, self.groups, self.levels)
 
 
-def codes_of(kind: str, packed: Tensor, rows: Tensor, groups: Tensor | None, levels: Tensor | None) -> Codes:
+def read_codes(kind: str, packed: Tensor, rows: Tensor, groups: Tensor | None, levels: Tensor | None) -> Codes:
     """Codes as stored by ComfyUI: W4A8, with or without its own levels, or W4A4, which has no group scales."""
     if kind == W4A4 or groups is None:
         groups = torch.full(
-            (len(packed), 2 * packed.shape[1] // GROUP), E4M3_ONE, dtype=torch.uint8, device=packed.device
+            (len(packed), 2 * packed.shape[1] // GROUP_SIZE), E4M3_ONE, dtype=torch.uint8, device=packed.device
         )
     if levels is None:
         levels = torch.tensor(SIGNED if kind == W4A4 else UNSIGNED, device=packed.device)
     return Codes(packed, groups.view(torch.uint8), rows.float().flatten(), levels.float())
 
 
-def numbers_of(packed: Tensor, groups: Tensor, levels: Tensor) -> Tensor:
+def decode_codes(packed: Tensor, groups: Tensor, levels: Tensor) -> Tensor:
     """The integers that codes stand for (arguments as in `Codes`), int8 [out, in]. They are looked up by scale and
     byte, two numbers at once: the table has 65,536 entries."""
     both = torch.arange(256, device=packed.device)
     pairs = levels[torch.stack([both & 15, both >> 4], -1)]
     table = (
-        (e4m3(both)[:, None, None] * pairs)
+        (decode_e4m3(both)[:, None, None] * pairs)
         .round()
         .clamp(-MAX_NUMBER, MAX_NUMBER)
         .to(torch.int8)
@@ -72,14 +72,14 @@ def numbers_of(packed: Tensor, groups: Tensor, levels: Tensor) -> Tensor:
         .flatten()
     )
     numbers = torch.empty(packed.shape, dtype=torch.int16, device=packed.device)
-    codes, scales = packed.view(torch.uint8).unflatten(1, (-1, GROUP // 2)), (groups.int() << 8)[..., None]
+    codes, scales = packed.view(torch.uint8).unflatten(1, (-1, GROUP_SIZE // 2)), (groups.int() << 8)[..., None]
     step = max(1, CHUNK.get(packed.device.type, DEFAULT_CHUNK) // max(1, packed.shape[1]))
     for some, high, room in zip(codes.split(step), scales.split(step), numbers.split(step), strict=True):
         torch.index_select(table, 0, (some + high).flatten(), out=room.flatten())
     return numbers.view(torch.int8)
 
 
-def e4m3(bits: Tensor) -> Tensor:
+def decode_e4m3(bits: Tensor) -> Tensor:
     """The numbers that bytes mean in e4m3, which not every device supports; 480 instead of NaN."""
     exponent, fraction = bits >> 3 & 15, (bits & 7) / 8
     size = torch.where(exponent > 0, torch.ldexp(1 + fraction, exponent - 7), torch.ldexp(fraction, exponent - 6))
@@ -100,7 +100,7 @@ def to_codes(matrix: Tensor) -> Codes:
         places = (wide * (TABLE_STEPS / size.clamp(min=TABLE_STEPS * TINY))[..., None]).add_(TABLE_STEPS + 0.5).int()
         return table.index_select(0, places.clamp_(0, 2 * TABLE_STEPS).flatten()).view(wide.shape)
 
-    wide = matrix.float().unflatten(1, (-1, GROUP))
+    wide = matrix.float().unflatten(1, (-1, GROUP_SIZE))
     sizes = wide.abs().amax(-1)
     near = look_up(levels[nearest], sizes)
     scale = (torch.linalg.vecdot(wide, near) / torch.linalg.vecdot(near, near)).clamp(min=0)
@@ -111,27 +111,27 @@ def to_codes(matrix: Tensor) -> Codes:
     return Codes((both | both >> 4).to(torch.int8), groups.view(torch.uint8), rows, levels)
 
 
-def rotation_size(inward: int) -> int:
+def rotation_size(in_features: int) -> int:
     """The rotation's group size for rows of this length: the largest power of 4 that divides it, up to
     `MAX_ROTATION`."""
-    return next(size for size in (MAX_ROTATION, 64, 16, 4, 1) if inward % size == 0)
+    return next(size for size in (MAX_ROTATION, 64, 16, 4, 1) if in_features % size == 0)
 
 
 def find_problem(
     kind: str, stored: StoredTensor, rows: StoredTensor | None, groups: StoredTensor | None, levels: StoredTensor | None
 ) -> str:
     """What is missing or wrong in a matrix of codes; empty if nothing is."""
-    outward, inward = stored.shape if len(stored.shape) == 2 else (0, 0)
-    if not inward or inward % GROUP:
+    out_features, in_features = stored.shape if len(stored.shape) == 2 else (0, 0)
+    if not in_features or in_features % GROUP_SIZE:
         return f"{kind} of shape {list(stored.shape)}"
     if rows is None or (kind == W4A8 and groups is None):
         return f"{kind} without scales"
-    if rows.dtype != "F32" or prod(rows.shape) != outward:
+    if rows.dtype != "F32" or prod(rows.shape) != out_features:
         return f"{kind} with scales of {rows.dtype} {list(rows.shape)}"
     if kind == W4A4:
         return f"{kind} with group scales" if groups or levels else ""
     assert groups
-    if groups.dtype not in ("F8_E4M3", "U8") or groups.shape != (outward, inward // GROUP):
+    if groups.dtype not in ("F8_E4M3", "U8") or groups.shape != (out_features, in_features // GROUP_SIZE):
         return f"{kind} with scales of {groups.dtype} {list(groups.shape)}"
     if levels and (levels.dtype, levels.shape) != ("F32", (16,)):
         return f"{kind} with levels of {levels.dtype} {list(levels.shape)}"

@@ -47,10 +47,10 @@ FORMATS = {  # number in the file: name, numbers in a block, bytes of a block
 UNSUPPORTED = {  # known by name, but never read
     9: "Q8_1", 15: "Q8_K", 24: "I8", 25: "I16", 26: "I32", 27: "I64", 28: "F64", 40: "NVFP4", 41: "Q1_0",
 }  # fmt: skip
-BLOCKS = {name: (numbers, size) for name, numbers, size in FORMATS.values()}
+BLOCK_LAYOUTS = {name: (numbers, size) for name, numbers, size in FORMATS.values()}
 SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 STRING, ARRAY = 8, 9
-SHAPE = "comfy.gguf.orig_shape."  # of a tensor that was reshaped to fill whole blocks
+SHAPE_KEY = "comfy.gguf.orig_shape."  # of a tensor that was reshaped to fill whole blocks
 SPLIT_COUNT = "split.count"
 MAX_HEADER = 1 << 24  # 16 MiB; an image network's is a few dozen KiB
 MAX_LIST = 16  # longer lists are vocabularies, and skipped
@@ -105,7 +105,7 @@ def read_gguf_header(path: Path) -> dict[str, Any]:
             f"{path} is one of {pieces} pieces of a GGUF file.",
             hint="Join them with llama.cpp: llama-gguf-split --merge FIRST_PIECE WHOLE.gguf",
         )
-    strange = sorted({entry["dtype"] for entry in header.values()} - set(BLOCKS))
+    strange = sorted({entry["dtype"] for entry in header.values()} - set(BLOCK_LAYOUTS))
     if strange:
         raise K2Error(
             f"{path} is a GGUF file with tensors in {', '.join(strange)}, which k2 does not read.",
@@ -135,7 +135,7 @@ def read_entries(cursor: Cursor, size: int) -> tuple[dict[str, Any], int]:
         if name in found or not 0 < len(dims) < 5 or not all(dims):
             raise ValueError(f"{name} appears twice, or has the shape {dims}")
         kind, offset = cursor.number("I"), cursor.number("Q")
-        found[name] = (name_of(kind), dims, offset)
+        found[name] = (format_name(kind), dims, offset)
 
     alignment = fields.get("general.alignment", 32)
     if type(alignment) is not int or alignment <= 0 or alignment & (alignment - 1):
@@ -143,8 +143,8 @@ def read_entries(cursor: Cursor, size: int) -> tuple[dict[str, Any], int]:
     start = -(-cursor.file.tell() // alignment) * alignment
     header = {}
     for name, (dtype, dims, offset) in found.items():
-        numbers, block = BLOCKS.get(dtype, (1, 0))
-        shape = fields.get(SHAPE + name, dims[::-1])  # the fastest dimension comes first in GGUF
+        numbers, block = BLOCK_LAYOUTS.get(dtype, (1, 0))
+        shape = fields.get(SHAPE_KEY + name, dims[::-1])  # the fastest dimension comes first in GGUF
         whole = isinstance(shape, list) and all(type(n) is int and n > 0 for n in shape) and prod(shape) == prod(dims)
         if dims[0] % numbers or not whole:
             raise ValueError(f"{name} is {dtype} of shape {shape}")
@@ -163,15 +163,15 @@ def read_entries(cursor: Cursor, size: int) -> tuple[dict[str, Any], int]:
     return header, pieces if type(pieces) is int else 1
 
 
-def name_of(kind: int) -> str:
+def format_name(kind: int) -> str:
     return FORMATS[kind][0] if kind in FORMATS else UNSUPPORTED.get(kind, f"number format {kind}")
 
 
 class GGUFTensors:
     """The tensors of a file by name, in fp32; same interface as `safetensors.safe_open`."""
 
-    STEP = 1 << 22  # numbers dequantised at once: the working copies stay small
-    MOST_READ = 1 << 30  # bytes read through one mapping: while it lives, its pages count as this process's
+    CHUNK = 1 << 22  # numbers dequantised at once: the working copies stay small
+    MAX_READ = 1 << 30  # bytes read through one mapping: while it lives, its pages count as this process's
 
     def __init__(self, path: Path, device: str = "cpu"):
         try:
@@ -193,10 +193,10 @@ class GGUFTensors:
         import torch
 
         entry = self.header[name]
-        numbers, size = BLOCKS[entry["dtype"]]
-        kind, step = self.gguf.GGMLQuantizationType[entry["dtype"]], self.STEP // numbers
+        numbers, size = BLOCK_LAYOUTS[entry["dtype"]]
+        kind, step = self.gguf.GGMLQuantizationType[entry["dtype"]], self.CHUNK // numbers
         begin, end = entry["data_offsets"]
-        if self.read > self.MOST_READ:
+        if self.read > self.MAX_READ:
             self.data, self.read = self.numpy.memmap(self.path, self.numpy.uint8, "r"), 0
         self.read += end - begin
         raw, result = self.data[begin:end], self.numpy.empty(prod(entry["shape"]), self.numpy.float32)

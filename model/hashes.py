@@ -92,25 +92,25 @@ def sha256(path: Path) -> str:
 def identity(path: Path) -> str:
     """What identifies a file's part in a picture: its hash; for an adapter with settings beside it, the hash of both
     hashes. Raises K2Error."""
-    settings = settings_beside(path)
+    settings = peft_settings_file(path)
     if settings is None:
         return sha256(path)
     return hashlib.sha256(f"{sha256(path)} {sha256(settings)}".encode()).hexdigest()
 
 
-def settings_beside(path: Path) -> Path | None:
+def peft_settings_file(path: Path) -> Path | None:
     """PEFT's adapter_config.json, which states the scale of the weights beside it."""
     file = path.with_name(PEFT_SETTINGS)
     return file if path.name == PEFT_WEIGHTS and file.is_file() else None
 
 
-def files_of(spec: RenderSpec) -> set[Path]:
+def spec_files(spec: RenderSpec) -> set[Path]:
     """The files a picture depends on, besides the model: references, init image, mask, and adapters with their
     settings."""
     found = {reference.image for style in spec.styles for reference in style.references}
     found |= {path for path in (spec.init_image, spec.mask) if isinstance(path, Path)}
     adapters = {style.lora for style in spec.styles if style.lora} | {lora.path for lora in spec.loras}
-    return found | adapters | {settings for path in adapters if (settings := settings_beside(path))}
+    return found | adapters | {settings for path in adapters if (settings := peft_settings_file(path))}
 
 
 @cache

@@ -14,7 +14,7 @@ from math import prod
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from model.comfy_formats import OTHER_PARTS, SUFFIX, Mark, marks_table, shape_of, weight_of
+from model.comfy_formats import MARK_SUFFIX, OTHER_PARTS, Mark, marks_table, network_shape, weight_name
 from model.errors import K2Error, brief, listed
 from model.gguf_file import read_gguf_header
 from model.spec import in_limits
@@ -35,9 +35,20 @@ OTHER_FORMATS = {  # other files mistaken for safetensors, by their first bytes
     b"\x89PNG": "a picture",
     b"\xff\xd8\xff": "a picture",
 }
-BITS = {"BOOL": 8, "U8": 8, "I8": 8, "F8_E4M3": 8, "F8_E5M2": 8, "F8_E8M0": 8, "F8_E4M3FNUZ": 8, "F8_E5M2FNUZ": 8}
-BITS |= {"F4": 4, "F6_E2M3": 6, "F6_E3M2": 6, "C64": 64}  # sizes are checked, though k2 reads none of these
-BITS |= {"I16": 16, "U16": 16, "F16": 16, "BF16": 16, "I32": 32, "U32": 32, "F32": 32, "I64": 64, "U64": 64, "F64": 64}
+DTYPE_BITS = {"BOOL": 8, "U8": 8, "I8": 8, "F8_E4M3": 8, "F8_E5M2": 8, "F8_E8M0": 8, "F8_E4M3FNUZ": 8, "F8_E5M2FNUZ": 8}
+DTYPE_BITS |= {"F4": 4, "F6_E2M3": 6, "F6_E3M2": 6, "C64": 64}  # sizes are checked, though k2 reads none of these
+DTYPE_BITS |= {
+    "I16": 16,
+    "U16": 16,
+    "F16": 16,
+    "BF16": 16,
+    "I32": 32,
+    "U32": 32,
+    "F32": 32,
+    "I64": 64,
+    "U64": 64,
+    "F64": 64,
+}
 MAX_DIMENSIONS = 8
 MAX_MARK = 1 << 16  # bytes
 MAX_HEADER = 16 << 20  # a network's is some 100 KB; the format allows 100 MB, which would take gigabytes in memory
@@ -106,21 +117,21 @@ def stored_tensors(path: Path) -> tuple[dict[str, StoredTensor], dict[str, str],
     about = header.pop("__metadata__", {})
     marks: dict[str, list[Mark]] = {}
     for layer, mark in marks_table(about.get("_quantization_metadata")).items():
-        marks.setdefault(weight_of(layer, header), []).append(mark)
-    for name, raw in marks_beside(path, header):
-        marks.setdefault(name.removesuffix(SUFFIX) + ".weight", []).append(raw)
+        marks.setdefault(weight_name(layer, header), []).append(mark)
+    for name, raw in read_marks(path, header):
+        marks.setdefault(name.removesuffix(MARK_SUFFIX) + ".weight", []).append(raw)
     tensors = {
-        name: StoredTensor(path, name, shape_of(name, header, own), entry["dtype"], own)
+        name: StoredTensor(path, name, network_shape(name, header, own), entry["dtype"], own)
         for name, entry in header.items()
         for own in [tuple(marks.pop(name, ()))]
     }
-    astray = tuple(mark for name, those in marks.items() if not name.startswith(OTHER_PARTS) for mark in those)
-    return tensors, about, astray
+    stray = tuple(mark for name, those in marks.items() if not name.startswith(OTHER_PARTS) for mark in those)
+    return tensors, about, stray
 
 
-def marks_beside(path: Path, header: Mapping[str, Any]) -> Iterator[tuple[str, bytes]]:
+def read_marks(path: Path, header: Mapping[str, Any]) -> Iterator[tuple[str, bytes]]:
     """The marks beside the weights of a .safetensors file; an overlong one is returned empty."""
-    names = [name for name in header if name.endswith(SUFFIX)]
+    names = [name for name in header if name.endswith(MARK_SUFFIX)]
     if not names:
         return
     with open_file(path) as file:
@@ -143,7 +154,7 @@ def check_header(header: dict[str, Any], data: int) -> None:
             raise ValueError(f"{name} has {len(entry['shape'])} dimensions")
         if not all(type(number) is int and number >= 0 for number in (begin, end, *entry["shape"])):
             raise ValueError(f"{name} has a shape of {entry['shape']}")
-        if entry["dtype"] not in BITS or prod(entry["shape"]) * BITS[entry["dtype"]] != 8 * (end - begin):
+        if entry["dtype"] not in DTYPE_BITS or prod(entry["shape"]) * DTYPE_BITS[entry["dtype"]] != 8 * (end - begin):
             raise ValueError(f"{name} is {entry['dtype']} {entry['shape']} in {end - begin} bytes")
         spans.append((begin, end))
     position = 0
@@ -156,8 +167,8 @@ def check_header(header: dict[str, Any], data: int) -> None:
 
 
 VARIANTS = ("raw", "turbo")  # the first is the default
-SHAPE = re.compile(r"[1-9]\d{0,4}x[1-9]\d{0,4}")  # width and height in pixels
-SETTINGS = ("steps", "guidance", "mu")  # that may be recommended
+SHAPE_PATTERN = re.compile(r"[1-9]\d{0,4}x[1-9]\d{0,4}")  # width and height in pixels
+RECOMMENDABLE = ("steps", "guidance", "mu")  # that may be recommended
 
 
 def own_metadata(about: Mapping[str, str]) -> dict[str, Any]:
@@ -175,15 +186,17 @@ def check_metadata(about: Any) -> None:
     if native is not None and not (type(native) is int and 0 < native <= 1 << 16):
         raise ValueError(f"its native size is {native!r}")
     shapes = about.get("shapes", [])
-    if not (isinstance(shapes, list) and all(isinstance(each, str) and SHAPE.fullmatch(each) for each in shapes)):
+    if not (
+        isinstance(shapes, list) and all(isinstance(each, str) and SHAPE_PATTERN.fullmatch(each) for each in shapes)
+    ):
         raise ValueError(f"the shapes it was trained for are {shapes!r}")
-    if settings is not None and not (isinstance(settings, dict) and all(map(recommendable, settings.items()))):
+    if settings is not None and not (isinstance(settings, dict) and all(map(is_recommendable, settings.items()))):
         raise ValueError(f"its recommended settings are {settings!r}")
 
 
-def recommendable(setting: tuple[str, Any]) -> bool:
+def is_recommendable(setting: tuple[str, Any]) -> bool:
     name, value = setting
-    if name not in SETTINGS or (name == "mu" and value == "auto"):
+    if name not in RECOMMENDABLE or (name == "mu" and value == "auto"):
         return True
     kinds: tuple[type, ...] = (int,) if name == "steps" else (int, float)
     return type(value) in kinds and in_limits(name, value)
@@ -203,21 +216,21 @@ def read_json(path: Path) -> dict[str, Any]:
     return value
 
 
-def shift_of(pipeline: Path) -> dict[str, Any]:
+def read_shift(pipeline: Path) -> dict[str, Any]:
     """The mu of a pipeline's scheduler, as in diffusers' `calculate_shift`: "auto" if it is Krea's, a number if it is
     constant, else its values at 256 and at 6400 tokens; {} if none is stated. Raises K2Error."""
     file = pipeline / "scheduler" / "scheduler_config.json"
     stated = read_json(file) if file.is_file() else {}
     if not stated.get("use_dynamic_shifting"):
         return {}
-    line = [stated.get(key, usual) for key, usual in DIFFUSERS_SHIFT.items()]
+    stated_shift = [stated.get(key, usual) for key, usual in DIFFUSERS_SHIFT.items()]
     try:
-        few, many, low, high = map(float, line)
+        few, many, low, high = map(float, stated_shift)
         ends = tuple(low + (high - low) * (tokens - few) / (many - few) for tokens in (256, 6400))
     except (TypeError, ValueError, ArithmeticError):
         ends = ()
     if not (ends and all(in_limits("mu", end) for end in ends)):
-        raise K2Error(f"{file} states an unusable time shift: {brief(line)}.", hint=FETCH_AGAIN)
+        raise K2Error(f"{file} states an unusable time shift: {brief(stated_shift)}.", hint=FETCH_AGAIN)
     if (few, many, low, high) == KREA_SHIFT:
         return {"mu": "auto"}
     return {"mu": low if low == high else ends}

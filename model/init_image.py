@@ -22,7 +22,7 @@ from model.hashes import sha256
 from model.latents import patchify
 from model.lru import LRU
 from model.parts import Autoencoder
-from model.references import feather, sides_of, to_mask, to_pixels
+from model.references import feather, picture_size, to_mask, to_pixels
 from model.resolve import ResolvedSpec
 
 MAX_CACHED = 16  # pictures whose latents are kept
@@ -48,9 +48,9 @@ class KeptPixels(NamedTuple):
     pixels: Tensor
     repaint: Tensor
 
-    def composite(self, made: Tensor) -> Tensor:
+    def composite(self, decoded: Tensor) -> Tensor:
         """A decoded picture [3, H, W], with the original's exact pixels where that stays."""
-        return self.pixels.lerp(made.float().cpu(), self.repaint)
+        return self.pixels.lerp(decoded.float().cpu(), self.repaint)
 
 
 class InitImages:
@@ -64,7 +64,7 @@ class InitImages:
         """Raises K2Error if a mask's proportions differ from its init image's: neither is stretched."""
         if not (isinstance(spec.mask, Path) and spec.init_image):
             return
-        if not picture_file.same_shape(sides_of(spec.mask), sides_of(spec.init_image)):
+        if not picture_file.same_shape(picture_size(spec.mask), picture_size(spec.init_image)):
             raise K2Error(
                 f"{spec.mask} does not have the proportions of {spec.init_image}.", hint="Draw it on a copy of that."
             )
@@ -76,13 +76,13 @@ class InitImages:
         if not (first.first_step or first.mask):  # pure noise, as without an init image
             return Trajectory(noise)
         image = torch.cat([self.latents(spec.init_image, spec.width, spec.height) for spec in specs if spec.init_image])
-        straight = noise - self._tokens(image)
-        start = noise - (1 - sigma) * straight
+        kept_velocity = noise - self._tokens(image)
+        start = noise - (1 - sigma) * kept_velocity
         if not first.mask:
             return Trajectory(start)
         masks = [to_mask(spec.mask, spec.width, spec.height) for spec in specs if spec.mask]
         cells = F.avg_pool2d(torch.cat(masks), self.vae.factor)
-        return Trajectory(start, straight, self._tokens(cells.expand_as(image)))
+        return Trajectory(start, kept_velocity, self._tokens(cells.expand_as(image)))
 
     def latents(self, image: Path, width: int, height: int) -> Tensor:
         """The latents [1, C, H/f, W/f] of a picture centre-cropped to width x height: fp32, on the CPU like the noise.
@@ -99,8 +99,8 @@ class InitImages:
         K2Error."""
         if not spec.mask or not spec.init_image:
             return None
-        anew = feather(to_mask(spec.mask, spec.width, spec.height), self.vae.factor // 2)[0]
-        return KeptPixels(to_pixels(spec.init_image, spec.width, spec.height)[0], anew)
+        repaint = feather(to_mask(spec.mask, spec.width, spec.height), self.vae.factor // 2)[0]
+        return KeptPixels(to_pixels(spec.init_image, spec.width, spec.height)[0], repaint)
 
     def _tokens(self, latents: Tensor) -> Tensor:
         return patchify(latents.to(self.device), self.patch)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 
-def noise(seed: int, channels: int, height: int, width: int) -> Tensor:
+def draw_noise(seed: int, channels: int, height: int, width: int) -> Tensor:
     """A picture's starting noise: [1, C, height, width] in latent cells, fp32.
 
     Always drawn on the CPU with its own generator, so a seed means the same on every device and in any batch.
@@ -27,7 +27,7 @@ def patchify(latents: Tensor, patch: int) -> Tensor:
     return cells.permute(0, 2, 4, 1, 3, 5).reshape(batch, -1, channels * patch**2)
 
 
-def grid_of(latents: Tensor, patch: int) -> tuple[int, int]:
+def token_grid(latents: Tensor, patch: int) -> tuple[int, int]:
     """Rows and columns of the tokens that latents [..., H, W] are cut into."""
     return latents.shape[-2] // patch, latents.shape[-1] // patch
 
@@ -54,7 +54,7 @@ def position_ids(text_tokens: int, rows: int, columns: int) -> Tensor:
 OUTER_SPACING = 0.3  # spacing of rows and columns beyond the square, relative to those inside
 
 
-def centre_on_square(places: Tensor, grid: tuple[int, int], side: int) -> Tensor:
+def centre_on_square(positions: Tensor, grid: tuple[int, int], side: int) -> Tensor:
     """Map the rows and columns of a grid [L, 2] to positions on the square of `side` tokens used in training.
 
     The centres coincide. The scale is the geometric mean of two: the one at which the areas are equal, where a long
@@ -64,5 +64,5 @@ def centre_on_square(places: Tensor, grid: tuple[int, int], side: int) -> Tensor
     """
     scale = side / math.sqrt(math.sqrt(math.prod(grid)) * min(grid))
     middle, edge = (torch.tensor(grid) - 1) / 2, (side - 1) / 2
-    away = (places - middle) * scale
+    away = (positions - middle) * scale
     return edge + away.clamp(-edge, edge) + OUTER_SPACING * (away - away.clamp(-edge, edge))

@@ -17,7 +17,15 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from model.checkpoint import WIDE_DTYPES, Checkpoint, StoredTensor, load, open_checkpoint, reader, refuse_unreadable
+from model.checkpoint import (
+    WIDE_DTYPES,
+    Checkpoint,
+    StoredTensor,
+    load,
+    open_checkpoint,
+    refuse_unreadable,
+    tensor_reader,
+)
 from model.comfy_formats import (
     ALL_SCALE_SUFFIXES,
     BLOCK_SIZES,
@@ -29,15 +37,15 @@ from model.comfy_formats import (
 )
 from model.dit import FUSION_BLOCKS, DiTConfig, Krea2, hidden_width
 from model.errors import K2Error, listed
-from model.foreign_weights import DIFFUSERS, GIVE_TRANSFORMER, NATIVE, refuse_others
+from model.foreign_weights import DIFFUSERS_KEYS, GIVE_TRANSFORMER, NATIVE_KEYS, refuse_other_weights
 from model.headers import FETCH_AGAIN
-from model.library import dit_of
+from model.library import dit_path
 from model.low_bit import FORMATS, Format, default_format, use_few_bits
 from model.plan import USABLE_SHARE, free_memory
-from model.safetensors_file import NUMBERS as NUMBER_FORMATS
-from model.stream import kept_bytes, stream
+from model.safetensors_file import TORCH_DTYPES as NUMBER_FORMATS
+from model.stream import cached_bytes, stream
 
-ATTENTION = {
+ATTENTION_NAMES = {
     "wq.weight": "to_q.weight",
     "wk.weight": "to_k.weight",
     "wv.weight": "to_v.weight",
@@ -46,13 +54,13 @@ ATTENTION = {
     "qknorm.qnorm.scale": "norm_q.weight",
     "qknorm.knorm.scale": "norm_k.weight",
 }
-BLOCK = {
+BLOCK_NAMES = {
     "prenorm.scale": "norm1.weight",
     "postnorm.scale": "norm2.weight",
-    **{f"attn.{native}": f"attn.{other}" for native, other in ATTENTION.items()},
+    **{f"attn.{native}": f"attn.{other}" for native, other in ATTENTION_NAMES.items()},
     **{f"mlp.{name}.weight": f"ff.{name}.weight" for name in ("gate", "up", "down")},
 }
-OUTSIDE = {
+OUTSIDE_NAMES = {
     **{f"first.{x}": f"img_in.{x}" for x in ("weight", "bias")},
     **{f"tmlp.0.{x}": f"time_embed.linear_1.{x}" for x in ("weight", "bias")},
     **{f"tmlp.2.{x}": f"time_embed.linear_2.{x}" for x in ("weight", "bias")},
@@ -69,14 +77,14 @@ OUTSIDE = {
 
 def diffusers_names(blocks: int) -> dict[str, str]:
     """Native name -> diffusers' name, for a network of this many blocks."""
-    table = dict(OUTSIDE)
+    table = dict(OUTSIDE_NAMES)
     for kind in ("layerwise_blocks", "refiner_blocks"):
         for i in range(FUSION_BLOCKS):
             table |= {
-                f"txtfusion.{kind}.{i}.{ours}": f"text_fusion.{kind}.{i}.{other}" for ours, other in BLOCK.items()
+                f"txtfusion.{kind}.{i}.{ours}": f"text_fusion.{kind}.{i}.{other}" for ours, other in BLOCK_NAMES.items()
             }
     for i in range(blocks):
-        table |= {f"blocks.{i}.{ours}": f"transformer_blocks.{i}.{other}" for ours, other in BLOCK.items()}
+        table |= {f"blocks.{i}.{ours}": f"transformer_blocks.{i}.{other}" for ours, other in BLOCK_NAMES.items()}
         table[f"blocks.{i}.mod.lin"] = f"transformer_blocks.{i}.scale_shift_table"  # flat there, 6 × width here
     return table
 
@@ -93,11 +101,11 @@ IGNORED = {"last.down.weight", "last.up.weight"}  # in repacked files; neither t
 def native_names(checkpoint: Checkpoint) -> Checkpoint:
     """The same checkpoint under native names, whatever its layout. Raises K2Error if it is not a Krea 2 one."""
     tensors = checkpoint.tensors
-    refuse_others(checkpoint.path, checkpoint.metadata, tensors)
+    refuse_other_weights(checkpoint.path, checkpoint.metadata, tensors)
     for prefix in PREFIXES:
-        if any(prefix + name in tensors for name in (*NATIVE, *DIFFUSERS)):
-            beside = OTHER_PARTS if prefix else ()
-            unused = {n for n in tensors if n.removeprefix(prefix) in IGNORED or n.startswith(beside)}
+        if any(prefix + name in tensors for name in (*NATIVE_KEYS, *DIFFUSERS_KEYS)):
+            ignored_prefixes = OTHER_PARTS if prefix else ()
+            unused = {n for n in tensors if n.removeprefix(prefix) in IGNORED or n.startswith(ignored_prefixes)}
             bare = {n.removeprefix(prefix): stored for n, stored in tensors.items() if n not in unused}
             if len(bare) + len(unused) < len(tensors):
                 raise K2Error(
@@ -105,9 +113,9 @@ def native_names(checkpoint: Checkpoint) -> Checkpoint:
                 )
             tensors = bare
             break
-    if any(name in tensors for name in NATIVE):
+    if any(name in tensors for name in NATIVE_KEYS):
         return replace(checkpoint, tensors=in_native_shape(tensors))
-    if any(name in tensors for name in DIFFUSERS):
+    if any(name in tensors for name in DIFFUSERS_KEYS):
         back = {other: ours for ours, other in diffusers_names(count_blocks(tensors, "transformer_blocks")).items()}
         stems = {other.removesuffix(".weight"): ours.removesuffix(".weight") for other, ours in back.items()}
         back |= {other + end: ours + end for end in ALL_SCALE_SUFFIXES for other, ours in stems.items()}
@@ -192,7 +200,7 @@ def open_dit(path: Path | str) -> tuple[Krea2, Checkpoint]:
 
     path: a file, the transformer's folder, or the folder of a complete diffusers pipeline. Raises K2Error.
     """
-    checkpoint = native_names(open_checkpoint(dit_of(Path(path))))
+    checkpoint = native_names(open_checkpoint(dit_path(Path(path))))
     with torch.device("meta"):
         return Krea2(dit_config(checkpoint)), checkpoint
 
@@ -204,7 +212,7 @@ def load_dit(
     dtype: torch.dtype = torch.float32,
     precision: str = "native",
     streamed: bool = False,
-    cell: int | None = None,
+    cell_size: int | None = None,
 ) -> tuple[Krea2, Checkpoint]:
     """A transformer ready for inference, and the checkpoint it came from. Raises K2Error.
 
@@ -212,22 +220,22 @@ def load_dit(
     precision  of the blocks' matrices: "native" is `dtype`; others as for `prepare_blocks`. Everything outside them
                stays in `dtype`: few numbers, and every step's error passes through them
     streamed   the blocks stay on disk, and each is read while the one before it runs
-    cell       pixels along the side of the autoencoder's latent cell; needed as `trained_side` says
+    cell_size  pixels along the side of the autoencoder's latent cell; needed as `trained_side` says
     """
     model, checkpoint = open_dit(path)
-    model.side = trained_side(checkpoint, model.config.patch, cell)
+    model.side = trained_side(checkpoint, model.config.patch, cell_size)
     prepare_blocks(model, checkpoint, precision)
     load(model, checkpoint, device=device, dtype=dtype, skip=lambda name: streamed and name.startswith("blocks."))
     if streamed:
-        again = precision not in ("native", stored_precision(checkpoint))
+        repacks = precision not in ("native", stored_precision(checkpoint))
         there, blocks = torch.device(device), model.blocks.state_dict().values()
-        room = sum(kept_bytes(tensor, there) for tensor in blocks) < USABLE_SHARE * free_memory("cpu")
-        read = reader(model, checkpoint, device="cpu", dtype=dtype)
-        stream(model, "blocks", read, there, keep=again and room)
+        fits = sum(cached_bytes(tensor, there) for tensor in blocks) < USABLE_SHARE * free_memory("cpu")
+        read = tensor_reader(model, checkpoint, device="cpu", dtype=dtype)
+        stream(model, "blocks", read, there, keep=repacks and fits)
     return model, checkpoint
 
 
-def trained_side(checkpoint: Checkpoint, patch: int, cell: int | None) -> int | None:
+def trained_side(checkpoint: Checkpoint, patch: int, cell_size: int | None) -> int | None:
     """The side, in tokens, of the square a transformer was trained on, which other shapes are centred on; None if its
     file names none, like the open weights.
 
@@ -237,9 +245,9 @@ def trained_side(checkpoint: Checkpoint, patch: int, cell: int | None) -> int | 
     native = checkpoint.metadata.get("native")
     if not native:
         return None
-    if cell is None:
+    if cell_size is None:
         raise ValueError(f"{checkpoint.path} was trained on pictures of {native} pixels: pass its latents' cell size")
-    return int(native) // (patch * cell)
+    return int(native) // (patch * cell_size)
 
 
 def prepare_blocks(model: Krea2, checkpoint: Checkpoint, precision: str) -> None:
@@ -250,20 +258,20 @@ def prepare_blocks(model: Krea2, checkpoint: Checkpoint, precision: str) -> None
     """
     if precision == "native":
         return
-    lying = stored_precision(checkpoint)
+    file_precision = stored_precision(checkpoint)
 
-    def format_of(name: str, layer: nn.Linear) -> Format | None:
+    def choose_format(name: str, layer: nn.Linear) -> Format | None:
         stored = checkpoint.tensors.get(f"blocks.{name}.weight")
-        if stored and stored.dtype in WIDE_DTYPES and precision == lying:
+        if stored and stored.dtype in WIDE_DTYPES and precision == file_precision:
             return None
-        if stored is None or precision == "fp8" or (precision == "int4" != lying):
+        if stored is None or precision == "fp8" or (precision == "int4" != file_precision):
             return default_format(precision, layer.in_features)
         if stored.dtype == "I8":
             four = precision == "int4" and special_format(stored.marks, CODE_FORMATS)
             return Format(torch.int8, 4 if four else 8, rotation(stored.marks))
         return None if precision == "int4" else FORMATS["int8"]
 
-    use_few_bits(model.blocks, format_of)
+    use_few_bits(model.blocks, choose_format)
 
 
 def stored_precision(checkpoint: Checkpoint) -> str | None:

@@ -19,7 +19,7 @@ from typing import Any
 
 from model.comfy_formats import COMFYUI_PREFIXES, PREFIXES, SECOND_SCALE, W4A4, W4A8, is_auxiliary, special_format
 from model.errors import K2Error
-from model.headers import VARIANTS, own_metadata, read_header, read_json, shards, shift_of, stored_tensors
+from model.headers import VARIANTS, own_metadata, read_header, read_json, read_shift, shards, stored_tensors
 
 BUNDLED = Path(__file__).parent / "weights"
 OFFICIAL = {  # Krea's own repositories on huggingface.co, as named in its code repository and model cards
@@ -37,14 +37,14 @@ TEXT_INPUTS = (  # tensors whose last dimension is the width, and the number of 
 )
 VISION_PREFIXES = ("model.visual.", "visual.")  # prefixes of a text encoder's vision tower, depending on the writer
 RELEASE_SHAPE = {"width": 6144, "blocks": 28}  # the shape of the open 12.9B release, and of everything trained from it
-KREA_2 = "krea-2-community-license"  # as model cards on the hub call it
+KREA_2_LICENCE = "krea-2-community-license"  # as model cards on the hub call it
 
 MANIFEST = "k2-pull.json"
 WEIGHT_SUFFIXES = (".safetensors", ".gguf")
 WEIGHT_LIKE_SUFFIXES = (*WEIGHT_SUFFIXES, ".safetensor", ".sft", ".ckpt", ".pt", ".pth", ".bin")  # misspellings too
 MAX_DEPTH = 3  # levels at which weights are looked for
 HUB_NAME = re.compile(r"(?P<repo>[\w.-]+/[\w.-]+?)(?:@(?P<revision>[\w.-]+))?(?P<file>(?:/[\w.@ -]+)*)")
-WORDS = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+")  # in a file's name, also krea2Turbo_v10
+NAME_WORDS = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+")  # in a file's name, also krea2Turbo_v10
 SHARD = re.compile(r"-\d{5}-of-\d{5}(?=\.safetensors$)")
 
 
@@ -71,8 +71,8 @@ class Model:
         """The licence of the weights, as named in their model card."""
         if self.manifest.get("licence"):
             return str(self.manifest["licence"])
-        official = self.source == "hub" and (parse(self.name) or ("",))[0] in OFFICIAL.values()
-        return KREA_2 if official or is_release(self.path) else None
+        official = self.source == "hub" and (parse_hub_name(self.name) or ("",))[0] in OFFICIAL.values()
+        return KREA_2_LICENCE if official or is_release(self.path) else None
 
 
 @dataclass(frozen=True)
@@ -97,8 +97,8 @@ def find_parts(model: Model) -> Parts:
     """
     if model.source == "box":
         return Parts(model.path, *bundled_parts(model.name))
-    folder = pipeline_of(model.path) or (model.path if model.path.is_dir() else model.path.parent)
-    dit = dit_of(model.path)
+    folder = pipeline_folder(model.path) or (model.path if model.path.is_dir() else model.path.parent)
+    dit = dit_path(model.path)
     if has_companions(folder):
         return Parts(dit, folder, folder / "vae")
     release, box = locate("krea-2"), Parts(dit, *bundled_parts("mini"))
@@ -107,12 +107,12 @@ def find_parts(model: Model) -> Parts:
     return Parts(dit, release, release / "vae")
 
 
-def dit_of(path: Path) -> Path:
+def dit_path(path: Path) -> Path:
     """The transformer of a file or folder: its subfolder of that name, if it has one."""
     return path / "transformer" if (path / "transformer").is_dir() else path
 
 
-def pipeline_of(path: Path) -> Path | None:
+def pipeline_folder(path: Path) -> Path | None:
     """A path's diffusers pipeline: the folder itself, or the one whose `transformer` it is or lies in; else None."""
     folder = path if path.is_dir() else path.parent
     whole = folder.parent if folder.name == "transformer" else path
@@ -130,7 +130,7 @@ def bundled_parts(name: str) -> tuple[Path, Path, Path | None]:
     return text, vae, style if style.is_file() else None
 
 
-def weights_of(text: Path) -> Path:
+def text_weights(text: Path) -> Path:
     """The path of a text encoder's weights, given that path itself or the pipeline folder that contains it."""
     return text / "text_encoder" if (text / "text_encoder").is_dir() else text
 
@@ -138,7 +138,7 @@ def weights_of(text: Path) -> Path:
 def has_vision(text: Path) -> bool:
     """Whether a text encoder's files also hold a vision tower, with at least one layer by its config. Raises K2Error
     if they cannot be read."""
-    folder = weights_of(text)
+    folder = text_weights(text)
     if not (folder / "config.json").is_file():
         return False
     stated = read_json(folder / "config.json").get("vision_config")
@@ -153,7 +153,7 @@ def fits_text_encoder(dit: Path, text: Path) -> bool:
 
 def text_input_shape(dit: Path) -> tuple[int, int]:
     """Width and number of the text layers that a transformer takes; 0 if its file does not show them."""
-    shapes = {name: shape for file in files_in(dit) for name, shape in shapes_in(file).items()}
+    shapes = {name: shape for file in weights_files(dit) for name, shape in shapes_in(file).items()}
     width, taps = (next((s[-1] for name, s in shapes.items() if s and name.endswith(ends)), 0) for ends in TEXT_INPUTS)
     return width, taps
 
@@ -170,11 +170,12 @@ def check_text_encoder(model: Model) -> None:
     parts = find_parts(model)
     if model.source == "box" or parts.companion_folder != BUNDLED or not parts.text.is_file():
         return
-    (width, taps), (spoken, layers) = text_input_shape(parts.dit), text_output_shape(parts.text)
-    if width and taps and (width, taps) != (spoken, layers):
+    (width, taps), (given_width, given_layers) = text_input_shape(parts.dit), text_output_shape(parts.text)
+    if width and taps and (width, taps) != (given_width, given_layers):
         pull = "To get Krea's: k2 models pull krea-2-turbo"
         raise K2Error(
-            f"{parts.dit} needs {taps} text layers of width {width}, but {parts.text} gives {layers} of {spoken}.",
+            f"{parts.dit} needs {taps} text layers of width {width}, "
+            f"but {parts.text} gives {given_layers} of {given_width}.",
             hint=f"{pull}; or put text_encoder, tokenizer and vae of its pipeline beside the file.",
         )
 
@@ -200,14 +201,14 @@ def find(name: str, variant: str | None = None) -> Model | None:
     if short == "krea-2":
         return next(filter(None, (find(f"krea-2-{each}{at}{revision}") for each in wanted)), None)
     if name and short not in OFFICIAL and os.path.exists(path := Path(os.path.expanduser(name))):
-        return as_variant(Model(name, path.absolute(), "path", variant_of(path)), variant)
-    repo, revision, file = parse(name) or ("", "", "")
+        return as_variant(Model(name, path.absolute(), "path", detect_variant(path)), variant)
+    repo, revision, file = parse_hub_name(name) or ("", "", "")
     snapshot = find_snapshot(repo, revision) if repo else None
     if snapshot is None:
         return None
     path = snapshot / file if file else main_weights(snapshot)
     manifest = read_manifest(snapshot)
-    found = Model(name, path, "hub", variant_of(path), snapshot.name, manifest)
+    found = Model(name, path, "hub", detect_variant(path), snapshot.name, manifest)
     return as_variant(found, variant) if path.exists() else None
 
 
@@ -223,11 +224,11 @@ def list_models() -> list[Model]:
     models = [model for name in sorted(bundled_models()) for each in VARIANTS if (model := find(name, each))]
     names = {repo: name for name, repo in OFFICIAL.items()}
     for snapshot in snapshots():
-        repo = repo_of(snapshot)
+        repo = snapshot_repo(snapshot)
         newest = find_snapshot(repo) == snapshot
         name = names.get(repo, repo) + ("" if newest else f"@{snapshot.name[:12]}")
         path = main_weights(snapshot)
-        models.append(Model(name, path, "hub", variant_of(path), snapshot.name, read_manifest(snapshot)))
+        models.append(Model(name, path, "hub", detect_variant(path), snapshot.name, read_manifest(snapshot)))
     return models
 
 
@@ -244,7 +245,7 @@ def bundled_models() -> dict[str, list[Path]]:
     }
 
 
-def parse(name: str) -> tuple[str, str, str] | None:
+def parse_hub_name(name: str) -> tuple[str, str, str] | None:
     """A hub name -> (repository, revision or "", file or ""); None if it is not a hub name."""
     short, at, rest = name.partition("@")
     match = HUB_NAME.fullmatch(OFFICIAL.get(short, short) + at + rest)
@@ -261,17 +262,17 @@ def hub_cache() -> Path:
     return Path(os.path.expandvars(os.path.expanduser(where)))
 
 
-def folder_of(repo: str) -> Path:
+def repo_folder(repo: str) -> Path:
     return hub_cache() / f"models--{repo.replace('/', '--')}"
 
 
-def repo_of(snapshot: Path) -> str:
+def snapshot_repo(snapshot: Path) -> str:
     return snapshot.parent.parent.name.removeprefix("models--").replace("--", "/")
 
 
 def find_snapshot(repo: str, revision: str = "") -> Path | None:
     """A repository's files at a commit (or its prefix), branch or tag; by default at main, else as last pulled."""
-    folder = folder_of(repo)
+    folder = repo_folder(repo)
     if revision:
         commit = read_ref(folder, revision)
         found = [path for path in snapshots(repo) if path.name == commit or path.name.startswith(revision.lower())]
@@ -292,7 +293,9 @@ def snapshots(repo: str = "*") -> list[Path]:
     """The complete snapshots, oldest first, of a repository or of all repositories known to hold a Krea 2 model."""
     folders = [path for path in hub_cache().glob(f"models--{repo.replace('/', '--')}/snapshots/*") if path.is_dir()]
     names = set(OFFICIAL.values())
-    known = [path for path in folders if read_manifest(path) or repo_of(path) in (names if repo == "*" else {repo})]
+    known = [
+        path for path in folders if read_manifest(path) or snapshot_repo(path) in (names if repo == "*" else {repo})
+    ]
     return sorted((path for path in known if is_complete(path)), key=lambda path: (path.stat().st_mtime, path.name))
 
 
@@ -305,7 +308,7 @@ def is_complete(snapshot: Path) -> bool:
         )
     folder = snapshot.parent.parent
     refs = [path.relative_to(folder / "refs") for path in (folder / "refs").rglob("*") if path.is_file()]
-    return any(read_ref(folder, str(ref)) == snapshot.name for ref in refs) and any(weights(snapshot))
+    return any(read_ref(folder, str(ref)) == snapshot.name for ref in refs) and any(find_weights(snapshot))
 
 
 def read_manifest(snapshot: Path) -> dict[str, Any]:
@@ -321,43 +324,45 @@ def read_manifest(snapshot: Path) -> dict[str, Any]:
         return {}
 
 
-def weights(folder: Path) -> Iterator[Path]:
+def find_weights(folder: Path) -> Iterator[Path]:
     """Weights files of a folder, by name, down to `MAX_DEPTH` levels: even a home folder is searched quickly."""
     levels = ("/".join("*" * depth) for depth in range(1, MAX_DEPTH + 1))
     found = sorted(path for level in levels for path in folder.glob(level) if path.suffix in WEIGHT_SUFFIXES)
     return (path for path in found if path.is_file())
 
 
-def files_in(path: Path) -> list[Path]:
+def weights_files(path: Path) -> list[Path]:
     """The weights file itself, or those of a folder."""
-    return list(weights(path)) if path.is_dir() else [path]
+    return list(find_weights(path)) if path.is_dir() else [path]
 
 
 def main_weights(folder: Path) -> Path:
     """A folder's weights file if it holds just one; the folder itself if it holds more, or a pipeline."""
-    found = list(weights(folder))
+    found = list(find_weights(folder))
     return found[0] if len(found) == 1 and not (folder / "model_index.json").exists() else folder
 
 
-def variant_of(path: Path) -> str | None:
+def detect_variant(path: Path) -> str | None:
     """raw or turbo: as the weights state, else from words in the file's name, or on the hub in its folder's or
     repository's; else None."""
     names, above = [path.stem] if path.suffix in WEIGHT_SUFFIXES else [], [parent.name for parent in path.parents]
     if repository := next((name for name in above if name.startswith("models--")), None):
         names += above[: above.index(repository) + 1]
-    said = [{word.lower() for word in WORDS.findall(name)} for name in names]
-    return stated_variant(path) or next((each for words in said for each in ("turbo", "raw") if each in words), None)
+    name_words = [{word.lower() for word in NAME_WORDS.findall(name)} for name in names]
+    return stated_variant(path) or next(
+        (each for words in name_words for each in ("turbo", "raw") if each in words), None
+    )
 
 
 def stated_variant(path: Path) -> str | None:
     """raw or turbo, from the weights' own metadata or diffusers' index; None if neither says."""
-    for file in files_in(dit_of(path)):
+    for file in weights_files(dit_path(path)):
         with suppress(K2Error):
             about = own_metadata(read_header(file).get("__metadata__", {}))
             if file.suffix in WEIGHT_SUFFIXES and about.get("variant"):
                 return str(about["variant"])
     try:
-        pipeline = pipeline_of(path)
+        pipeline = pipeline_folder(path)
         index = json.loads((pipeline / "model_index.json").read_text("utf-8")) if pipeline else None
         return None if index is None else "turbo" if index.get("is_distilled") else "raw"
     except (OSError, ValueError, AttributeError, RecursionError):
@@ -367,8 +372,8 @@ def stated_variant(path: Path) -> str | None:
 def recommended(variant: str, about: Mapping[str, Any], path: Path) -> dict[str, Any]:
     """Steps, guidance and mu for weights of this variant: as stated in the weights, else (Raw's mu) by the pipeline's
     scheduler, else by the publisher. Raises K2Error if a pipeline's cannot be read."""
-    pipeline = pipeline_of(path) if variant == "raw" else None
-    return RECOMMENDED[variant] | (shift_of(pipeline) if pipeline else {}) | (about.get("recommended") or {})
+    pipeline = pipeline_folder(path) if variant == "raw" else None
+    return RECOMMENDED[variant] | (read_shift(pipeline) if pipeline else {}) | (about.get("recommended") or {})
 
 
 def describe(path: Path) -> dict[str, Any]:
@@ -393,7 +398,7 @@ def describe(path: Path) -> dict[str, Any]:
 
 FOUR_BITS = {"nvfp4": "NVFP4", W4A8: "W4A8", W4A4: "W4A4"}  # ComfyUI's mark -> its usual name
 
-ATTENTION = {  # layout -> prefix of the blocks, and names of the attention's query, key and query norm
+ATTENTION_NAMES = {  # layout -> prefix of the blocks, and names of the attention's query, key and query norm
     "native": ("blocks", "wq.weight", "wk.weight", "qknorm.qnorm.scale"),
     "diffusers": ("transformer_blocks", "to_q.weight", "to_k.weight", "norm_q.weight"),
 }
@@ -402,7 +407,7 @@ ATTENTION = {  # layout -> prefix of the blocks, and names of the attention's qu
 def dit_shape(shapes: Mapping[str, tuple[int, ...]]) -> tuple[str | None, dict[str, int]]:
     """Layout and main dimensions of a Krea 2 transformer, as far as this file (perhaps a shard) shows them."""
     prefixes = "|".join(map(re.escape, PREFIXES))
-    for layout, (stem, query, key, norm) in ATTENTION.items():
+    for layout, (stem, query, key, norm) in ATTENTION_NAMES.items():
         pattern = re.compile(rf"(?P<prefix>{prefixes}){stem}\.\d+\.attn\.{re.escape(query)}")
         found = [match for name in shapes if (match := pattern.fullmatch(name)) and len(shapes[name]) == 2]
         if found:
@@ -418,7 +423,7 @@ def dit_shape(shapes: Mapping[str, tuple[int, ...]]) -> tuple[str | None, dict[s
 
 def is_release(path: Path) -> bool:
     """Whether a file or folder holds the open 12.9B network or one trained from it: its licence covers both."""
-    files = [path] if path.is_file() else [each for each in sorted(dit_of(path).iterdir()) if each.is_file()]
+    files = [path] if path.is_file() else [each for each in sorted(dit_path(path).iterdir()) if each.is_file()]
     shapes: dict[str, tuple[int, ...]] = {}
     for file in files:
         if file.suffix in WEIGHT_SUFFIXES:

@@ -78,14 +78,14 @@ class ParameterSwap:
     """Swaps a parameter while the module that reads it runs, and restores it afterwards, even after an error."""
 
     def __init__(self, network: Krea2, name: str, weighted: Sequence[tuple[Change, float]]):
-        above, _, self.own = name.rpartition(".")
+        above, _, self.attribute = name.rpartition(".")
         self.holder = self.reader = network.get_submodule(above)
         if isinstance(self.holder, Modulation):  # only holds the parameter; its parent reads it
             self.reader = network.get_submodule(above.rpartition(".")[0])
         self.delta = torch.stack(
             [each.delta * weight for each, weight in weighted if isinstance(each, ParameterUpdate)]
         ).sum(0)
-        self.before: list[nn.Parameter] = []
+        self.replaced: list[nn.Parameter] = []
 
     @contextmanager
     def active(self) -> Iterator[None]:
@@ -98,14 +98,14 @@ class ParameterSwap:
             yield
 
     def swap_in(self, reader: nn.Module, inputs: Any) -> None:
-        old = self.holder.get_parameter(self.own)
-        self.before.append(old)
+        old = self.holder.get_parameter(self.attribute)
+        self.replaced.append(old)
         new = (old.float() + self.delta.to(old.device)).to(old.dtype)
-        setattr(self.holder, self.own, nn.Parameter(new, requires_grad=False))
+        setattr(self.holder, self.attribute, nn.Parameter(new, requires_grad=False))
 
-    def swap_out(self, reader: nn.Module, inputs: Any, answer: Any) -> None:
-        if self.before:
-            setattr(self.holder, self.own, self.before.pop())
+    def swap_out(self, reader: nn.Module, inputs: Any, output: Any) -> None:
+        if self.replaced:
+            setattr(self.holder, self.attribute, self.replaced.pop())
 
 
 def combine(adapters: Iterable[tuple[Adapter, float]]) -> dict[str, list[tuple[Change, float]]]:

@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from model.errors import K2Error, brief, count_of, listed
-from model.hashes import settings_beside
+from model.errors import K2Error, brief, listed, pluralise
+from model.hashes import peft_settings_file
 from model.headers import own_metadata, read_header, read_json
 
 if TYPE_CHECKING:
@@ -50,8 +50,8 @@ OTHER_MODELS = {  # by their layers' names; the first match counts
 TEXT_ENCODER = r"lora_te\d?_|text_encoder|text_model|layers[._]\d+[._](self_attn|mlp)"
 BASE_CHANGERS = ("pissa", "olora", "corda", "loftq", "lora_ga")  # inits that subtract the adapter from the base
 PAIR, HADAMARD = {"down", "up"}, {"hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b"}
-LEFT, RIGHT = ({"w1"}, {"w1_a", "w1_b"}), ({"w2"}, {"w2_a", "w2_b"})
-COMPLETE_SETS = [PAIR, HADAMARD, *(left | right for left in LEFT for right in RIGHT)]  # complete sets of factors
+LEFT_FACTORS, RIGHT_FACTORS = ({"w1"}, {"w1_a", "w1_b"}), ({"w2"}, {"w2_a", "w2_b"})
+COMPLETE_SETS = [PAIR, HADAMARD, *(left | right for left in LEFT_FACTORS for right in RIGHT_FACTORS)]
 MAX_TRIGGER_CHARS, MAX_TRIGGERS = 200, 16  # characters of one, and number, that a file may add to every prompt
 GIVE_KREA_2 = "Give a LoRA trained on Krea 2."
 GIVE_PLAIN = "Give a plain LoRA; if this is one, fetch it again."
@@ -60,7 +60,7 @@ GIVE_PLAIN = "Give a plain LoRA; if this is one, fetch it again."
 def check_kind(path: Path) -> None:
     """Refuse, by its header, a file that is not an adapter k2 can read, or is for another model; whether it fits a
     network is not checked. Raises K2Error."""
-    refuse_others(path, read_header(path).keys() - {"__metadata__"})
+    refuse_other_adapters(path, read_header(path).keys() - {"__metadata__"})
     peft_settings(path)
 
 
@@ -72,13 +72,13 @@ def stated_triggers(path: Path) -> tuple[list[str], str]:
     own = own_metadata(about).get("triggers")
     stated = [*(own if isinstance(own, list) else ()), about.get("modelspec.trigger_phrase")]
     words = dict.fromkeys(" ".join(each.split()) for each in stated if isinstance(each, str) and each.strip())
-    taken = [each for each in words if len(each) <= MAX_TRIGGER_CHARS][:MAX_TRIGGERS]
-    over = count_of(len(words) - len(taken), "trigger")
+    accepted = [each for each in words if len(each) <= MAX_TRIGGER_CHARS][:MAX_TRIGGERS]
+    over = pluralise(len(words) - len(accepted), "trigger")
     limits = f"k2 uses up to {MAX_TRIGGERS} per LoRA, of up to {MAX_TRIGGER_CHARS} characters"
-    return taken, f"Passed over: {over} stated by the LoRA; {limits}." if len(taken) < len(words) else ""
+    return accepted, f"Passed over: {over} stated by the LoRA; {limits}." if len(accepted) < len(words) else ""
 
 
-def refuse_others(path: Path, names: Iterable[str]) -> None:
+def refuse_other_adapters(path: Path, names: Iterable[str]) -> None:
     """Raises K2Error for adapters of another kind or for another model, and for files that hold none."""
     for pattern, what in OTHER_KINDS.items():
         if any(re.search(pattern, name) for name in names):
@@ -143,7 +143,7 @@ class PeftSettings:
 
     alpha: float | None = None
     alphas: Mapping[re.Pattern[str], float] | None = None  # of single layers; the first match counts
-    by_root: bool = False  # rank-stabilised: alpha / √rank
+    rank_stabilised: bool = False  # rank-stabilised: alpha / √rank
     dora: bool = False  # every layer has a magnitude
     ranks: Mapping[re.Pattern[str], float] | None = None  # of a LoKr, to scale it by if its factors have none
 
@@ -153,7 +153,7 @@ class PeftSettings:
     def scale(self, name: str, rank: float) -> float:
         """The scale of a layer by its name in the file, which is what the patterns match."""
         alpha = first_match(self.alphas, name, self.alpha)
-        return 1.0 if alpha is None else alpha / (math.sqrt(rank) if self.by_root else rank)
+        return 1.0 if alpha is None else alpha / (math.sqrt(rank) if self.rank_stabilised else rank)
 
 
 def first_match(
@@ -164,7 +164,7 @@ def first_match(
 
 def peft_settings(path: Path) -> PeftSettings:
     """From the file's own metadata, as diffusers writes it, or from PEFT's adapter_config.json beside it."""
-    beside = settings_beside(path)
+    beside = peft_settings_file(path)
     try:
         text = read_header(path).get("__metadata__", {}).get("lora_adapter_metadata")
         if text:
@@ -173,32 +173,33 @@ def peft_settings(path: Path) -> PeftSettings:
             stated = read_json(beside) if beside else {}
         kind = str(stated.get("peft_type") or "LORA").rpartition(".")[2].upper()
         alpha = stated.get("lora_alpha" if kind == "LORA" else "alpha")
-        alphas, ranks = by_layer(stated, "alpha_pattern"), None
+        alphas, ranks = pattern_table(stated, "alpha_pattern"), None
         if not all(map(math.isfinite, [*alphas.values(), 0.0 if alpha is None else float(alpha)])):
             raise ValueError("an alpha is not a finite number")
         if kind == "LOKR":
-            ranks = by_layer(stated, "rank_pattern") | {re.compile(""): float(stated.get("r") or 0)}  # any other layer
+            any_other = re.compile("")
+            ranks = pattern_table(stated, "rank_pattern") | {any_other: float(stated.get("r") or 0)}
             if not all(0 < each < math.inf for each in ranks.values()):
                 raise ValueError("a rank is not a positive number")
     except (ValueError, TypeError, AttributeError, OverflowError, RecursionError, re.error) as error:
         raise K2Error(f"{path} states settings that cannot be read: {error}.", hint="Fetch it again.") from None
     if kind not in ("LORA", "LOHA", "LOKR"):  # others state their scales differently
         raise K2Error(f"{path} is a PEFT {brief(kind)}, which k2 does not read.", hint="Give a plain LoRA.")
-    if (begun := str(stated.get("init_lora_weights")).lower()).startswith(BASE_CHANGERS):
+    if (init := str(stated.get("init_lora_weights")).lower()).startswith(BASE_CHANGERS):
         raise K2Error(
-            f"{path} is an adapter for weights that PEFT changed first ({brief(begun)}), not for the model's own.",
+            f"{path} is an adapter for weights that PEFT changed first ({brief(init)}), not for the model's own.",
             hint="Save it with path_initial_model_for_weight_conversion, which makes it a plain LoRA.",
         )
-    roots, dora = bool(stated.get("use_rslora")), bool(stated.get("use_dora"))
-    return PeftSettings(None if alpha is None else float(alpha), alphas, roots, dora, ranks)
+    rank_stabilised, dora = bool(stated.get("use_rslora")), bool(stated.get("use_dora"))
+    return PeftSettings(None if alpha is None else float(alpha), alphas, rank_stabilised, dora, ranks)
 
 
-def by_layer(stated: Mapping[str, Any], key: str) -> dict[re.Pattern[str], float]:
+def pattern_table(stated: Mapping[str, Any], key: str) -> dict[re.Pattern[str], float]:
     """One of PEFT's tables, {pattern: number}. Raises ValueError, TypeError, AttributeError or re.error."""
-    return {layers(name): float(value) for name, value in (stated.get(key) or {}).items()}
+    return {layer_pattern(name): float(value) for name, value in (stated.get(key) or {}).items()}
 
 
-def layers(key: str) -> re.Pattern[str]:
+def layer_pattern(key: str) -> re.Pattern[str]:
     """The layers that a key of PEFT's patterns matches: a regular expression for the end of a name.
 
     Raises ValueError for one that could make the search explode: it comes with a stranger's file.

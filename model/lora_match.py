@@ -20,7 +20,7 @@ from model.errors import K2Error, listed
 from model.hashes import PEFT_WEIGHTS, identity
 from model.layouts import diffusers_names
 from model.lora import Adapter, Change, ParameterUpdate
-from model.lora_file import GIVE_KREA_2, GIVE_PLAIN, HADAMARD, peft_settings, refuse_others, sort_parts
+from model.lora_file import GIVE_KREA_2, GIVE_PLAIN, HADAMARD, peft_settings, refuse_other_adapters, sort_parts
 from model.stream import block_loaded
 
 PREFIXES = (
@@ -34,7 +34,7 @@ PREFIXES = (
 )
 FUSED = re.compile(r"(?P<stem>.*attn[._]to_)qkv")  # queries, keys and values as one matrix
 MAX_EXTRA_BYTES = 256 << 20  # bytes allowed for layers that the network lacks
-ROWS = ("up", "diff", "diff_b", "hada_w1_a", "hada_w2_a", "magnitude")  # parts with as many rows as the layer
+ROW_PARTS = ("up", "diff", "diff_b", "hada_w1_a", "hada_w2_a", "magnitude")  # parts with as many rows as the layer
 ROW_FACTORS = ("w1", "w1_a", "w2", "w2_a")  # parts whose product has as many
 NORM_TOLERANCE = 0.1  # relative difference of a layer's norm between weights of one model, in few bits or distilled
 
@@ -50,7 +50,7 @@ class Part:
     alpha: float | None = None  # as stored in the file
     rows: slice = field(default_factory=lambda: slice(None))  # of a change that several layers share
 
-    def update(self, layer: nn.Linear, width: int, *, dora: bool) -> Update:
+    def layer_update(self, layer: nn.Linear, width: int, *, dora: bool) -> Update:
         """What is added to a layer of a network of this width. dora: whether the file says that it is a DoRA."""
         shape = layer.out_features, layer.in_features  # few-bit weights are packed, so not weight.shape
         for what, own, whole in (("diff", "weight", shape), ("diff_b", "bias", shape[:1])):
@@ -65,7 +65,7 @@ class Part:
             product = self.low_rank(shape, width)
         return replace(product, bias=self.tensors.get("diff_b"), magnitude=self.magnitude(shape, stated=dora))
 
-    def shift(self, own: nn.Parameter) -> ParameterUpdate:
+    def parameter_update(self, own: nn.Parameter) -> ParameterUpdate:
         """What is added to a parameter: a difference, or scale times a pair's product.
 
         A vector may come as a matrix: diffusers stores a block's modulation as 6 × width.
@@ -86,12 +86,12 @@ class Part:
 
     def low_rank(self, shape: tuple[int, int], width: int) -> LowRank | FullMatrix:
         """A low-rank pair or a full matrix; with neither, a pair of rank 0."""
-        out, inward = shape
+        out_features, in_features = shape
         if "down" in self.tensors:
             self.check_factors(self.tensors["up"], self.tensors["down"], shape, width)
             return LowRank(self.tensors["down"], self.tensors["up"], scale=self.scale)
         if (whole := self.tensors.get("diff")) is None:
-            return LowRank(torch.zeros(0, inward), torch.zeros(out, 0))
+            return LowRank(torch.zeros(0, in_features), torch.zeros(out_features, 0))
         return FullMatrix(whole)
 
     def hadamard(self, shape: tuple[int, int], width: int) -> Hadamard:
@@ -105,7 +105,7 @@ class Part:
         """A Kronecker product. If both factors are full matrices there is no rank, and alpha is ignored (LyCORIS)."""
         held = self.tensors
         halves = [(held[what],) if what in held else (held[f"{what}_a"], held[f"{what}_b"]) for what in ("w1", "w2")]
-        (a, b), (c, d) = (self.product_shape(*pair) if len(pair) == 2 else self.shape_of(*pair) for pair in halves)
+        (a, b), (c, d) = (self.product_shape(*pair) if len(pair) == 2 else self.matrix_shape(*pair) for pair in halves)
         self.check_shape(len(range(a * c)[self.rows]), b * d, shape)
         ranks = [len(pair[1]) for pair in halves if len(pair) == 2]
         left, right = (pair[0] if len(pair) == 1 else pair[0].float() @ pair[1].float() for pair in halves)
@@ -142,12 +142,12 @@ class Part:
 
     def is_own_norm(self, layer: nn.Linear) -> bool:
         """Whether its magnitude is about the layer's own norm, where it starts, and stays if it is not trained."""
-        out, inward = layer.out_features, layer.in_features
-        lengths = self.magnitude((out, inward), stated=False)
-        gain = dora_gain(layer, LowRank(torch.zeros(0, inward), torch.zeros(out, 0), magnitude=lengths))
+        out_features, in_features = layer.out_features, layer.in_features
+        lengths = self.magnitude((out_features, in_features), stated=False)
+        gain = dora_gain(layer, LowRank(torch.zeros(0, in_features), torch.zeros(out_features, 0), magnitude=lengths))
         return float((gain - 1).square().mean().sqrt()) < NORM_TOLERANCE
 
-    def shape_of(self, matrix: Tensor) -> tuple[int, int]:
+    def matrix_shape(self, matrix: Tensor) -> tuple[int, int]:
         """A matrix's shape."""
         if matrix.ndim != 2 or not matrix.numel():
             raise self.damaged(f"is {list(matrix.shape)}")
@@ -164,16 +164,16 @@ class Part:
 
         A rank may exceed one side of a small layer (trainers use one rank for all layers), but not the network's width.
         """
-        out, inward = self.product_shape(a, b)
+        out_features, in_features = self.product_shape(a, b)
         if len(b) > width:
             raise self.damaged(f"has a rank of {len(b)}")
-        self.check_shape(out, inward, shape)
+        self.check_shape(out_features, in_features, shape)
 
-    def check_shape(self, out: int, inward: int, shape: tuple[int, int]) -> None:
+    def check_shape(self, out_features: int, in_features: int, shape: tuple[int, int]) -> None:
         """Check that a change has the layer's own shape."""
-        if (out, inward) != shape:
+        if (out_features, in_features) != shape:
             ours = f"this network's {shape[1]} to {shape[0]}"
-            raise self.wrong_size(f"its {self.module} maps {inward} numbers to {out}, {ours}")
+            raise self.wrong_size(f"its {self.module} maps {in_features} numbers to {out_features}, {ours}")
 
     def damaged(self, how: str) -> K2Error:
         return K2Error(f"{self.path} is damaged: {self.module} {how}.", hint="Fetch it again.")
@@ -191,7 +191,7 @@ def read_lora(path: Path | str, network: Krea2) -> Adapter:
     """
     file = weights_file(Path(path))
     checkpoint = open_checkpoint(file)
-    refuse_others(file, checkpoint.tensors)
+    refuse_other_adapters(file, checkpoint.tensors)
     refuse_unreadable(checkpoint)
     check_size(file, network)
     # cloned: what is kept must not change with the file
@@ -210,15 +210,15 @@ def read_lora(path: Path | str, network: Krea2) -> Adapter:
     for module, name in known.items():
         if name is None:
             continue
-        tensors, (called, rows) = parts[module], fused.get(module, (module, slice(None)))
-        scale, alpha = 1.0, alphas.get(called)
+        tensors, (source, rows) = parts[module], fused.get(module, (module, slice(None)))
+        scale, alpha = 1.0, alphas.get(source)
         if rank := len(tensors.get("down", tensors.get("hada_w1_b", ()))) or settings.stated_rank(
-            strip_prefixes(called)
+            strip_prefixes(source)
         ):
-            scale = settings.scale(strip_prefixes(called), rank) if alpha is None else alpha / rank
+            scale = settings.scale(strip_prefixes(source), rank) if alpha is None else alpha / rank
         part = Part(file, module, tensors, scale, alpha, rows)
         if name in bares:
-            layers[name] = part.shift(bares[name])
+            layers[name] = part.parameter_update(bares[name])
             continue
         layer = network.get_submodule(name)
         assert isinstance(layer, nn.Linear)
@@ -226,7 +226,7 @@ def read_lora(path: Path | str, network: Krea2) -> Adapter:
             del tensors["diff_b"]
             unmatched.append(f"{module}.diff_b")
         if tensors:
-            layers[name] = part.update(layer, network.config.width, dora=settings.dora)
+            layers[name] = part.layer_update(layer, network.config.width, dora=settings.dora)
     refuse_unmatched(file, unmatched, len(layers) + len(unmatched))
     return Adapter(Path(path), identity(file), layers, tuple(unmatched))
 
@@ -269,8 +269,9 @@ def strip_prefixes(module: str) -> str:
 
 def check_size(path: Path, network: Krea2) -> None:
     """Raises K2Error, before reading it, for a file larger than any LoRA of this network can be in fp32."""
-    most = MAX_EXTRA_BYTES + 8 * sum(weight.numel() for weight in network.parameters())  # the rank is at most the width
-    if path.stat().st_size > most:
+    numbers = sum(weight.numel() for weight in network.parameters())
+    max_bytes = MAX_EXTRA_BYTES + 8 * numbers  # the rank is at most the width
+    if path.stat().st_size > max_bytes:
         raise K2Error(f"{path} is larger than a LoRA of this network can be.", hint=GIVE_KREA_2)
 
 
@@ -289,31 +290,32 @@ def split_fused(
             continue  # it will be reported as unmatched
         layers = [network.get_submodule(str(name)) for name in names]
         sizes = [layer.get_parameter("weight").shape[0] for layer in layers]
-        whole, start = parts.pop(module), 0
-        if "magnitude" in whole and is_row(whole["magnitude"]):
+        fused, start = parts.pop(module), 0
+        if "magnitude" in fused and is_row_vector(fused["magnitude"]):
             why = "holds column magnitudes (DoRA) that three layers share"
             raise K2Error(f"{path} {why}: see its {module}.", hint=GIVE_PLAIN)
-        heights = {len(tensor) for what, tensor in whole.items() if what in ROWS}
-        if factors := [tensor for what, tensor in whole.items() if what in ROW_FACTORS]:
+        heights = {len(tensor) for what, tensor in fused.items() if what in ROW_PARTS}
+        if factors := [tensor for what, tensor in fused.items() if what in ROW_FACTORS]:
             heights.add(math.prod(map(len, factors)))
         if heights != {sum(sizes)}:
             raise K2Error(f"{path} is made for a network of another size: see its {module}.", hint=GIVE_KREA_2)
-        beside = {each: Part(path, each, parts[each]) for each in three if each in parts}
-        measured = any("magnitude" in part.tensors for part in beside.values())  # rare, and it takes reading a block
-        with block_loaded(network, str(names[0])) if measured else nullcontext():
-            for each, part in beside.items():
+        separate = {each: Part(path, each, parts[each]) for each in three if each in parts}
+        # rare, and it takes reading a block
+        needs_norm = any("magnitude" in part.tensors for part in separate.values())
+        with block_loaded(network, str(names[0])) if needs_norm else nullcontext():
+            for each, part in separate.items():
                 layer = network.get_submodule(str(spellings[strip_prefixes(each)]))
                 assert isinstance(layer, nn.Linear)
                 if part.changes_anything() or ("magnitude" in part.tensors and not part.is_own_norm(layer)):
                     raise K2Error(f"{path} holds {each} twice, on its own and in {module}.", hint=GIVE_PLAIN)
         for each, size in zip(three, sizes, strict=True):
             rows, start = slice(start, start + size), start + size
-            parts[each] = {what: tensor[rows] if what in ROWS else tensor for what, tensor in whole.items()}
+            parts[each] = {what: tensor[rows] if what in ROW_PARTS else tensor for what, tensor in fused.items()}
             found[each] = module, rows
     return found
 
 
-def is_row(magnitude: Tensor) -> bool:
+def is_row_vector(magnitude: Tensor) -> bool:
     return magnitude.ndim == 2 and len(magnitude) == 1
 
 

@@ -21,8 +21,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from model.four_bit import GROUP, Codes, numbers_of, rotation_size, to_codes
-from model.quantize import Rows, parts_of, restore, rotate, round_rows, to_rows
+from model.four_bit import GROUP_SIZE, Codes, decode_codes, rotation_size, to_codes
+from model.quantize import Rows, restore, restored_chunks, rotate, round_rows, to_8_bits
 
 MIN_TOKENS = 16  # CUDA's 8-bit products need more tokens than this
 CHUNK_TOKENS = 2048  # on a CPU: each product repacks the whole matrix, and its result is wide before scaling
@@ -31,7 +31,7 @@ CHUNK_TOKENS = 2048  # on a CPU: each product repacks the whole matrix, and its 
 class Format(NamedTuple):
     """How a matrix is held."""
 
-    number: torch.dtype  # of the products: int8 or float8_e4m3fn
+    dtype: torch.dtype  # of the products: int8 or float8_e4m3fn
     bits: int = 8  # 4: codes for those numbers
     rotation: int = 0  # group size in which its rows are rotated; 0: not rotated
 
@@ -40,10 +40,10 @@ FORMATS = {"int8": Format(torch.int8), "fp8": Format(torch.float8_e4m3fn), "int4
 SUFFIXES = {8: ("", "_scale"), 4: ("", "_s_rel", "_s_channel", "_codebook")}  # of a weight's name; 4 bits as ComfyUI
 
 
-def default_format(precision: str, inward: int) -> Format:
+def default_format(precision: str, in_features: int) -> Format:
     """How to hold a matrix [out, in] if its file does not decide: 4 bits need rotated rows."""
     format = FORMATS[precision]
-    return format._replace(rotation=rotation_size(inward)) if format.bits == 4 else format
+    return format._replace(rotation=rotation_size(in_features)) if format.bits == 4 else format
 
 
 class FewBitLinear(nn.Linear):
@@ -52,17 +52,17 @@ class FewBitLinear(nn.Linear):
 
     exact = False  # never round tokens, as when training on top
 
-    def __init__(self, inward: int, outward: int, bias: bool, format: Format):
+    def __init__(self, in_features: int, out_features: int, bias: bool, format: Format):
         """Built on the meta device: there is no random init in few bits."""
-        super().__init__(inward, outward, bias, device="meta")
+        super().__init__(in_features, out_features, bias, device="meta")
         self.format = format
         with torch.device("meta"):
-            rows = torch.empty(outward)
+            rows = torch.empty(out_features)
             if format.bits == 8:
-                held = {"": torch.empty(outward, inward, dtype=format.number), "_scale": rows}
+                held = {"": torch.empty(out_features, in_features, dtype=format.dtype), "_scale": rows}
             else:
-                packed = torch.empty(outward, inward // 2, dtype=torch.int8)
-                groups = torch.empty(outward, inward // GROUP, dtype=torch.uint8)
+                packed = torch.empty(out_features, in_features // 2, dtype=torch.int8)
+                groups = torch.empty(out_features, in_features // GROUP_SIZE, dtype=torch.uint8)
                 held = dict(zip(SUFFIXES[4], Codes(packed, groups, rows, torch.empty(16)), strict=True))
         self.weight = nn.Parameter(held.pop(""), requires_grad=False)
         for end, tensor in held.items():
@@ -76,27 +76,27 @@ class FewBitLinear(nn.Linear):
         if self.format.rotation:
             tokens = rotate(tokens, self.format.rotation)
         if self.exact or (tokens.requires_grad and torch.is_grad_enabled()):
-            answer = DequantisedProduct.apply(tokens, *self.held)
-        elif self.multiplies(tokens):
-            answer = eight_bit_product(tokens, *as_eight_bit(*self.held))
+            output = DequantisedProduct.apply(tokens, *self.packed_tensors)
+        elif self.runs_in_8_bits(tokens):
+            output = eight_bit_product(tokens, *as_eight_bit(*self.packed_tensors))
         else:
-            answer = dequantised_product(tokens, *as_eight_bit(*self.held))
+            output = dequantised_product(tokens, *as_eight_bit(*self.packed_tensors))
         if self.bias is not None:
-            answer = answer + self.bias.to(x.dtype)
-        return answer.unflatten(0, x.shape[:-1])
+            output = output + self.bias.to(x.dtype)
+        return output.unflatten(0, x.shape[:-1])
 
     @property
-    def held(self) -> tuple[Tensor, ...]:
+    def packed_tensors(self) -> tuple[Tensor, ...]:
         """The tensors of the matrix, in the order of `SUFFIXES`."""
         return tuple(getattr(self, f"weight{end}") for end in SUFFIXES[self.format.bits])
 
     def matrix(self) -> Tensor:
         """The layer's matrix, dequantised and with any rotation undone: fp32 [out, in]."""
-        return restore(*as_eight_bit(*self.held), torch.float32, self.format.rotation)
+        return restore(*as_eight_bit(*self.packed_tensors), torch.float32, self.format.rotation)
 
-    def multiplies(self, tokens: Tensor) -> bool:
+    def runs_in_8_bits(self, tokens: Tensor) -> bool:
         """Whether the product itself runs in 8 bits: if the device can, and its kernels accept the shape."""
-        if not is_native(self.format.number, tokens.device.type):
+        if not is_native(self.format.dtype, tokens.device.type):
             return False
         fits = self.in_features % 16 == 0 and self.out_features % 16 == 0
         return tokens.device.type == "cpu" or (fits and len(tokens) > MIN_TOKENS)
@@ -107,7 +107,7 @@ def as_eight_bit(weight: Tensor, *others: Tensor) -> tuple[Tensor, Tensor]:
     if len(others) == 1:
         return weight, others[0]
     groups, rows, levels = others
-    return numbers_of(weight, groups, levels), rows
+    return decode_codes(weight, groups, levels), rows
 
 
 class DequantisedProduct(torch.autograd.Function):
@@ -131,26 +131,26 @@ def dequantised_product(tokens: Tensor, weight: Tensor, scale: Tensor) -> Tensor
     return (F.linear(tokens, weight.to(tokens.dtype)) * scale).to(tokens.dtype)
 
 
-def is_native(number: torch.dtype, device: str) -> bool:
+def is_native(dtype: torch.dtype, device: str) -> bool:
     """Whether a kind of device multiplies numbers of this format faster than bf16; constant to compilers.
 
     CPUs: int8 with the dot-product instructions (VNNI, AMX). CUDA: int8 from Ampere on; e4m3 with row-wise scales from
     Hopper on; on Windows only on Hopper, where cuBLAS provides it: PyTorch's own kernel is not built there. ROCm:
     neither, since its libraries support only some cards and crash on others.
     """
-    return is_native_on(number, device, torch.cuda.current_device() if device == "cuda" else 0)
+    return is_native_on(dtype, device, torch.cuda.current_device() if device == "cuda" else 0)
 
 
 @cache
-def is_native_on(number: torch.dtype, device: str, card: int) -> bool:
+def is_native_on(dtype: torch.dtype, device: str, card: int) -> bool:
     """Whether a device multiplies numbers of this format faster than bf16, by its reported capabilities; `card` is the
     index of a CUDA card."""
     if device == "cpu":
         known = torch.cpu.get_capabilities()
-        return number == torch.int8 and any(known.get(name) for name in ("avx512_vnni", "avx_vnni", "amx_int8"))
+        return dtype == torch.int8 and any(known.get(name) for name in ("avx512_vnni", "avx_vnni", "amx_int8"))
     if device == "cuda" and torch.version.hip is None:
         major, _ = torch.cuda.get_device_capability(card)
-        if number == torch.int8:
+        if dtype == torch.int8:
             return major >= 8
         return major == 9 or (major > 9 and sys.platform != "win32")
     return False
@@ -163,11 +163,11 @@ def eight_bit_product(tokens: Tensor, weight: Tensor, weight_scale: Tensor) -> T
     """
     if tokens.device.type != "cpu":
         return product(tokens, weight, weight_scale).to(tokens.dtype)
-    answer = tokens.new_empty(len(tokens), len(weight))
+    output = tokens.new_empty(len(tokens), len(weight))
     parts = max(1, -(-len(tokens) // CHUNK_TOKENS))
-    for part, room in zip(tokens.tensor_split(parts), answer.tensor_split(parts), strict=True):
-        room.copy_(product(part.float(), weight, weight_scale))
-    return answer
+    for part, out in zip(tokens.tensor_split(parts), output.tensor_split(parts), strict=True):
+        out.copy_(product(part.float(), weight, weight_scale))
+    return output
 
 
 def product(tokens: Tensor, weight: Tensor, weight_scale: Tensor) -> Tensor:
@@ -187,13 +187,13 @@ def product(tokens: Tensor, weight: Tensor, weight_scale: Tensor) -> Tensor:
     )
 
 
-def use_few_bits(network: nn.Module, format_of: Callable[[str, nn.Linear], Format | None]) -> None:
+def use_few_bits(network: nn.Module, choose_format: Callable[[str, nn.Linear], Format | None]) -> None:
     """Replace linear layers of a network on the meta device by few-bit ones, still empty.
 
-    format_of: the format for a layer, given its name and the layer; None leaves it as is.
+    choose_format: the format for a layer, given its name and the layer; None leaves it as is.
     """
     for name, layer in list(network.named_modules()):
-        if isinstance(layer, nn.Linear) and (format := format_of(name, layer)):
+        if isinstance(layer, nn.Linear) and (format := choose_format(name, layer)):
             parent, _, own = name.rpartition(".")
             small = FewBitLinear(layer.in_features, layer.out_features, layer.bias is not None, format)
             setattr(network.get_submodule(parent), own, small)
@@ -214,8 +214,8 @@ def pack(stored: Rows | Codes, scale: Tensor | None, group: int, format: Format)
         return tuple(stored)
     matrix, scale = (stored.numbers, stored.rows) if isinstance(stored, Codes) else (stored, scale)
     if format.bits == 8:
-        return to_rows(matrix, format.number, scale, group, format.rotation)
-    codes = (to_codes(part) for part in parts_of(matrix, scale, group, format.rotation))
+        return to_8_bits(matrix, format.dtype, scale, group, format.rotation)
+    codes = (to_codes(part) for part in restored_chunks(matrix, scale, group, format.rotation))
     packed, groups, rows, levels = zip(*codes, strict=True)
     return torch.cat(packed), torch.cat(groups), torch.cat(rows), levels[0]
 
@@ -223,9 +223,9 @@ def pack(stored: Rows | Codes, scale: Tensor | None, group: int, format: Format)
 def dequantised_state(network: nn.Module, dtype: torch.dtype) -> dict[str, Tensor]:
     """The network's state dict without few-bit layers: matrices in `dtype`, no scales."""
     few = few_bit_layers(network)
-    beside = {f"{name}{end}" for name, layer in few.items() for end in SUFFIXES[layer.format.bits][1:]}
+    extra_names = {f"{name}{end}" for name, layer in few.items() for end in SUFFIXES[layer.format.bits][1:]}
     return {
         name: few[name].matrix().to(dtype) if name in few else tensor
         for name, tensor in network.state_dict().items()
-        if name not in beside
+        if name not in extra_names
     }

@@ -36,7 +36,7 @@ MAX_COPY_DISTANCE = 3.0
 # How similar the detail inside the cells must be, as grain, hatching and halftone leave no trace in cell colours: a
 # correlation, if the detail exceeds a few levels of 255. In brightness and at half the side, since JPEG loses the rest:
 # copies of quality 60 and up, or of half the size, reach at least 0.66; another grain of 8 levels, 0.4 at most.
-SAME, FLAT, FINE = 0.5, 3.0, 2
+MIN_DETAIL_CORRELATION, MIN_DETAIL, DETAIL_SHRINK = 0.5, 3.0, 2
 
 OnPicture = Callable[[int, int], None]  # (pictures seen, of how many)
 
@@ -75,7 +75,7 @@ class Board:
         return [path for rank in ranks for path in rank if path][:MAX_SHOWN]
 
 
-class Seen(NamedTuple):
+class BoardPictures(NamedTuple):
     """A board's readable pictures, without copies."""
 
     paths: list[Path]
@@ -83,21 +83,21 @@ class Seen(NamedTuple):
     vectors: NDArray[np.float64]  # [B, V] of unit length
     statistics: Tensor  # [B, F]
     notes: list[str]
-    unread: list[Path]
+    unreadable: list[Path]
 
 
-def see(paths: Sequence[Path], eye: StyleReader, on_picture: OnPicture | None = None) -> Seen:
+def read_pictures(paths: Sequence[Path], reader: StyleReader, on_picture: OnPicture | None = None) -> BoardPictures:
     """Read every picture. Raises K2Error if none can be read; unreadable ones and copies become notes."""
     if not paths:
         raise K2Error("The moodboard holds no picture.", hint="Name png, jpg or webp files.")
     notes: list[str] = []
-    unread: list[Path] = []
+    unreadable: list[Path] = []
     fresh: list[tuple[Path, Pixels]] = []
     known = np.empty((len(paths), CELLS * CELLS * 3), np.float32)
     copies = 0
-    for index, (path, picture) in enumerate(zip(paths, read_all(paths, eye.side), strict=True)):
+    for index, (path, picture) in enumerate(zip(paths, read_all(paths, reader.side), strict=True)):
         if isinstance(picture, K2Error):
-            unread.append(path)
+            unreadable.append(path)
             notes.append(f"Left out: {picture} {picture.hint}".rstrip())
         elif is_copy(picture, cells := cells_of(picture), known[: len(fresh)], fresh):
             copies += 1
@@ -118,9 +118,9 @@ def see(paths: Sequence[Path], eye: StyleReader, on_picture: OnPicture | None = 
         notes.append("One picture makes a thin moodboard: its look cannot be told apart from its subject.")
     parts = []
     for start in range(0, len(pictures), BATCH):
-        parts.append(eye.see(from_bytes(np.stack(pictures[start : start + BATCH]))))
+        parts.append(reader.encode(from_bytes(np.stack(pictures[start : start + BATCH]))))
     vectors, statistics = (torch.cat(each) for each in zip(*parts, strict=True))
-    return Seen(good, pictures, vectors.double().numpy(), statistics, notes, unread)
+    return BoardPictures(good, pictures, vectors.double().numpy(), statistics, notes, unreadable)
 
 
 def is_copy(
@@ -128,7 +128,7 @@ def is_copy(
 ) -> bool:
     """Whether a picture is a copy of one already seen, whose cells are in `known`."""
     near = np.flatnonzero(np.square(known - cells).mean(1) < MAX_COPY_DISTANCE**2).tolist()
-    return any(same_within(picture, fresh[index][1]) for index in near)
+    return any(same_detail(picture, fresh[index][1]) for index in near)
 
 
 def cells_of(picture: Pixels) -> NDArray[np.float32]:
@@ -136,31 +136,31 @@ def cells_of(picture: Pixels) -> NDArray[np.float32]:
     return np.asarray(Image.fromarray(picture).resize((CELLS, CELLS), Image.Resampling.BOX), np.float32).ravel()
 
 
-def same_within(one: Pixels, other: Pixels) -> bool:
+def same_detail(one: Pixels, other: Pixels) -> bool:
     """Whether two pictures have the same detail inside their cells."""
     a, b = map(cell_detail, (one, other))
-    if max(a.std(), b.std()) < FLAT:
+    if max(a.std(), b.std()) < MIN_DETAIL:
         return True
-    return float((a * b).mean()) > SAME * float(a.std() * b.std())
+    return float((a * b).mean()) > MIN_DETAIL_CORRELATION * float(a.std() * b.std())
 
 
 def cell_detail(picture: Pixels) -> NDArray[np.float32]:
     """A picture's brightness minus that of its cells."""
-    size = picture.shape[1] // FINE, picture.shape[0] // FINE
+    size = picture.shape[1] // DETAIL_SHRINK, picture.shape[0] // DETAIL_SHRINK
     grey = Image.fromarray(picture).convert("L").resize(size, Image.Resampling.BOX)
     means = grey.resize((CELLS, CELLS), Image.Resampling.BOX).resize(size, Image.Resampling.BOX)
     return np.asarray(grey, np.float32) - np.asarray(means, np.float32)
 
 
-def analyse(paths: Sequence[Path], eye: StyleReader, on_picture: OnPicture | None = None) -> Board:
+def analyse(paths: Sequence[Path], reader: StyleReader, on_picture: OnPicture | None = None) -> Board:
     """A board's pictures -> its looks, colours and words. Raises K2Error if no picture can be read.
 
     Unreadable pictures and copies are skipped with a note.
     """
-    good, pictures, vectors, statistics, notes, unread = see(paths, eye, on_picture)
-    chances, known = eye.words.read(statistics) if eye.words else ({}, np.zeros(len(good), bool))
-    if eye.words is None:
-        notes.append(f"No keywords or avoids for the style: {eye.why}. Create it with: {REBUILD}")
+    good, pictures, vectors, statistics, notes, unreadable = read_pictures(paths, reader, on_picture)
+    probabilities, known = reader.words.predict(statistics) if reader.words else ({}, np.zeros(len(good), bool))
+    if reader.words is None:
+        notes.append(f"No keywords or avoids for the style: {reader.words_problem}. Create it with: {REBUILD}")
     elif 2 * known.sum() < len(good):
         notes.append("Most pictures are unlike those that the words were measured on, so only colours have words.")
     looks = []
@@ -169,11 +169,13 @@ def analyse(paths: Sequence[Path], eye: StyleReader, on_picture: OnPicture | Non
     for members in found:
         share = len(members) / len(good)
         weight = round(share / len(members[:each]), 4)
-        told = read_words(eye.words, {kind: chance[members] for kind, chance in chances.items()}, known[members])[2]
+        likeliest = read_words(
+            reader.words, {kind: chance[members] for kind, chance in probabilities.items()}, known[members]
+        )[2]
         chosen = tuple((good[i], weight) for i in members[:each])
-        looks.append(Look(tuple(good[i] for i in members), share, chosen, told))
+        looks.append(Look(tuple(good[i] for i in members), share, chosen, likeliest))
     palette = find_palette(pictures)
-    keywords, avoids, _ = read_words(eye.words, chances, known)
+    keywords, avoids, _ = read_words(reader.words, probabilities, known)
     colours, foreign = colour_words(palette)
     keywords, avoids = [*keywords, *colours], [*avoids, *foreign]
     profile = describe(looks, palette, len(good), keywords, avoids)
@@ -184,7 +186,7 @@ def analyse(paths: Sequence[Path], eye: StyleReader, on_picture: OnPicture | Non
         avoids=tuple(avoids),
         profile=profile,
         notes=tuple(notes),
-        unread=tuple(unread),
+        unread=tuple(unreadable),
     )
 
 
@@ -218,24 +220,24 @@ def instruction(board: Board, *, sees: bool) -> str:
     return "\n".join(filter(None, lines))
 
 
-def describe_by_language(board: Board, speaker: LanguageModel) -> str:
+def describe_by_language(board: Board, language_model: LanguageModel) -> str:
     """The taste profile in complete sentences by a language model; "" if its answer cannot be trusted."""
-    pictures = [speaker.show(path) for path in board.shown] if speaker.sight else []
-    answer = checked_answer(speaker.answer(instruction(board, sees=bool(pictures)), 0, pictures))
+    pictures = [language_model.load_picture(path) for path in board.shown] if language_model.vision_checkpoint else []
+    answer = checked_answer(language_model.answer(instruction(board, sees=bool(pictures)), 0, pictures))
     return answer[: max(answer.rfind(sign) for sign in ".!") + 1]
 
 
 def likely_words(look: Look) -> str:
     """A look's likeliest words, those with a share of at least half."""
     table = look_words()
-    said = []
+    phrases = []
     for kind in ("medium", "drawing", "ground"):
         name, share = look.words.get(kind, ("", 0.0))
         if share < 0.5:
             continue
         if kind == "ground":
-            told = {"white": "on white", "dark": "on black"}
-            said.append(told.get(name) or table["ground"][name][1])
+            grounds = {"white": "on white", "dark": "on black"}
+            phrases.append(grounds.get(name) or table["ground"][name][1])
         elif name in table[kind]:
-            said.append(table[kind][name][0])
-    return ", ".join(said) or "in a look without a name"
+            phrases.append(table[kind][name][0])
+    return ", ".join(phrases) or "in a look without a name"

@@ -14,7 +14,7 @@ from model.errors import K2Error, brief
 from model.flux_vae import FluxVAE, FluxVAEConfig
 from model.headers import FETCH_AGAIN
 from model.layouts import dit_config, is_packed, native_names, stored_precision
-from model.library import OPEN_WEIGHTS_SIDE, Parts, weights_of
+from model.library import OPEN_WEIGHTS_SIDE, Parts, text_weights
 from model.plan import ModelSize, default_dtype
 from model.style import StyleConfig, StyleEncoder
 from model.text_encoder import QWEN3_VL_4B, TextEncoder, TextTower, tokenizer_file
@@ -29,9 +29,9 @@ INSTALL_OTHER_BUILD = (
 )
 
 
-def files_of(parts: Parts) -> list[Path]:
+def part_files(parts: Parts) -> list[Path]:
     """Every file that affects a picture: weights, the transformer's first, the tokenizer, and the folders' configs."""
-    paths = [parts.dit, weights_of(parts.text), parts.vae, *([parts.style] if parts.style else [])]
+    paths = [parts.dit, text_weights(parts.text), parts.vae, *([parts.style] if parts.style else [])]
     stated = [*(path / "config.json" for path in paths), parts.text / "model_index.json"]
     weights = [file for path in paths for file in open_checkpoint(path).files]
     return [*weights, tokenizer_file(parts.text), *filter(Path.is_file, stated)]
@@ -41,23 +41,23 @@ def count_numbers(parts: Parts, device: torch.device | str) -> ModelSize:
     """How many numbers the parts hold, by their headers, and how a device would hold them. Raises K2Error if the
     transformer is not one."""
     dit = native_names(open_checkpoint(parts.dit))
-    text = open_checkpoint(weights_of(parts.text))
+    text = open_checkpoint(text_weights(parts.text))
     tower = {name: stored for name, stored in text.tensors.items() if "visual." not in name}
     layers = {name: stored for name, stored in tower.items() if ".layers." in f".{name}"}
     rest = [open_checkpoint(path) for path in (parts.vae, parts.style) if path]
     blocks = {name: stored for name, stored in dit.tensors.items() if name.startswith("blocks.")}
     return ModelSize(
-        *shape_of(dit_config(dit)),
+        *memory_shape(dit_config(dit)),
         native=int(dit.metadata.get("native") or OPEN_WEIGHTS_SIDE),
-        inside=count(blocks),
-        outside=count(dit.tensors) - count(blocks),
+        inside=total_numbers(blocks),
+        outside=total_numbers(dit.tensors) - total_numbers(blocks),
         layers=len({name.partition("layers.")[2].partition(".")[0] for name in layers}) or 1,
-        text=count(layers),
-        others=count(tower) - count(layers) + sum(count(each.tensors) for each in rest),
+        text=total_numbers(layers),
+        others=total_numbers(tower) - total_numbers(layers) + sum(total_numbers(each.tensors) for each in rest),
         stored=stored_precision(dit),
         packed=is_packed(dit),
-        on_card=is_gpu(device),
-        wide=count({name: stored for name, stored in blocks.items() if stored.dtype in WIDE_DTYPES}),
+        on_gpu=is_gpu(device),
+        wide=total_numbers({name: stored for name, stored in blocks.items() if stored.dtype in WIDE_DTYPES}),
     )
 
 
@@ -65,16 +65,16 @@ def is_gpu(device: torch.device | str) -> bool:
     return torch.device(device).type == "cuda"
 
 
-def count(tensors: Mapping[str, StoredTensor]) -> int:
+def total_numbers(tensors: Mapping[str, StoredTensor]) -> int:
     return sum(prod(stored.shape) for stored in tensors.values())
 
 
-def shape_of(config: DiTConfig) -> tuple[int, int, int]:
+def memory_shape(config: DiTConfig) -> tuple[int, int, int]:
     """What working memory depends on: width, the feed-forwards' width, blocks."""
     return config.width, hidden_width(config.width, config.multiplier), config.blocks
 
 
-def release_numbers(device: torch.device | str = "cpu") -> ModelSize:
+def release_size(device: torch.device | str = "cpu") -> ModelSize:
     """The numbers of the open 12.9B weights, with their text encoder and autoencoder, in bf16."""
     with torch.device("meta"):
         dit, tower = Krea2(PRESETS["medium"]), TextTower(QWEN3_VL_4B)
@@ -82,14 +82,14 @@ def release_numbers(device: torch.device | str = "cpu") -> ModelSize:
     outside = sum(p.numel() for p in dit.parameters()) - inside
     embedding = sum(p.numel() for p in tower.parameters()) - text
     return ModelSize(
-        *shape_of(dit.config),
+        *memory_shape(dit.config),
         native=OPEN_WEIGHTS_SIDE,
         inside=inside,
         outside=outside,
         layers=len(tower.layers),
         text=text,
         others=embedding + QWEN_VAE_NUMBERS,
-        on_card=is_gpu(device),
+        on_gpu=is_gpu(device),
     )
 
 
@@ -136,17 +136,17 @@ def load_style(path: Path, device: torch.device) -> tuple[StyleEncoder, int]:
 
 def check_fit(parts: Parts, dit: Krea2, text: TextEncoder, vae: Autoencoder) -> None:
     """Check that the parts' dimensions fit together. Raises K2Error."""
-    asked, spoken = dit.config, text.tower.config
+    wanted, given = dit.config, text.tower.config
     hint = "Give the {} that the transformer was trained with."
-    if (spoken.hidden_size, len(spoken.taps)) != (asked.text_width, asked.text_taps):
+    if (given.hidden_size, len(given.taps)) != (wanted.text_width, wanted.text_taps):
         raise K2Error(
-            f"{parts.dit} needs {asked.text_taps} text layers of width {asked.text_width}, "
-            f"but {parts.text} gives {len(spoken.taps)} of {spoken.hidden_size}.",
+            f"{parts.dit} needs {wanted.text_taps} text layers of width {wanted.text_width}, "
+            f"but {parts.text} gives {len(given.taps)} of {given.hidden_size}.",
             hint=hint.format("text encoder"),
         )
-    if vae.channels != asked.channels:
+    if vae.channels != wanted.channels:
         raise K2Error(
-            f"{parts.dit} works in {asked.channels} latent channels, but {parts.vae} has {vae.channels}.",
+            f"{parts.dit} works in {wanted.channels} latent channels, but {parts.vae} has {vae.channels}.",
             hint=hint.format("autoencoder"),
         )
 
@@ -157,28 +157,31 @@ def has_kernels(card: int) -> bool:
     built = torch.cuda.get_arch_list()  # sm_80 is a binary, compute_120 PTX
     if torch.version.hip or not built:
         return True  # assumed
-    own = torch.cuda.get_device_capability(card)
+    capability = torch.cuda.get_device_capability(card)
     versions = [(kind, divmod(int(number.rstrip("af")), 10)) for kind, number in (each.split("_") for each in built)]
-    return any(version <= own and (kind == "compute" or version[0] == own[0]) for kind, version in versions)
+    return any(
+        version <= capability and (kind == "compute" or version[0] == capability[0]) for kind, version in versions
+    )
 
 
 def pick_device(name: str | None) -> torch.device:
     """The device of that name, or the best available. Raises K2Error if it does not exist here."""
-    here, useless = ["cpu"], {}
+    available, unsupported = ["cpu"], {}
     if torch.backends.mps.is_available():
-        here = ["mps", *here]
+        available = ["mps", *available]
     if torch.cuda.is_available():
         cards = {f"cuda:{i}": i for i in range(torch.cuda.device_count())}
         cards = {"cuda": torch.cuda.current_device()} | cards
-        useless = {each: i for each, i in cards.items() if not has_kernels(i)}
-        here = [*(each for each in cards if each not in useless), *here]
-    if name in useless:
+        unsupported = {each: i for each, i in cards.items() if not has_kernels(i)}
+        available = [*(each for each in cards if each not in unsupported), *available]
+    if name in unsupported:
         raise K2Error(
-            f"This PyTorch has no kernels for {torch.cuda.get_device_name(useless[name])}.", hint=INSTALL_OTHER_BUILD
+            f"This PyTorch has no kernels for {torch.cuda.get_device_name(unsupported[name])}.",
+            hint=INSTALL_OTHER_BUILD,
         )
-    if name not in (None, *here):
-        raise K2Error(f'There is no device "{name}".', hint=f"Available: {', '.join(here)}.")
-    return torch.device(name or here[0])
+    if name not in (None, *available):
+        raise K2Error(f'There is no device "{name}".', hint=f"Available: {', '.join(available)}.")
+    return torch.device(name or available[0])
 
 
 def pick_dtype(name: str | None, device: torch.device, width: int) -> str:

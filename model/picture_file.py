@@ -16,7 +16,7 @@ from typing import BinaryIO
 
 from PIL import Image
 
-from model.errors import count_of
+from model.errors import pluralise
 from model.headers import open_file
 
 SUFFIXES = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".jfif": "JPEG", ".webp": "WEBP"}  # .jfif on Windows
@@ -30,7 +30,7 @@ MAX_PARTS = 50_000  # chunks, segments: 256 MiB in PNG's usual pieces of 8 KiB a
 MAX_METADATA = 32 << 20  # bytes of metadata
 MAX_SCANS = 64  # passes over a JPEG; a progressive one takes about ten
 ORIENTATION = 0x0112  # the EXIF tag
-BLOCK = 1 << 20  # bytes read at once
+READ_BYTES = 1 << 20  # bytes read at once
 OUTPUT_FOLDERS = ("outputs", "gallery")  # in a project's folder: outputs, not inputs
 SHEET = re.compile(r"sheet(\.\d+)?\.png")  # beside a run's plan; its pictures are NAME-SEED
 SHEET_KEY = "k2-sheet"  # key of a text in a contact sheet's file, which identifies it under any name
@@ -46,10 +46,10 @@ def is_sheet(path: Path) -> bool:
     """Whether a file is a contact sheet of a k2 run: many pictures in one, so not one to learn a look from."""
     if SHEET.fullmatch(path.name) and path.with_name("run.toml").is_file():
         return True
-    return path.suffix.lower() == ".png" and says_sheet(path)
+    return path.suffix.lower() == ".png" and has_sheet_text(path)
 
 
-def says_sheet(path: Path) -> bool:
+def has_sheet_text(path: Path) -> bool:
     """Whether a PNG says so in a text before its pixels."""
     with suppress(OSError), open_file(path) as file:
         return f"tEXt{SHEET_KEY}\0".encode() in file.read(HEAD_BYTES)
@@ -65,10 +65,12 @@ def describe_skipped(paths: Iterable[Path]) -> str:
     within = [path.name for path in seen if holds_pictures(path)]
     gone = [path.name for path in seen if has_picture_suffix(path) and path.is_symlink() and not os.path.exists(path)]
     folders, links = (", ".join(found[:3] + ["…"] * (len(found) > 3)) for found in (within, gone))
-    told = [f"Passed over: {count_of(len(others), 'picture')} ({kinds}); k2 reads png, jpg and webp."] * bool(others)
-    told += [f"Passed over: pictures in subfolders ({folders}); name those folders too."] * bool(folders)
-    told += [f"Passed over: broken links ({links})."] * bool(links)
-    return " ".join(told)
+    sentences = [f"Passed over: {pluralise(len(others), 'picture')} ({kinds}); k2 reads png, jpg and webp."] * bool(
+        others
+    )
+    sentences += [f"Passed over: pictures in subfolders ({folders}); name those folders too."] * bool(folders)
+    sentences += [f"Passed over: broken links ({links})."] * bool(links)
+    return " ".join(sentences)
 
 
 def holds_pictures(path: Path) -> bool:
@@ -84,19 +86,19 @@ def truncation_hint(error: Exception) -> str:
 
 
 @contextmanager
-def opened(path: Path) -> Iterator[Image.Image]:
+def open_picture(path: Path) -> Iterator[Image.Image]:
     """A picture, not decoded yet. Raises ValueError or OSError, and whatever else Pillow raises for a broken file.
 
     Pillow's warnings about sizes and broken tags are silenced; callers check what they need.
     """
-    check(path)
+    check_file(path)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         with Image.open(path, formats=FORMATS) as image:
             yield image
 
 
-def sides(image: Image.Image) -> tuple[int, int]:
+def displayed_size(image: Image.Image) -> tuple[int, int]:
     """Width and height of an opened picture as displayed: a camera's may be stored sideways."""
     lies = image.getexif().get(ORIENTATION) in (5, 6, 7, 8)  # other values do not swap sides
     return image.size[::-1] if lies else image.size
@@ -114,7 +116,7 @@ def same_shape(one: tuple[int, int], other: tuple[int, int]) -> bool:
     return abs(one[0] / one[1] * other[1] / other[0] - 1) <= SHAPE_TOLERANCE
 
 
-def check(path: Path) -> None:
+def check_file(path: Path) -> None:
     """Check a file's structure without decoding it. Raises OSError, and ValueError for what no camera writes."""
     with open_file(path) as file:
         check_parts(file)
@@ -135,12 +137,12 @@ def check_parts(file: BinaryIO) -> None:
         parts, pixels = webp_chunks(file, size), (b"VP8 ", b"VP8L", b"ANMF", b"ALPH")
     else:
         return
-    aside = 0
+    metadata = 0
     for number, (kind, length) in enumerate(parts):
-        aside += length if kind not in pixels else 0
-        if number == MAX_PARTS or aside > MAX_METADATA:
+        metadata += length if kind not in pixels else 0
+        if number == MAX_PARTS or metadata > MAX_METADATA:
             raise ValueError("most of it is not a picture")
-    if head.startswith(b"\xff\xd8") and scans(file) > MAX_SCANS:
+    if head.startswith(b"\xff\xd8") and count_scans(file) > MAX_SCANS:
         raise ValueError(f"it needs more than {MAX_SCANS} decoding passes")
 
 
@@ -180,11 +182,11 @@ def webp_chunks(file: BinaryIO, size: int) -> Iterator[tuple[bytes, int]]:
         place += 8 + length + length % 2
 
 
-def scans(file: BinaryIO) -> int:
+def count_scans(file: BinaryIO) -> int:
     """The number of scans in a JPEG. Within a scan's data, FF is never followed by DA."""
     file.seek(0)
     count, last = 0, b""
-    while block := file.read(BLOCK):
+    while block := file.read(READ_BYTES):
         count += (last + block).count(b"\xff\xda")
         last = block[-1:]
     return count

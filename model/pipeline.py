@@ -22,19 +22,19 @@ from torch import Tensor
 
 from model import library
 from model.branches import GuidedVelocity, PromptContexts, WeightedContexts
-from model.cohesion import LeadAttention, is_lead, leader_of, shared_noise
+from model.cohesion import LeadAttention, is_lead, lead_spec, shared_noise
 from model.conditioning import Conditioning
 from model.errors import K2Error, TooLittleMemory
 from model.fast import accelerate, keep_freed_memory
 from model.hashes import Hashes, cache_folder, identity, sha256
 from model.headers import VARIANTS
 from model.init_image import InitImages
-from model.latents import noise, patchify, unpatchify
+from model.latents import draw_noise, patchify, unpatchify
 from model.layouts import load_dit
 from model.lora import Adapter, applied
 from model.lora_match import read_lora, weights_file
 from model.lru import LRU
-from model.parts import DTYPES, check_fit, count_numbers, files_of, load_vae, pick_device, pick_dtype
+from model.parts import DTYPES, check_fit, count_numbers, load_vae, part_files, pick_device, pick_dtype
 from model.plan import Plan, memory_errors, plan_on
 from model.reference_weights import WeightedReference, weigh
 from model.references import to_pixels
@@ -49,11 +49,11 @@ from model.resolve import (
     weighted_negatives,
     weighted_prompts,
 )
-from model.safety import Filter, filters_of, installed, review
+from model.safety import Filter, check_filters, installed_filters, review
 from model.sampler import adams_bashforth, euler, shifted_sigmas
 from model.spec import Lora, Picture, RenderSpec
 from model.spec_table import spec_table
-from model.splice import REFERENCE_PROMPT, REFERENCE_SEED, Capture, CaptureCache, Splice, capture, noised
+from model.splice import REFERENCE_PROMPT, REFERENCE_SEED, Capture, CaptureCache, Splice, add_noise, capture
 from model.text_encoder import TextEncoder
 
 OnStep = Callable[[int, int], None]  # (steps done, steps in all) of the pictures being rendered
@@ -78,7 +78,7 @@ class Pipeline:
     ):
         self.name, self.device, self.plan, self.parts, self.filters = model.name, device, plan, parts, filters
         self.dtype = dtype = DTYPES[plan.dtype]
-        self._hashes = Hashes(files_of(parts), (model.root, parts.companion_folder))
+        self._hashes = Hashes(part_files(parts), (model.root, parts.companion_folder))
         streamed = plan.offload == "all"
         if device.type == "cpu":
             keep_freed_memory()  # before weights are rounded, which allocates as much memory again and again
@@ -89,7 +89,7 @@ class Pipeline:
             dtype=dtype,
             precision=plan.precision,
             streamed=streamed,
-            cell=self.vae.factor,
+            cell_size=self.vae.factor,
         )
         self.text = TextEncoder.load(parts.text, device, dtype, streamed=plan.offload != "none")
         if device.type == "cuda" and not streamed:
@@ -132,14 +132,14 @@ class Pipeline:
             raise K2Error(
                 f'There is no model "{name}".', hint=f"Bundled: {', '.join(library.bundled_models()) or 'none'}."
             )
-        checks = installed() if filters is None else filters_of(filters)
+        checks = installed_filters() if filters is None else check_filters(filters)
         library.check_text_encoder(model)
         parts = library.find_parts(model)
-        numbers = count_numbers(parts, chosen)
+        model_size = count_numbers(parts, chosen)
         if chosen.index is not None and chosen.type == "cuda":
             torch.cuda.set_device(chosen)  # streams and graphs belong to the current card
-        dtype = pick_dtype(dtype, chosen, numbers.width)
-        plan = plan_on(chosen, numbers, dtype=dtype, precision=precision, offload=offload)
+        dtype = pick_dtype(dtype, chosen, model_size.width)
+        plan = plan_on(chosen, model_size, dtype=dtype, precision=precision, offload=offload)
         with memory_errors(f"the weights of {model.name}"):
             return cls(model, parts, chosen, plan, checks)
 
@@ -216,8 +216,8 @@ class Pipeline:
         for spec in specs:
             rows = (len(batch) + 1) * evaluations(spec)
             roomy = self.device.type == "cpu" or self.plan.offload == "all"
-            most = limit * (2 if spec.cohesion and roomy else 1)  # in larger batches a lead picture costs less
-            if batch and (batch_key(spec) != batch_key(batch[0]) or rows * self._image_tokens(spec) > most):
+            max_tokens = limit * (2 if spec.cohesion and roomy else 1)  # in larger batches a lead picture costs less
+            if batch and (batch_key(spec) != batch_key(batch[0]) or rows * self._image_tokens(spec) > max_tokens):
                 yield batch
                 batch = []
             batch.append(spec)
@@ -269,7 +269,7 @@ class Pipeline:
         rows, columns = first.height // self.vae.factor, first.width // self.vae.factor
         grid = (rows // config.patch, columns // config.patch)
 
-        leader = leader_of(first)
+        leader = lead_spec(first)
         rendered = specs if leader is None else [leader, *(spec for spec in specs if not is_lead(spec))]
         prompts = list(zip(*map(weighted_prompts, rendered), strict=True))  # for each version, every picture's prompt
         negative = list(zip(*map(weighted_negatives, rendered), strict=True)) if first.guidance else []
@@ -296,7 +296,7 @@ class Pipeline:
         splice = self._splice(first, sigmas, mods, grid, adapters)
         cohesion = None
         if leader:
-            cohesion = LeadAttention(config, first.cohesion, sigmas, math.prod(grid), self.dit.reach(grid))
+            cohesion = LeadAttention(config, first.cohesion, sigmas, math.prod(grid), self.dit.column_offset(grid))
         velocity_of = partial(
             GuidedVelocity,
             self.dit,
@@ -307,13 +307,13 @@ class Pipeline:
             fade=fade_weight(first),
             splice=splice,
             cohesion=cohesion,
-            one_stream=self._one_stream,
+            one_stream=self._one_stream_tokens,
         )
         guided = unguided = velocity_of(conditioning)  # while guidance is on, and after it
         if first.first_step < first.end_of_guidance < first.steps:
             unguided = velocity_of(conditioning._replace(negative=()))
 
-        start = torch.cat([noise(spec.seed, config.channels, rows, columns) for spec in rendered])
+        start = torch.cat([draw_noise(spec.seed, config.channels, rows, columns) for spec in rendered])
         if leader:
             start = shared_noise(start, first.cohesion)
         start = patchify(start.to(self.device), config.patch)
@@ -322,15 +322,15 @@ class Pipeline:
         def velocity(tokens: Tensor, step: int) -> Tensor:
             return trajectory.blend((guided if step < first.end_of_guidance else unguided)(tokens, step))
 
-        def count(done: int) -> None:
+        def report(done: int) -> None:
             if on_step is not None:
                 on_step(done, first.steps - first.first_step)
 
         if first.sampler == "euler":
-            tokens = euler(velocity, trajectory.start, sigmas, count, first.first_step)
+            tokens = euler(velocity, trajectory.start, sigmas, report, first.first_step)
         else:
             changed = {first.end_of_guidance, *([1] if splice else [])}  # nothing is spliced into pure noise
-            tokens = adams_bashforth(velocity, trajectory.start, sigmas, count, changed, first.first_step)
+            tokens = adams_bashforth(velocity, trajectory.start, sigmas, report, changed, first.first_step)
         if leader:
             following = iter(range(1, len(rendered)))
             tokens = tokens[[0 if is_lead(spec) else next(following) for spec in specs]]
@@ -361,7 +361,7 @@ class Pipeline:
         context = self.conditioning.context(REFERENCE_PROMPT, adapters)
         rope = self.dit.rope(context.shape[1], grid)
         patch, shape = self.dit.config.patch, (spec.height // self.vae.factor, spec.width // self.vae.factor)
-        fixed = noise(REFERENCE_SEED, self.dit.config.channels, *shape).to(self.device)
+        reference_noise = draw_noise(REFERENCE_SEED, self.dit.config.channels, *shape).to(self.device)
         pixels = {r.sha256: to_pixels(r.image, spec.width, spec.height) for r in references}
         latents: dict[str, Tensor] = {}
         facts = {
@@ -381,12 +381,12 @@ class Pipeline:
             if found is None:
                 if key not in latents:
                     latents[key] = self.vae.encode(pixels[key].to(self.device, self.dtype))
-                tokens = noised(latents[key], fixed, sigmas[step], patch).to(self.dtype)
+                tokens = add_noise(latents[key], reference_noise, sigmas[step], patch).to(self.dtype)
                 found = capture(self.dit, tokens, context, mods[step : step + 1], rope)
-                self._captures.put(about, found, of=len(references) * (len(sigmas) - 1))
+                self._captures.put(about, found, count=len(references) * (len(sigmas) - 1))
             return found
 
-        return Splice(self.dit, references, capture_at, sigmas, self.dit.reach(grid), spec.leak_guard)
+        return Splice(self.dit, references, capture_at, sigmas, self.dit.column_offset(grid), spec.leak_guard)
 
     def _record(
         self,
@@ -424,7 +424,7 @@ class Pipeline:
         return spec.width * spec.height // self._unit**2
 
     @property
-    def _one_stream(self) -> int:
+    def _one_stream_tokens(self) -> int:
         """The most image tokens that share one reading of the weights, whatever their prompts' lengths."""
         if self.plan.offload == "all":
             return sys.maxsize

@@ -55,7 +55,7 @@ class ModelSize:
     others: int  # embedding, autoencoder, style encoder
     stored: str | None = None  # the precision of the blocks on disk, if it is a few-bit one
     packed: bool = False  # on disk, so that they must be unpacked at every read
-    on_card: bool = False  # host memory can then cache what was unpacked of streamed blocks
+    on_gpu: bool = False  # host memory can then cache what was unpacked of streamed blocks
     wide: int = 0  # numbers inside that the file holds in more bits; they stay so if the others are held as stored
 
 
@@ -66,55 +66,57 @@ class Plan:
     dtype: str
     precision: str
     offload: str
-    needs: int
+    bytes_needed: int
 
     def fits(self, free: int) -> bool:
-        return self.needs <= USABLE_SHARE * free
+        return self.bytes_needed <= USABLE_SHARE * free
 
 
-def choose(
-    numbers: ModelSize,
+def choose_plan(
+    model_size: ModelSize,
     free: int,
     *,
     dtype: str,
-    eight: str = "int8",
-    known: Sequence[str] = PRECISIONS,
+    fast_8_bit: str = "int8",
+    supported: Sequence[str] = PRECISIONS,
     precision: str | None = None,
     offload: str | None = None,
 ) -> Plan:
     """The fastest way to hold a model in `free` bytes; given values are kept. Raises K2Error.
 
-    eight: the device's fast 8-bit precision; known: all precisions it supports. If nothing fits, the plan that needs
-    the least is chosen.
+    fast_8_bit: the device's fast 8-bit precision; known: all precisions it supports. If nothing fits, the plan that
+    needs the least is chosen.
     """
     for value, those, what in ((precision, PRECISIONS, "precision"), (offload, OFFLOADS, "offload")):
         if value not in (None, *those):
             raise K2Error(f'There is no {what} "{value}".', hint=one_of(those))
-    if precision not in (None, *known):
-        raise K2Error(f"This device does not support {precision}.", hint=one_of(known))
-    if (numbers.inside + numbers.outside + numbers.text + numbers.others) * BYTES[dtype] < SMALL_MODEL:
-        open_ways = [(precision or "native", offload or "none")]
+    if precision not in (None, *supported):
+        raise K2Error(f"This device does not support {precision}.", hint=one_of(supported))
+    if (model_size.inside + model_size.outside + model_size.text + model_size.others) * BYTES[dtype] < SMALL_MODEL:
+        options = [(precision or "native", offload or "none")]
     else:
-        open_ways = [way for way in ways(numbers, eight, precision, known) if offload in (None, way[1])]
-    plans = [Plan(dtype, *way, needs(numbers, dtype, *way)) for way in open_ways]
-    return next((plan for plan in plans if plan.fits(free)), min(plans, key=lambda plan: plan.needs))
+        options = [
+            way for way in plan_options(model_size, fast_8_bit, precision, supported) if offload in (None, way[1])
+        ]
+    plans = [Plan(dtype, *way, bytes_needed(model_size, dtype, *way)) for way in options]
+    return next((plan for plan in plans if plan.fits(free)), min(plans, key=lambda plan: plan.bytes_needed))
 
 
 def plan_on(
     device: torch.device | str,
-    numbers: ModelSize,
+    model_size: ModelSize,
     *,
     dtype: str,
     precision: str | None = None,
     offload: str | None = None,
 ) -> Plan:
-    """The fastest way to hold a model in what is free on a device now. Raises K2Error, like `choose`."""
-    return choose(
-        numbers,
+    """The fastest way to hold a model in what is free on a device now. Raises K2Error, like `choose_plan`."""
+    return choose_plan(
+        model_size,
         free_memory(device),
         dtype=dtype,
-        eight=eight_bits(device),
-        known=known_precisions(device),
+        fast_8_bit=fast_8_bit_precision(device),
+        supported=supported_precisions(device),
         precision=precision,
         offload=offload,
     )
@@ -124,25 +126,25 @@ def one_of(those: Sequence[str]) -> str:
     return f"Choose {', '.join(those[:-1])} or {those[-1]}."
 
 
-def ways(
-    numbers: ModelSize, eight: str, precision: str | None = None, known: Sequence[str] = PRECISIONS
+def plan_options(
+    model_size: ModelSize, fast_8_bit: str, precision: str | None = None, supported: Sequence[str] = PRECISIONS
 ) -> list[tuple[str, str]]:
     """(precision, offload), exact before rounded, resident before streamed: streaming costs most."""
     if precision is not None:
         return [(precision, offload) for offload in OFFLOADS]
     # streamed weights are used as stored on disk if possible: less to read, or nothing to convert; for a card, packed
     # ones are unpacked once, and kept in the form that takes the least memory
-    last = numbers.stored if numbers.stored and numbers.stored in known else "native"
-    less = last if last == "int4" else eight
+    last = model_size.stored if model_size.stored and model_size.stored in supported else "native"
+    less = last if last == "int4" else fast_8_bit
     streamed = [(last, "all")]
-    if numbers.on_card:
-        streamed = [(eight, "all")] if numbers.packed and last == "native" else [*streamed, (eight, "all")]
+    if model_size.on_gpu:
+        streamed = [(fast_8_bit, "all")] if model_size.packed and last == "native" else [*streamed, (fast_8_bit, "all")]
     return [("native", "none"), ("native", "text"), (less, "none"), (less, "text"), *streamed]
 
 
-def needs(numbers: ModelSize, dtype: str, precision: str, offload: str) -> int:
+def bytes_needed(model_size: ModelSize, dtype: str, precision: str, offload: str) -> int:
     """Bytes for the weights and for rendering one picture with guidance."""
-    size, n = BYTES[dtype], numbers
+    size, n = BYTES[dtype], model_size
     wide = n.wide if precision == n.stored else 0
     inside = int((n.inside - wide) * PACKED_BYTES.get(precision, size)) + wide * size
     text = n.text * size
@@ -151,9 +153,9 @@ def needs(numbers: ModelSize, dtype: str, precision: str, offload: str) -> int:
     if offload != "none":
         text = text * STREAMED_BLOCKS // n.layers
     tokens = (n.native // 16) ** 2 + 512
-    at_work = 2 * tokens * (2 * n.hidden + 8 * n.width) * size
+    activations = 2 * tokens * (2 * n.hidden + 8 * n.width) * size
     decoding = 400 * n.native**2 * size  # the autoencoder's widest feature maps
-    return inside + text + (n.outside + n.others) * size + at_work + decoding
+    return inside + text + (n.outside + n.others) * size + activations + decoding
 
 
 def native_bf16(device: torch.device | str) -> bool:
@@ -183,7 +185,7 @@ def default_dtype(device: torch.device | str, width: int) -> str:
     return "bfloat16" if kind == "mps" or native_bf16(device) else "float32"
 
 
-def eight_bits(device: torch.device | str) -> str:
+def fast_8_bit_precision(device: torch.device | str) -> str:
     """The 8-bit precision that a device computes fastest, or, if it supports none, widens fastest."""
     import torch
 
@@ -192,7 +194,7 @@ def eight_bits(device: torch.device | str) -> str:
     return "fp8" if is_native(torch.float8_e4m3fn, torch.device(device).type) else "int8"
 
 
-def known_precisions(device: torch.device | str) -> tuple[str, ...]:
+def supported_precisions(device: torch.device | str) -> tuple[str, ...]:
     """The precisions whose numbers a device can hold: Metal has no 8-bit floats."""
     import torch
 
@@ -213,14 +215,14 @@ def machine_memory() -> Memory:
     if sys.platform == "win32":
         status = (ctypes.c_uint64 * 8)(64)  # a MEMORYSTATUSEX, which begins with its own size
         ctypes.windll.kernel32.GlobalMemoryStatusEx(status)
-        _, whole, free, _, promised, *_ = status
-        return Memory(whole, min(free, promised))  # allocations must also fit into the commit limit
-    whole = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        _, total, free, _, committable, *_ = status
+        return Memory(total, min(free, committable))  # allocations must also fit into the commit limit
+    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     try:
         lines = dict(line.split(":") for line in Path("/proc/meminfo").read_text("utf-8").splitlines())
-        return Memory(whole, int(lines["MemAvailable"].split()[0]) << 10)
+        return Memory(total, int(lines["MemAvailable"].split()[0]) << 10)
     except (OSError, KeyError, ValueError):
-        return Memory(whole, whole * 2 // 3, reported=False)
+        return Memory(total, total * 2 // 3, reported=False)
 
 
 def free_memory(device: torch.device | str) -> int:
@@ -235,10 +237,10 @@ def free_memory(device: torch.device | str) -> int:
         torch.mps.empty_cache()
         return max(0, torch.mps.recommended_max_memory() - torch.mps.driver_allocated_memory())
     free = machine_memory().free
-    return min(free, limit_left(Path("/sys/fs/cgroup"), free))
+    return min(free, cgroup_free(Path("/sys/fs/cgroup"), free))
 
 
-def limit_left(group: Path, free: int) -> int:
+def cgroup_free(group: Path, free: int) -> int:
     """What a control group (version 2) still allows, counting its file cache as free; `free` if it sets no limit."""
     try:
         most, used = (int((group / f"memory.{name}").read_text("utf-8")) for name in ("max", "current"))

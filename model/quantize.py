@@ -19,8 +19,8 @@ from torch import Tensor
 from model.comfy_formats import SCALE_SUFFIXES, is_auxiliary
 
 _SENSITIVE = re.compile(r"^(first|last|tmlp|tproj)\.")  # few numbers, and every step's error passes through them
-_SMALL = 1 << 14
-_AT_ONCE = 1 << 20  # numbers processed at once when rounding to 8 bits: larger copies leave the cache, need new pages
+_MIN_NUMBERS = 1 << 14
+_CHUNK = 1 << 20  # numbers processed at once when rounding to 8 bits: larger copies leave the cache, need new pages
 
 LARGEST_NUMBER = {torch.int8: 127.0, torch.float8_e4m3fn: 448.0}  # 8-bit formats of a matrix, and their largest number
 
@@ -41,7 +41,7 @@ def quantise(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Large matrices to int8 rows, the rest to bf16: first, last, modulation, norms, convolutions, everything small."""
     stored: dict[str, Tensor] = {}
     for name, tensor in state.items():
-        matrix = name.endswith(".weight") and tensor.ndim == 2 and tensor.numel() >= _SMALL
+        matrix = name.endswith(".weight") and tensor.ndim == 2 and tensor.numel() >= _MIN_NUMBERS
         if not tensor.is_floating_point():
             stored[name] = tensor
         elif not matrix or _SENSITIVE.match(name):
@@ -53,49 +53,49 @@ def quantise(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 def dequantise(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Undo `quantise`, or per-tensor fp8: every float in fp32, no scales left."""
-    weights = ((name, tensor, scale_of(name, state)) for name, tensor in state.items() if not is_auxiliary(name))
+    weights = ((name, tensor, scale_name(name, state)) for name, tensor in state.items() if not is_auxiliary(name))
     return {name: restore(tensor, state[scale] if scale else None, torch.float32) for name, tensor, scale in weights}
 
 
 def to_int8(matrix: Tensor) -> tuple[Tensor, Tensor]:
     """matrix [out, in] -> int8 [out, in] and fp32 scale [out]; a row's largest number becomes ±127."""
-    return to_rows(matrix, torch.int8)
+    return to_8_bits(matrix, torch.int8)
 
 
-def to_rows(
-    matrix: Rows, number: torch.dtype, scale: Tensor | None = None, group: int = 0, turned: int = 0
+def to_8_bits(
+    matrix: Rows, dtype: torch.dtype, scale: Tensor | None = None, group: int = 0, rotation: int = 0
 ) -> tuple[Tensor, Tensor]:
-    """A matrix in 8 bits, with a scale per row: [out, in], number int8 or float8_e4m3fn -> [out, in], fp32 [out].
+    """A matrix in 8 bits, with a scale per row: [out, in], dtype int8 or float8_e4m3fn -> [out, in], fp32 [out].
 
     `scale` and `group` describe a matrix stored in few bits, as for `restore`. If it is already in the format asked
-    for, with the rotation asked for (`turned`), it is kept as is; otherwise it is rounded a second time.
+    for, with the rotation asked for (`rotation`), it is kept as is; otherwise it is rounded a second time.
     """
-    lies_so = (matrix.dtype, group) == (number, turned)
-    if lies_so and isinstance(matrix, Tensor) and (scale is None or scale.numel() in (1, len(matrix))):
+    as_stored = (matrix.dtype, group) == (dtype, rotation)
+    if as_stored and isinstance(matrix, Tensor) and (scale is None or scale.numel() in (1, len(matrix))):
         kept = torch.ones(1, device=matrix.device) if scale is None else scale.float().flatten()
         return matrix, kept.expand(len(matrix)).contiguous()
-    rows = torch.empty(matrix.shape, dtype=number, device=matrix.device)
+    rows = torch.empty(matrix.shape, dtype=dtype, device=matrix.device)
     scales, start = rows.new_empty(len(rows), dtype=torch.float32), 0
-    for part in parts_of(matrix, scale, group, turned):
+    for part in restored_chunks(matrix, scale, group, rotation):
         place = slice(start, start := start + len(part))
-        rows[place], scales[place] = round_rows(part, number)
+        rows[place], scales[place] = round_rows(part, dtype)
     return rows, scales
 
 
-def parts_of(matrix: Rows, scale: Tensor | None, group: int, turned: int) -> Iterator[Tensor]:
-    """A stored matrix, a few rows at a time, restored to fp32 and rotated in groups of `turned`, 0 for none."""
-    step = max(1, _AT_ONCE // matrix.shape[1])
+def restored_chunks(matrix: Rows, scale: Tensor | None, group: int, rotation: int) -> Iterator[Tensor]:
+    """A stored matrix, a few rows at a time, restored to fp32 and rotated in groups of `rotation`, 0 for none."""
+    step = max(1, _CHUNK // matrix.shape[1])
     for start, part in zip(count(step=step), matrix.split(step)):
         stored = scale if scale is None or scale.numel() == 1 else scale.reshape(len(matrix), -1)[start : start + step]
         wide = restore(part, stored, torch.float32, group)
-        yield rotate(wide, turned) if turned else wide
+        yield rotate(wide, rotation) if rotation else wide
 
 
-def round_rows(wide: Tensor, number: torch.dtype) -> tuple[Tensor, Tensor]:
-    """wide [M, K] -> [M, K] in `number`, and fp32 scales [M] that map each row's largest number to the format's."""
-    scale = torch.maximum(wide.amax(1), wide.amin(1).abs()).float() / LARGEST_NUMBER[number]
+def round_rows(wide: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """wide [M, K] -> [M, K] in `dtype`, and fp32 scales [M] that map each row's largest number to the format's."""
+    scale = torch.maximum(wide.amax(1), wide.amin(1).abs()).float() / LARGEST_NUMBER[dtype]
     scaled = wide / scale.clamp(min=torch.finfo(torch.float32).tiny)[:, None]  # in fp32, whatever `wide` is
-    return (scaled.round_() if number == torch.int8 else scaled).to(number), scale
+    return (scaled.round_() if dtype == torch.int8 else scaled).to(dtype), scale
 
 
 def restore(tensor: Tensor, scale: Tensor | None, dtype: torch.dtype, group: int = 0) -> Tensor:
@@ -130,12 +130,12 @@ def hadamard(size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
 
     Built once per device: copies to a card cannot be recorded in a graph, and compilers treat it as a constant.
     """
-    return powers(size, dtype, device)
+    return cached_hadamard(size, dtype, device)
 
 
 @cache
 @torch.inference_mode(False)  # it is cached, and gradients may pass through it later
-def powers(size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+def cached_hadamard(size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     """The matrix that `hadamard` returns, built once per size, number format and device."""
     small, whole = (1 - 2 * torch.eye(4).flip(1)) / 2, torch.ones(1, 1)
     while len(whole) < size:
@@ -143,7 +143,7 @@ def powers(size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     return whole.to(device, dtype)
 
 
-def scale_of(name: str, names: Mapping[str, object]) -> str | None:
+def scale_name(name: str, names: Mapping[str, object]) -> str | None:
     """The name of a weight's scale among the stored names, if it has one."""
     stem = name.removesuffix(".weight")
     return next((stem + suffix for suffix in SCALE_SUFFIXES if stem != name and stem + suffix in names), None)

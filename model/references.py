@@ -22,13 +22,13 @@ from model.region import Region
 STRIP_ROWS = 512  # rows
 
 
-def to_pixels(path: Path, width: int, height: int, ground: str = "white") -> Tensor:
+def to_pixels(path: Path, width: int, height: int, background: str = "white") -> Tensor:
     """A picture, centre-cropped to fill width x height -> [1, 3, height, width] in −1 … 1. Raises K2Error.
 
-    EXIF rotation is applied, transparency laid on `ground`, and an animation gives its first frame. Colour profiles,
-    CMYK and 16-bit greys are converted.
+    EXIF rotation is applied, transparency laid on `background`, and an animation gives its first frame. Colour
+    profiles, CMYK and 16-bit greys are converted.
     """
-    opaque = composite_on(ground, to_rgba(decoded(path))).convert("RGB")
+    opaque = composite_on(background, to_rgba(decode_picture(path))).convert("RGB")
     return from_bytes(np.array(ImageOps.fit(opaque, (width, height)))[None])
 
 
@@ -45,7 +45,7 @@ def to_mask(mask: Path | str, width: int, height: int) -> Tensor:
     """
     if isinstance(mask, Path):
         return (to_pixels(mask, width, height, "black").mean(1, keepdim=True) + 1) / 2
-    region = Region.read(mask)
+    region = Region.parse(mask)
     assert region is not None  # or settling would have refused
     found = torch.zeros(1, 1, height, width)
     found[..., region.top : region.top + region.height, region.left : region.left + region.width] = 1
@@ -64,21 +64,21 @@ def feather(mask: Tensor, radius: int) -> Tensor:
 
 def fit_size(path: Path, pixels: int, unit: int) -> tuple[int, int]:
     """Width and height of at most `pixels`, multiples of `unit`, about in the picture's proportions. Raises K2Error."""
-    width, height = sides_of(path)
+    width, height = picture_size(path)
     ratio = min(max(width / height, 1 / 4), 4)
     sides = ((pixels * ratio) ** 0.5, (pixels / ratio) ** 0.5)
     return max(unit, int(sides[0] / unit) * unit), max(unit, int(sides[1] / unit) * unit)
 
 
-def sides_of(path: Path) -> tuple[int, int]:
+def picture_size(path: Path) -> tuple[int, int]:
     """Width and height of a picture as displayed. Raises K2Error."""
-    with opened(path) as image:
-        return picture_file.sides(image)
+    with open_picture(path) as image:
+        return picture_file.displayed_size(image)
 
 
-def decoded(path: Path) -> Image.Image:
+def decode_picture(path: Path) -> Image.Image:
     """A picture in memory, with EXIF rotation applied. Raises K2Error."""
-    with opened(path) as image:
+    with open_picture(path) as image:
         if image.width * image.height > MAX_PIXELS or min(image.size) < MIN_SIDE:
             raise K2Error(f"{path} has {image.width} x {image.height} pixels.", hint=USE_OTHER_SIZE)
         ImageOps.exif_transpose(image, in_place=True)
@@ -87,11 +87,11 @@ def decoded(path: Path) -> Image.Image:
 
 
 @contextmanager
-def opened(path: Path) -> Iterator[Image.Image]:
+def open_picture(path: Path) -> Iterator[Image.Image]:
     """An opened picture, for reading its file only: whatever goes wrong within the context is raised as K2Error, since
     Pillow may raise anything for a broken file."""
     try:
-        with picture_file.opened(path) as image:
+        with picture_file.open_picture(path) as image:
             yield image
     except K2Error:
         raise
@@ -102,11 +102,11 @@ def opened(path: Path) -> Iterator[Image.Image]:
         raise K2Error(f"{path} cannot be read as a picture: {error}.", hint=hint) from None
 
 
-def composite_on(ground: str, rgba: Image.Image) -> Image.Image:
-    """The picture, opaque, on `ground`. In place and in strips, as it may be large."""
+def composite_on(background: str, rgba: Image.Image) -> Image.Image:
+    """The picture, opaque, on `background`. In place and in strips, as it may be large."""
     for top in range(0, rgba.height, STRIP_ROWS):
         strip = rgba.crop((0, top, rgba.width, min(top + STRIP_ROWS, rgba.height)))
-        rgba.paste(Image.alpha_composite(Image.new("RGBA", strip.size, ground), strip), (0, top))
+        rgba.paste(Image.alpha_composite(Image.new("RGBA", strip.size, background), strip), (0, top))
     return rgba
 
 

@@ -9,7 +9,7 @@ from model.errors import K2Error
 
 EXAMPLE = "Like 96x64+80+120: width, height, left, top."
 REGION_LIKE = re.compile(r"\s*\d+\s*[xX×][-+\s\dxX×]*")  # meant as a region, not as a file name
-SHAPE = re.compile(r"(\d{1,5})x(\d{1,5})\+(\d{1,5})\+(\d{1,5})")
+REGION_PATTERN = re.compile(r"(\d{1,5})x(\d{1,5})\+(\d{1,5})\+(\d{1,5})")
 
 
 class Region(NamedTuple):
@@ -21,9 +21,9 @@ class Region(NamedTuple):
     top: int
 
     @classmethod
-    def read(cls, text: str) -> Region | None:
+    def parse(cls, text: str) -> Region | None:
         """ "96x64+80+120": 96 wide, 64 high, 80 from the left, 120 from the top. None if it is not a region."""
-        found = SHAPE.fullmatch(text)
+        found = REGION_PATTERN.fullmatch(text)
         return cls(*map(int, found.groups())) if found else None
 
     def __str__(self) -> str:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 from model.avoid import avoided_words, negative_prompt, phrases_in
-from model.cohesion import leader_of
+from model.cohesion import lead_spec
 from model.errors import K2Error
 from model.reference_weights import WeightedReference, check_references, resolve_auto, weigh
 from model.region import EXAMPLE, Region
@@ -104,7 +104,7 @@ def resolve_spec(spec: RenderSpec, model: Capabilities) -> ResolvedSpec:
         what = "mask" if spec.mask else "denoise"
         raise K2Error(f"There is no picture to {what}.", hint="Name it as init_image.")
     if isinstance(spec.mask, str):
-        region = Region.read(spec.mask)
+        region = Region.parse(spec.mask)
         if region is None:
             raise K2Error(f'"{spec.mask}" is not a region.', hint=EXAMPLE)
         region.check(width, height)
@@ -230,21 +230,25 @@ def weighted_prompts(spec: RenderSpec) -> list[WeightedPrompt]:
     (t_k − t_{k−1}) (v_k − v_0). If pictures or a LoRA carry a style's strength, its words join in full, even if a
     keywords-only style has them too.
     """
-    said = [(style, style.keywords if style.strength > 0 else style.avoids) for style in spec.styles]
-    whole = {word for style, words in said if has_carrier(style) for word in (*words, *style.triggers)}
+    style_words = [(style, style.keywords if style.strength > 0 else style.avoids) for style in spec.styles]
+    unweighted = {word for style, words in style_words if has_carrier(style) for word in (*words, *style.triggers)}
     return split_by_strength(
-        spec.prompt, [(abs(style.strength), words) for style, words in said if not has_carrier(style)], whole
+        spec.prompt,
+        [(abs(style.strength), words) for style, words in style_words if not has_carrier(style)],
+        unweighted,
     )
 
 
 def weighted_negatives(spec: RenderSpec) -> list[WeightedPrompt]:
     """The negative prompts whose velocities guidance leads away from, with shares as in `weighted_prompts`: they hold
     what styles avoid, or, for styles of negative strength, their keywords."""
-    said = [(style, [phrase for text in avoided_words(style) for phrase in phrases_in(text)]) for style in spec.styles]
-    whole = {phrase for style, found in said if has_carrier(style) for phrase in found}
-    alone = [(abs(style.strength), found) for style, found in said if not has_carrier(style)]
+    style_phrases = [
+        (style, [phrase for text in avoided_words(style) for phrase in phrases_in(text)]) for style in spec.styles
+    ]
+    unweighted = {phrase for style, found in style_phrases if has_carrier(style) for phrase in found}
+    weighted = [(abs(style.strength), found) for style, found in style_phrases if not has_carrier(style)]
     prompt = negative_prompt(spec)
-    found = split_by_strength(", ".join(phrases_in(prompt)), alone, whole)
+    found = split_by_strength(", ".join(phrases_in(prompt)), weighted, unweighted)
     return found if len(found) > 1 else [WeightedPrompt(prompt, 1.0)]
 
 
@@ -254,21 +258,21 @@ def has_carrier(style: Style) -> bool:
 
 
 def split_by_strength(
-    prompt: str, alone: Sequence[tuple[float, Sequence[str]]], whole: Collection[str]
+    prompt: str, weighted: Sequence[tuple[float, Sequence[str]]], unweighted: Collection[str]
 ) -> list[WeightedPrompt]:
     """A prompt in versions: with all words of these strengths, with only the stronger ones … and with none."""
     parts: dict[str, list[float]] = {}
-    for strength, words in alone:
+    for strength, words in weighted:
         for word in dict.fromkeys(words):
             parts.setdefault(word, []).append(strength)
     # rounded, or 0.1 + 0.2 and 0.3 would count as two strengths
-    sums = {word: round(math.fsum(each), 12) for word, each in parts.items() if word not in whole}
+    sums = {word: round(math.fsum(each), 12) for word, each in parts.items() if word not in unweighted}
     strengths = {word: min(total, max(1, *parts[word])) for word, total in sums.items()}
     found, before = [], 0.0
     for strength in sorted({*strengths.values()}):
-        reached = ease(strength)
-        found.append(WeightedPrompt(prompt, reached - before))
-        prompt, before = without(prompt, [word for word, own in strengths.items() if own == strength]), reached
+        eased = ease(strength)
+        found.append(WeightedPrompt(prompt, eased - before))
+        prompt, before = remove_words(prompt, [word for word, own in strengths.items() if own == strength]), eased
     return [each for each in (*found, WeightedPrompt(prompt, 1 - before)) if each.share]
 
 
@@ -277,7 +281,7 @@ def ease(strength: float) -> float:
     return min(strength, (1 + strength) / 2)
 
 
-def without(prompt: str, words: Iterable[str]) -> str:
+def remove_words(prompt: str, words: Iterable[str]) -> str:
     """A prompt without these words, where they stand between commas; the last occurrence of each is removed."""
     for word in words:
         parts = f", {prompt}, ".rpartition(f", {word}, ")
@@ -295,10 +299,10 @@ def evaluations(spec: ResolvedSpec) -> int:
 
 def batch_key(spec: ResolvedSpec) -> Hashable:
     """What pictures must share to be rendered together."""
-    course = (spec.height, spec.width, spec.steps, spec.first_step, bool(spec.mask), spec.mu, spec.sampler)
+    schedule = (spec.height, spec.width, spec.steps, spec.first_step, bool(spec.mask), spec.mu, spec.sampler)
     guided = (spec.guidance, spec.end_of_guidance, spec.style_guidance)
     spliced = tuple((style.strength, style.references) for style in spec.styles if style.method == "splice")
-    said = (weighted_prompts(spec), weighted_negatives(spec) if spec.guidance else ())
-    shares = tuple(tuple(version.share for version in each) for each in said)
+    versions = (weighted_prompts(spec), weighted_negatives(spec) if spec.guidance else ())
+    shares = tuple(tuple(version.share for version in each) for each in versions)
     looks = (fade_weight(spec), prompt_branches(spec), shares, spec.leak_guard, spliced)
-    return course, guided, looks, spec.adapters, spec.cohesion, leader_of(spec)
+    return schedule, guided, looks, spec.adapters, spec.cohesion, lead_spec(spec)

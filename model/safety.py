@@ -21,7 +21,7 @@ from PIL import Image
 from model.errors import K2Error
 from model.spec import Picture
 
-GROUP = "k2.filters"
+ENTRY_POINT_GROUP = "k2.filters"
 
 
 @dataclass(frozen=True)
@@ -35,22 +35,22 @@ class Verdict:
 Filter = Callable[[Image.Image, Mapping[str, Any]], Verdict]
 
 
-def installed() -> dict[str, Filter]:
+def installed_filters() -> dict[str, Filter]:
     """The filters of installed packages, by name; if two packages use the same name, with the entry point added.
 
     Raises K2Error for one that cannot be loaded.
     """
     filters: dict[str, Filter] = {}
-    for point in sorted(entry_points(group=GROUP), key=lambda point: (point.name, point.value)):
+    for point in sorted(entry_points(group=ENTRY_POINT_GROUP), key=lambda point: (point.name, point.value)):
         name = point.name if point.name not in filters else f"{point.name} of {point.value}"
         try:
             filters[name] = point.load()
         except Exception as error:  # whatever a third-party package raises on import
-            raise failure(point.name, error) from error
+            raise filter_error(point.name, error) from error
     return filters
 
 
-def filters_of(filters: Any) -> Mapping[str, Filter] | Sequence[Filter]:
+def check_filters(filters: Any) -> Mapping[str, Filter] | Sequence[Filter]:
     """A caller's filters as a reusable collection: an iterator would be exhausted after the first picture.
 
     Raises K2Error if they are not callable.
@@ -62,28 +62,28 @@ def filters_of(filters: Any) -> Mapping[str, Filter] | Sequence[Filter]:
     raise K2Error("Filters must be a list of functions.", hint="Like filters=[check].")
 
 
-def name_of(check: Filter) -> str:
+def filter_name(check: Filter) -> str:
     return getattr(check, "__name__", type(check).__name__)
 
 
 def review(picture: Picture, filters: Mapping[str, Filter] | Iterable[Filter]) -> Picture:
     """The picture unchanged if every filter allows it; else a black one, whose record says which filter blocked it and
     why."""
-    named = filters.items() if isinstance(filters, Mapping) else [(name_of(check), check) for check in filters]
+    named = filters.items() if isinstance(filters, Mapping) else [(filter_name(check), check) for check in filters]
     for name, check in named:
         try:
             verdict = check(picture.image.copy(), picture.record)
         except Exception as error:  # a classifier's own errors; the picture stays unseen
-            raise failure(name, error) from error
+            raise filter_error(name, error) from error
         if not isinstance(verdict, Verdict):
-            raise failure(name, TypeError(f"it returned {type(verdict).__name__}, not a Verdict"))
+            raise filter_error(name, TypeError(f"it returned {type(verdict).__name__}, not a Verdict"))
         if not verdict.allowed:
             blocked = {"filter": name, "reason": verdict.reason or "no reason given"}
             return Picture(Image.new("RGB", picture.image.size), {**picture.record, "blocked": blocked})
     return picture
 
 
-def failure(name: str, error: Exception) -> K2Error:
+def filter_error(name: str, error: Exception) -> K2Error:
     return K2Error(
         f'The output filter "{name}" failed: {error or type(error).__name__}.',
         hint="No picture passes unchecked. Fix the filter, or uninstall the package that provides it.",

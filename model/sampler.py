@@ -20,12 +20,12 @@ def shifted_sigmas(steps: int, mu: float) -> list[float]:
     return [shift * t / (shift * t + (1 - t)) for t in ((steps - i) / steps for i in range(steps + 1))]
 
 
-def guided(conditional: Tensor, unconditional: Tensor, guidance: float) -> Tensor:
+def apply_guidance(conditional: Tensor, unconditional: Tensor, guidance: float) -> Tensor:
     """Classifier-free guidance, on Krea's scale: 0 is off, 3.5 is what others call 4.5."""
     return conditional + guidance * (conditional - unconditional)
 
 
-def style_guided(styled: Tensor, conditional: Tensor, guided: Tensor, style_guidance: float) -> Tensor:
+def apply_style_guidance(styled: Tensor, conditional: Tensor, guided: Tensor, style_guidance: float) -> Tensor:
     """The style's own term on top of the prompt's guidance, on the same scale: 0 adds the style's effect once."""
     return guided + (1 + style_guidance) * (styled - conditional)
 
@@ -52,22 +52,22 @@ def adams_bashforth(
     tokens: Tensor,
     sigmas: list[float],
     on_step: Callable[[int], None] | None = None,
-    anew: Collection[int] = (),
+    restart_steps: Collection[int] = (),
     first: int = 0,
 ) -> Tensor:
     """Second-order `euler`: each step extrapolates from the last two velocities, at no extra evaluation.
 
-    v_n + h_n / (2 h_{n−1}) · (v_n − v_{n−1}) replaces v_n, with h the steps' lengths: two-step Adams–Bashforth
-    (Hairer, Nørsett and Wanner, Solving Ordinary Differential Equations I, III.5). `anew`: steps whose velocity field
+    v_n + h_n / (2 h_{n−1}) · (v_n − v_{n−1}) replaces v_n, with h the steps' lengths: two-step Adams–Bashforth (Hairer,
+    Nørsett and Wanner, Solving Ordinary Differential Equations I, III.5). `restart_steps`: steps whose velocity field
     differs from that of the step before, where extrapolation would mislead; they are Euler steps, like the first.
     """
-    before: tuple[Tensor, float] | None = None
+    previous: tuple[Tensor, float] | None = None
     for step, (sigma, next_sigma) in islice(enumerate(pairwise(sigmas)), first, None):
         v, length = velocity(tokens, step), next_sigma - sigma
-        ahead = v
-        if before is not None and step not in anew:
-            ahead = v + length / (2 * before[1]) * (v - before[0])
-        tokens, before = tokens + length * ahead, (v, length)
+        extrapolated = v
+        if previous is not None and step not in restart_steps:
+            extrapolated = v + length / (2 * previous[1]) * (v - previous[0])
+        tokens, previous = tokens + length * extrapolated, (v, length)
         if on_step is not None:
             on_step(step + 1 - first)
     return tokens

@@ -45,8 +45,8 @@ def mentions(text: str, words: str) -> bool:
 
 def in_limits(key: str, value: float) -> bool:
     """Whether a number is within its limits; NaN is not."""
-    least, most = LIMITS[key]
-    return least <= value <= most
+    low, high = LIMITS[key]
+    return low <= value <= high
 
 
 def limits_of(key: str) -> str:
@@ -69,9 +69,9 @@ def steps_guided(until: float, taken: int) -> int:
     return math.ceil(round(until * taken, 6))
 
 
-def raw_mu(image_tokens: int, line: tuple[float, float] = (0.5, 1.15)) -> float:
+def raw_mu(image_tokens: int, ends: tuple[float, float] = (0.5, 1.15)) -> float:
     """Log of Raw's time shift: linear in the number of image tokens, not clamped. line: values at 256 and 6400."""
-    low, high = line
+    low, high = ends
     return low + (high - low) * (image_tokens - 256) / (6400 - 256)
 
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from model.cohesion import leader_of, shared_amounts
+from model.cohesion import lead_spec, shared_amounts
 from model.resolve import ResolvedSpec
 
 RECORDED_SEPARATELY = ("styles", "loras", "leader", "init_image", "mask")  # fields that are recorded in another form
@@ -14,13 +14,13 @@ RECORDED_SEPARATELY = ("styles", "loras", "leader", "init_image", "mask")  # fie
 
 def spec_table(spec: ResolvedSpec, files: Mapping[Path, str]) -> dict[str, Any]:
     """A resolved spec for a record; `files` are the sha256 of its references, init image and mask."""
-    begun, mask = spec.init_image, spec.mask
+    init_image, mask = spec.init_image, spec.mask
     masked = {"image": str(mask), "sha256": files[mask]} if isinstance(mask, Path) else {"region": mask}
     return {
         **{key: value for key, value in vars(spec).items() if key not in RECORDED_SEPARATELY and value is not None},
-        **({"init_image": {"image": str(begun), "sha256": files[begun]}} if begun else {}),
+        **({"init_image": {"image": str(init_image), "sha256": files[init_image]}} if init_image else {}),
         **({"mask": masked} if mask else {}),
-        **({"leader": vars(spec.leader), "shared": shared_amounts(spec)} if leader_of(spec) else {}),
+        **({"leader": vars(spec.leader), "shared": shared_amounts(spec)} if lead_spec(spec) else {}),
         "styles": [
             {
                 "name": style.name,

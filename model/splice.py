@@ -96,7 +96,7 @@ def moments(x: Tensor) -> tuple[Tensor, Tensor]:
     return mean, variance
 
 
-def mixture(means: Sequence[Tensor], variances: Sequence[Tensor], shares: Sequence[float]) -> tuple[Tensor, Tensor]:
+def mix_moments(means: Sequence[Tensor], variances: Sequence[Tensor], shares: Sequence[float]) -> tuple[Tensor, Tensor]:
     """Mean and variance of a mixture of distributions, whose shares add up to one."""
     share = torch.tensor(shares, device=means[0].device).view(-1, *[1] * means[0].dim())
     each = torch.stack(list(means))
@@ -107,14 +107,14 @@ def mixture(means: Sequence[Tensor], variances: Sequence[Tensor], shares: Sequen
 def pull_statistics(x: Tensor, mean: Tensor, variance: Tensor, pull: float, eps: float = 1e-6) -> Tensor:
     """x [B, heads, L, d] with its statistics over the tokens moved towards the given ones, [heads, 1, d]."""
     own_mean, own_variance = moments(x)
-    there = (x.float() - own_mean) * ((variance + eps) / (own_variance + eps)).sqrt() + mean
-    return x.float().lerp(there, pull).to(x.dtype)
+    target = (x.float() - own_mean) * ((variance + eps) / (own_variance + eps)).sqrt() + mean
+    return x.float().lerp(target, pull).to(x.dtype)
 
 
 # ---- against leakage: the parts of a key that encode positions in the reference -------------------------------------
 
 
-def damping(config: DiTConfig, sigma: float) -> Tensor:
+def damping_factors(config: DiTConfig, sigma: float) -> Tensor:
     """A factor for each dimension of a key, [d]. Fast-rotating pairs carry the layout, and with it the content; they
     fade as the picture forms, while slow ones gain a little."""
     high, low = DAMP_HIGH * sigma, 1 + DAMP_LOW * (1 - sigma)
@@ -123,20 +123,20 @@ def damping(config: DiTConfig, sigma: float) -> Tensor:
     return torch.cat((torch.ones(frame), *(ramp.repeat_interleave(2) for ramp in ramps)))
 
 
-def shift_keys(k: Tensor, config: DiTConfig, reach: float) -> Tensor:
+def shift_keys(k: Tensor, config: DiTConfig, column_offset: float) -> Tensor:
     """Keys [..., L, d] rotated as if the reference lay to the right of the picture: (row, column + reach)."""
     frame, rows, across = config.rope_axes
     speeds = config.rope_base ** -(torch.arange(0, across, 2, dtype=torch.float64) / across)
-    angle = torch.cat((torch.zeros((frame + rows) // 2), reach * speeds))
+    angle = torch.cat((torch.zeros((frame + rows) // 2), column_offset * speeds))
     return rotate(k, torch.stack((angle.cos(), angle.sin()), -1).to(k.device, torch.float32))
 
 
-def guard_keys(k: Tensor, config: DiTConfig, guard: str, sigma: float, reach: float) -> Tensor:
+def guard_keys(k: Tensor, config: DiTConfig, guard: str, sigma: float, column_offset: float) -> Tensor:
     """A reference's keys [n, K, L, d] with the guard applied, as the picture's queries see them."""
     if guard in ("damping", "both"):
-        k = (k.float() * damping(config, sigma).to(k.device)).to(k.dtype)
+        k = (k.float() * damping_factors(config, sigma).to(k.device)).to(k.dtype)
     if guard in ("shift", "both"):
-        k = shift_keys(k, config, reach)
+        k = shift_keys(k, config, column_offset)
     return k * KEY_GAIN
 
 
@@ -152,13 +152,13 @@ def spliced_attention(captures: Sequence[Capture], keys: Sequence[Tensor], weigh
     """
     strength = math.fsum(weights)
     shares = [weight / strength for weight in weights]
-    blend, beyond = min(strength, 1.0), max(strength, 1.0)
-    pull = min(1.0, PULL + (1 - PULL) * (beyond - 1))
+    blend, gain = min(strength, 1.0), max(strength, 1.0)
+    pull = min(1.0, PULL + (1 - PULL) * (gain - 1))
     length = captures[0].k.shape[2]
-    biases = [math.log(share * beyond) for share in shares]
+    biases = [math.log(share * gain) for share in shares]
     bias = torch.tensor(biases).repeat_interleave(length) if any(biases) else None
-    q_mean, q_var = mixture([c.q_mean for c in captures], [c.q_var for c in captures], shares)
-    k_mean, k_var = mixture([c.k_mean for c in captures], [c.k_var for c in captures], shares)
+    q_mean, q_var = mix_moments([c.q_mean for c in captures], [c.q_var for c in captures], shares)
+    k_mean, k_var = mix_moments([c.k_mean for c in captures], [c.k_var for c in captures], shares)
     extra_k, extra_v = torch.cat(list(keys), 2), torch.cat([c.v for c in captures], 2)
 
     def block(i: int) -> Attend:
@@ -190,14 +190,16 @@ class Splice:
         references: Sequence[WeightedReference],
         capture_at: Callable[[WeightedReference, int], Capture],
         sigmas: Sequence[float],
-        reach: float,
+        column_offset: float,
         guard: str = LEAK_GUARD,
     ):
-        """capture_at(reference, step) gives its capture for that step; reach of the picture's grid (`Krea2.reach`)."""
-        self.dit, self.capture_at, self.sigmas, self.reach, self.guard = dit, capture_at, sigmas, reach, guard
-        self.toward = [r for r in references if r.weight > 0]
-        self.away = [r for r in references if r.weight < 0]
-        self.push = -math.fsum(r.weight for r in self.away)
+        """capture_at(reference, step) gives its capture for that step; column_offset of the picture's grid, as in
+        `Krea2`."""
+        self.dit, self.capture_at, self.sigmas = dit, capture_at, sigmas
+        self.column_offset, self.guard = column_offset, guard
+        self.positive = [r for r in references if r.weight > 0]
+        self.negative = [r for r in references if r.weight < 0]
+        self.negative_strength = -math.fsum(r.weight for r in self.negative)
 
     def velocity(self, evaluate: Callable[[list[Attend | None] | None], Tensor], step: int) -> Tensor:
         """The spliced velocity. It takes one evaluation, two with only negative weights, three with both signs.
@@ -206,23 +208,25 @@ class Splice:
         """
         if self.sigmas[step] >= 1:
             return evaluate(None)
-        toward = evaluate(self._attention(self.toward, step)) if self.toward else evaluate(None)
-        if not self.away:
+        toward = evaluate(self._attention(self.positive, step)) if self.positive else evaluate(None)
+        if not self.negative:
             return toward
-        native = evaluate(None) if self.toward else toward
-        away = evaluate(self._attention([r._replace(weight=-r.weight / self.push) for r in self.away], step))
-        return toward - self.push * (away - native)
+        native = evaluate(None) if self.positive else toward
+        away = evaluate(
+            self._attention([r._replace(weight=-r.weight / self.negative_strength) for r in self.negative], step)
+        )
+        return toward - self.negative_strength * (away - native)
 
     def _attention(self, references: Sequence[WeightedReference], step: int) -> list[Attend | None]:
         captures = [self.capture_at(reference, step) for reference in references]
-        keys = [guard_keys(c.k, self.dit.config, self.guard, self.sigmas[step], self.reach) for c in captures]
+        keys = [guard_keys(c.k, self.dit.config, self.guard, self.sigmas[step], self.column_offset) for c in captures]
         return [
             *[None] * first_block(len(self.dit.blocks)),
             *spliced_attention(captures, keys, [reference.weight for reference in references]),
         ]
 
 
-def noised(latents: Tensor, noise: Tensor, sigma: float, patch: int) -> Tensor:
+def add_noise(latents: Tensor, noise: Tensor, sigma: float, patch: int) -> Tensor:
     """A reference at a noise level: latents and noise [1, C, H, W] -> tokens [1, L, C·p·p], fp32."""
     return patchify((1 - sigma) * latents.float() + sigma * noise, patch)
 
@@ -247,10 +251,10 @@ class CaptureCache:
             os.utime(path)
         return found
 
-    def put(self, facts: Mapping[str, Any], capture: Capture, of: int = 1) -> None:
-        """Store a capture under these facts. `of`: how many such captures the run makes; if they cannot all be kept,
+    def put(self, facts: Mapping[str, Any], capture: Capture, count: int = 1) -> None:
+        """Store a capture under these facts. `count`: how many such captures the run makes; if they cannot all be kept,
         none is written."""
-        if capture.nbytes * of > self.limit:
+        if capture.nbytes * count > self.limit:
             return
         path = self._path(facts)
         with suppress(OSError, SafetensorError):

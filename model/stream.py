@@ -17,11 +17,11 @@ from torch import Tensor, nn
 
 PAGE = 4096  # bytes; larger pages are just touched more than once
 
-Read = Callable[[Iterable[str]], dict[str, Tensor]]  # a network's tensors by name, on the CPU
+ReadTensors = Callable[[Iterable[str]], dict[str, Tensor]]  # a network's tensors by name, on the CPU
 Arrival = tuple[dict[str, Tensor], Any]  # a block's tensors, and the event of their arrival on a card (CUDA)
 
 
-def stream(network: nn.Module, stem: str, read: Read, device: torch.device, *, keep: bool = False) -> None:
+def stream(network: nn.Module, stem: str, read: ReadTensors, device: torch.device, *, keep: bool = False) -> None:
     """Have the blocks in a network's list `stem` read when they are needed.
 
     network  its blocks are on the meta device, and return there; adapters can be applied all the same
@@ -40,8 +40,8 @@ def stream(network: nn.Module, stem: str, read: Read, device: torch.device, *, k
         return {names[index][name]: tensor for name, tensor in read(names[index]).items()}
 
     streamed = BlockStream(list(blocks.children()), read_block, device, keep and device.type == "cuda")
-    fill = {f"{stem}.{index}.": partial(streamed.loaded, index) for index in range(len(names))}
-    network.__dict__["at_hand"] = fill  # not part of its state
+    loaders = {f"{stem}.{index}.": partial(streamed.loaded, index) for index in range(len(names))}
+    network.__dict__["at_hand"] = loaders  # not part of its state
 
 
 def block_loaded(network: nn.Module, name: str) -> AbstractContextManager[None]:
@@ -50,7 +50,7 @@ def block_loaded(network: nn.Module, name: str) -> AbstractContextManager[None]:
     return next((fill for block, fill in streamed.items() if name.startswith(block)), nullcontext)()
 
 
-def pinned(tensor: Tensor) -> Tensor:
+def pin(tensor: Tensor) -> Tensor:
     """The tensor in pinned memory, which a card can copy from by itself; unpinned, with slower copies, if no more is
     available: Windows allows half of all memory."""
     try:
@@ -59,7 +59,7 @@ def pinned(tensor: Tensor) -> Tensor:
         return tensor
 
 
-def kept_bytes(tensor: Tensor, device: torch.device) -> int:
+def cached_bytes(tensor: Tensor, device: torch.device) -> int:
     """The bytes that a cached tensor takes: for a card it is pinned, and PyTorch rounds that up to a power of two."""
     return 1 << (tensor.nbytes - 1).bit_length() if device.type == "cuda" else tensor.nbytes
 
@@ -73,51 +73,51 @@ class BlockStream:
         self.blocks, self.read, self.device, self.keep = blocks, read, device, keep
         self.cached: dict[int, dict[str, Tensor]] = {}
         self.empty = [block.state_dict() for block in blocks]
-        self.reader = ThreadPoolExecutor(1, "weights")
+        self.executor = ThreadPoolExecutor(1, "weights")
         self.arriving: tuple[int, Future[Arrival]] | None = None
         self.copy_stream = torch.cuda.Stream(device) if device.type == "cuda" else None
-        self.done: Any = None  # the event after which the block before has run (CUDA)
+        self.done_event: Any = None  # the event after which the block before has run (CUDA)
         for index, block in enumerate(blocks):
             block.register_forward_pre_hook(partial(self._fill, index))
-            block.register_forward_hook(partial(self._empty, index), always_call=True)  # even after an error
+            block.register_forward_hook(partial(self._unload, index), always_call=True)  # even after an error
 
     def _fill(self, index: int, block: nn.Module, inputs: Any) -> None:
         coming, self.arriving = self.arriving, None  # taken, so that a failed read is started again
-        self._put(block, *(coming[1].result() if coming and coming[0] == index else self._fetch(index)))
+        self._load(block, *(coming[1].result() if coming and coming[0] == index else self._fetch(index)))
         after = (index + 1) % len(self.blocks)  # the last block is followed by the next step's first
-        self.arriving = after, self.reader.submit(self._fetch, after)
+        self.arriving = after, self.executor.submit(self._fetch, after)
 
     @contextmanager
     def loaded(self, index: int) -> Iterator[None]:
         """A context in which a block has its weights out of turn."""
-        self._put(self.blocks[index], *self.reader.submit(self._fetch, index).result())
+        self._load(self.blocks[index], *self.executor.submit(self._fetch, index).result())
         try:
             yield
         finally:
-            self._empty(index, self.blocks[index], None, None)
+            self._unload(index, self.blocks[index], None, None)
 
-    def _put(self, block: nn.Module, state: dict[str, Tensor], arrived: Any) -> None:
+    def _load(self, block: nn.Module, state: dict[str, Tensor], arrived: Any) -> None:
         if arrived is not None:
-            here = torch.cuda.current_stream(self.device)
-            here.wait_event(arrived)
+            compute_stream = torch.cuda.current_stream(self.device)
+            compute_stream.wait_event(arrived)
             for tensor in state.values():
-                tensor.record_stream(here)
+                tensor.record_stream(compute_stream)
         else:  # in this thread: two using Metal at once would crash the process
             state = {name: tensor.to(self.device) for name, tensor in state.items()}
         block.load_state_dict(state, strict=True, assign=True)
 
-    def _empty(self, index: int, block: nn.Module, inputs: Any, answer: Any) -> None:
+    def _unload(self, index: int, block: nn.Module, inputs: Any, output: Any) -> None:
         block.load_state_dict(self.empty[index], strict=True, assign=True)
         if self.copy_stream is not None:
-            self.done = torch.cuda.current_stream(self.device).record_event()
+            self.done_event = torch.cuda.current_stream(self.device).record_event()
 
     def _fetch(self, index: int) -> Arrival:
         """A block's tensors, being copied to a card; otherwise still in host memory."""
-        if self.done is not None:
-            self.done.synchronize()  # or copies would run ahead of the computation and fill the card
+        if self.done_event is not None:
+            self.done_event.synchronize()  # or copies would run ahead of the computation and fill the card
         state = self.cached.get(index) or self.read(index)
         if self.copy_stream is not None:
-            state = {name: tensor if tensor.is_pinned() else pinned(tensor) for name, tensor in state.items()}
+            state = {name: tensor if tensor.is_pinned() else pin(tensor) for name, tensor in state.items()}
         if self.keep:
             self.cached[index] = state
         if self.copy_stream is not None:

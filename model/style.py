@@ -79,7 +79,7 @@ class StyleEncoder(nn.Module):
         rows = self.to_rows(trunk).view(-1, c.rows, c.text_taps, c.text_width)
         return rows, F.normalize(self.to_vector(trunk), dim=-1)
 
-    def read(self, latents: Tensor) -> Tensor:
+    def encode_reference(self, latents: Tensor) -> Tensor:
         """A reference's rows, latents [1, C, H, W] -> [K, N, E], with tiles shuffled as in training.
 
         Seams are part of the statistics that the encoder was trained on, so an unshuffled picture works less well.

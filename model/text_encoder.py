@@ -22,9 +22,9 @@ from torch.nn import functional as F
 from model.attention import attention
 from model.checkpoint import Checkpoint, open_checkpoint, refuse_unreadable
 from model.comfy_formats import is_auxiliary
-from model.errors import K2Error, count_of, listed
+from model.errors import K2Error, listed, pluralise
 from model.headers import read_json
-from model.library import weights_of
+from model.library import text_weights
 from model.stream import stream
 
 SYSTEM = (
@@ -34,7 +34,7 @@ SYSTEM = (
 PREFIX = f"<|im_start|>system\n{SYSTEM}<|im_end|>\n<|im_start|>user\n"
 SUFFIX = "<|im_end|>\n<|im_start|>assistant\n"
 PREFIX_TOKENS, SUFFIX_TOKENS = 34, 5  # the prefix's rows are dropped, the suffix's kept
-PROMPT_TOKENS = 507  # longer prompts are truncated
+MAX_PROMPT_TOKENS = 507  # longer prompts are truncated
 SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 KREA_TAPS = tuple(range(2, 36, 3))  # of Qwen3-VL-4B's 36 layers
 PREFIXES = ("", "model.language_model.", "language_model.", "model.")  # of the tower's names, depending on the writer
@@ -115,9 +115,9 @@ QWEN3_VL_4B = TextConfig(
 class VisionInputs(NamedTuple):
     """What a vision tower puts into a sequence of T tokens, and the positions of all of them."""
 
-    where: Tensor  # [T] True = a picture's
+    mask: Tensor  # [T] True = a picture's
     rows: Tensor  # [V, E] replace their embeddings
-    deep: list[Tensor]  # [V, E] each, added after the first layers
+    deepstack: list[Tensor]  # [V, E] each, added after the first layers
     positions: Tensor  # [3, T]: time, row, column
 
 
@@ -203,7 +203,7 @@ class TextTower(nn.Module):
             self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
     def forward(
-        self, ids: Tensor, past: Cache | None = None, seen: VisionInputs | None = None, saved: int = 0
+        self, ids: Tensor, past: Cache | None = None, vision: VisionInputs | None = None, saved_positions: int = 0
     ) -> tuple[Tensor, Cache]:
         """ids [B, T], past of the P tokens before (B or 1 rows) -> taps [B, T, N, E] and the cache of all P + T tokens.
 
@@ -214,19 +214,21 @@ class TextTower(nn.Module):
         length = ids.shape[1]
         x = self.embed_tokens(ids)
         mask = torch.ones(length, before + length, dtype=torch.bool, device=ids.device).tril(before)
-        if seen is None:
-            positions = torch.arange(before - saved, before - saved + length, device=ids.device).expand(3, -1)
+        if vision is None:
+            positions = torch.arange(
+                before - saved_positions, before - saved_positions + length, device=ids.device
+            ).expand(3, -1)
         else:
-            x[:, seen.where], positions = seen.rows, seen.positions
+            x[:, vision.mask], positions = vision.rows, vision.positions
         rope = self.rope(positions, x)
         states, cache = [x], []
         for index, layer in enumerate(self.layers):
             x, keys_values = layer(x, rope, mask, past[index] if past else None)
             states.append(x)
             cache.append(keys_values)
-            if seen is not None and index < len(seen.deep):
+            if vision is not None and index < len(vision.deepstack):
                 x = x.clone()  # a tap is the layer's output, before anything is added
-                x[:, seen.where] += seen.deep[index]
+                x[:, vision.mask] += vision.deepstack[index]
         if hasattr(self, "norm"):
             states[-1] = self.norm(x)
         return torch.stack([states[tap] for tap in self.config.taps], 2), cache
@@ -264,7 +266,7 @@ class TextEncoder:
 
     @cached_property
     @torch.no_grad()
-    def prefix(self) -> Cache:
+    def prefix_cache(self) -> Cache:
         """The template's keys and values: the same for all prompts, since attention is causal."""
         return self.tower(self.prefix_ids)[1]
 
@@ -287,32 +289,32 @@ class TextEncoder:
 
     def token_ids(self, prompt: str) -> list[int]:
         """The prompt's tokens and the suffix; space around the prompt means nothing and is stripped."""
-        return self._own(prompt)[:PROMPT_TOKENS] + self.suffix
+        return self._prompt_ids(prompt)[:MAX_PROMPT_TOKENS] + self.suffix
 
     def truncated(self, prompt: str) -> int:
         """How many tokens are truncated from the end of a prompt."""
-        return max(0, len(self._own(prompt)) - PROMPT_TOKENS)
+        return max(0, len(self._prompt_ids(prompt)) - MAX_PROMPT_TOKENS)
 
-    def _own(self, prompt: str) -> list[int]:
+    def _prompt_ids(self, prompt: str) -> list[int]:
         text = prompt.encode("utf-8", "replace").decode().strip()  # lone surrogates become question marks
         return self.tokenizer.encode(text, add_special_tokens=False).ids
 
     @torch.no_grad()
-    def encode(self, prompts: list[str], *, at_once: int = 1, multiple: int = 1) -> tuple[Tensor, Tensor]:
+    def encode(self, prompts: list[str], *, batch_size: int = 1, pad_to_multiple_of: int = 1) -> tuple[Tensor, Tensor]:
         """Prompts -> embeds [B, T, N, E], mask [B, T] True = real; T is the longest prompt's tokens + 5.
 
-        With `at_once` = 1 a prompt's rows are bit for bit the same whatever else is in the list; larger is faster.
-        `multiple` rounds T up.
+        With `batch_size` = 1 a prompt's rows are bit for bit the same whatever else is in the list; larger is faster.
+        `pad_to_multiple_of` rounds T up.
         """
         rows = [self.token_ids(prompt) for prompt in prompts]
-        longest, device = -(-max(map(len, rows)) // multiple) * multiple, self.prefix_ids.device
+        longest, device = -(-max(map(len, rows)) // pad_to_multiple_of) * pad_to_multiple_of, self.prefix_ids.device
         mask = torch.arange(longest, device=device) < torch.tensor([len(r) for r in rows], device=device)[:, None]
         embeds = []
-        for start in range(0, len(rows), at_once):
-            part = rows[start : start + at_once]
-            width = -(-max(map(len, part)) // multiple) * multiple
+        for start in range(0, len(rows), batch_size):
+            part = rows[start : start + batch_size]
+            width = -(-max(map(len, part)) // pad_to_multiple_of) * pad_to_multiple_of
             ids = torch.tensor([row + [0] * (width - len(row)) for row in part], device=device)
-            embeds.append(F.pad(self.tower(ids, self.prefix)[0], (0, 0, 0, 0, 0, longest - width)))
+            embeds.append(F.pad(self.tower(ids, self.prefix_cache)[0], (0, 0, 0, 0, 0, longest - width)))
         return torch.cat(embeds) * mask[..., None, None], mask
 
 
@@ -345,30 +347,30 @@ def open_tower(path: Path, taps: tuple[int, ...] | None = None) -> tuple[TextTow
     path: as for `TextEncoder.load`. Raises K2Error if the tensors do not match the config, or, before that, if another
     tool packed them, as their shapes and names then differ.
     """
-    checkpoint = open_checkpoint(weights_of(path))
+    checkpoint = open_checkpoint(text_weights(path))
     if any(file.suffix == ".gguf" for file in checkpoint.files):  # llama.cpp's, which uses other names
         raise K2Error(f"{path} is a GGUF file, but text encoders are read from safetensors only.", hint=USE_OWN_ENCODER)
     prefix = next((p for p in PREFIXES if f"{p}embed_tokens.weight" in checkpoint.tensors), "")
-    own = {name.removeprefix(prefix): s for name, s in checkpoint.tensors.items() if name.startswith(prefix)}
-    refuse_unreadable(replace(checkpoint, tensors=own))
+    tensors = {name.removeprefix(prefix): s for name, s in checkpoint.tensors.items() if name.startswith(prefix)}
+    refuse_unreadable(replace(checkpoint, tensors=tensors))
     config = TextConfig.from_dict(checkpoint.metadata.get("config") or checkpoint.config, taps or stated_taps(path))
     with torch.device("meta"):
         tower = TextTower(config)
     known = tower.state_dict()
-    missing = [prefix + name for name in known if name not in own]
+    missing = [prefix + name for name in known if name not in tensors]
     if missing:
         raise K2Error(f"{path} lacks {len(missing)} tensors, beginning with {missing[0]}.", hint="Download it again.")
     for name, tensor in known.items():
-        if (shape := own[name].shape) != tuple(tensor.shape):
+        if (shape := tensors[name].shape) != tuple(tensor.shape):
             raise K2Error(f"{name} of {path} is {list(shape)}, but its config asks for {list(tensor.shape)}.")
-    heard = re.compile(rf"(embed_tokens|layers\.({'|'.join(map(str, range(len(tower.layers))))}))\.")
-    extra = [name for name in own if heard.match(name) and name not in known and not is_auxiliary(name)]
+    used = re.compile(rf"(embed_tokens|layers\.({'|'.join(map(str, range(len(tower.layers))))}))\.")
+    extra = [name for name in tensors if used.match(name) and name not in known and not is_auxiliary(name)]
     if extra:  # scales of some number format, or biases: without them it would be another encoder
         raise K2Error(
-            f"{path} holds {count_of(len(extra), 'tensor')} that Qwen3-VL does not have ({listed(sorted(extra), 3)}).",
+            f"{path} holds {pluralise(len(extra), 'tensor')} that Qwen3-VL does not have ({listed(sorted(extra), 3)}).",
             hint=USE_OWN_ENCODER,
         )
-    return tower, replace(checkpoint, tensors=own)
+    return tower, replace(checkpoint, tensors=tensors)
 
 
 def stated_taps(path: Path) -> Any:

@@ -15,7 +15,7 @@ from torch import Tensor
 TILE, OVERLAP = 1536, 256  # a tile's side in pixels, and how much of it a neighbour shares
 
 
-def starts(length: int, tile: int, overlap: int, unit: int) -> list[int]:
+def tile_starts(length: int, tile: int, overlap: int, unit: int) -> list[int]:
     """Where tiles start, multiples of `unit`; the last one ends at the border, so all have full size."""
     if length <= tile:
         return [0]
@@ -23,7 +23,7 @@ def starts(length: int, tile: int, overlap: int, unit: int) -> list[int]:
     return [round(i * (length - tile) / (count - 1) / unit) * unit for i in range(count)]
 
 
-def ramp(length: int, fade: int, first: bool, last: bool) -> Tensor:
+def blend_ramp(length: int, fade: int, first: bool, last: bool) -> Tensor:
     """Blend weights [length] of a tile: 1 inside, falling over `fade` towards a neighbour, 1 at the picture's border.
 
     The outer quarter of the overlap has weight 0: there a tile is still affected by the padding at its edge.
@@ -35,7 +35,7 @@ def ramp(length: int, fade: int, first: bool, last: bool) -> Tensor:
     return torch.minimum(up, down)
 
 
-def tiled(
+def apply_tiled(
     apply: Callable[[Tensor], Tensor], x: Tensor, tile: int, overlap: int, scale: Fraction, unit: int = 1
 ) -> Tensor:
     """apply: [B, C, h, w] -> [B, C', h*scale, w*scale], tile by tile over x [B, C, H, W].
@@ -48,7 +48,7 @@ def tiled(
     if max(x.shape[-2:]) <= tile:
         return apply(x)
     height, width = (int(side * scale) for side in x.shape[-2:])
-    rows, columns = (starts(side, tile, overlap, unit) for side in x.shape[-2:])
+    rows, columns = (tile_starts(side, tile, overlap, unit) for side in x.shape[-2:])
     total, weights = None, torch.zeros(height, width, device=x.device)
     for row in rows:
         for column in columns:
@@ -58,8 +58,8 @@ def tiled(
             h, w = part.shape[-2:]
             fade, top, left = int(overlap * scale), int(row * scale), int(column * scale)
             weight = torch.outer(
-                ramp(h, fade, row == rows[0], row == rows[-1]),
-                ramp(w, fade, column == columns[0], column == columns[-1]),
+                blend_ramp(h, fade, row == rows[0], row == rows[-1]),
+                blend_ramp(w, fade, column == columns[0], column == columns[-1]),
             ).to(x.device)
             total[..., top : top + h, left : left + w] += part.float() * weight
             weights[top : top + h, left : left + w] += weight

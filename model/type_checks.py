@@ -29,7 +29,7 @@ def check_types(value: Any, cls: type) -> None:
             wanted, said = " or ".join(map(type_name, kinds)), brief(repr(each), 60)
             meant = f"Path({said})" if isinstance(each, str) and Path in kinds else example(kinds[0])
             raise K2Error(f"{cls.__name__}.{name} must be {wanted}, not {said}.", hint=f"Like {meant}.")
-        for part in parts_of(each):
+        for part in nested_dataclasses(each):
             check_types(part, type(part))
 
 
@@ -47,7 +47,7 @@ def fits(value: Any, kind: Any) -> bool:
     return isinstance(value, ACCEPTED.get(kind, kind)) and (kind is bool or not isinstance(value, bool))
 
 
-def parts_of(value: Any) -> Iterator[Any]:
+def nested_dataclasses(value: Any) -> Iterator[Any]:
     """The dataclasses that a field holds."""
     for each in value if isinstance(value, tuple | list) else (value,):
         if is_dataclass(each):

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 
-def doubled(x: Tensor, conv: nn.Conv2d) -> Tensor:
+def upsample_conv(x: Tensor, conv: nn.Conv2d) -> Tensor:
     """conv, 3 x 3 with padding 1, over the nearest-neighbour doubling of x: [B, C, H, W] -> [B, C', 2H, 2W]."""
     # a transposed convolution flips its kernel; the two shifted sums give its 4 x 4 taps
     wide = F.pad(conv.weight.float().flip(2, 3), (1, 1, 1, 1))

@@ -21,8 +21,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from model.attention import attention
-from model.tiling import OVERLAP, TILE, tiled
-from model.upsample import doubled
+from model.tiling import OVERLAP, TILE, apply_tiled
+from model.upsample import upsample_conv
 
 # fmt: off
 QWEN_MEAN = (-0.7571, -0.7089, -0.9113, 0.1075, -0.1745, 0.9653, -0.1517, 1.5508,
@@ -178,7 +178,7 @@ class Upsample(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x [B, C, H, W] -> [B, C/2, 2H, 2W]."""
-        return doubled(x, cast(nn.Conv2d, self.resample[1]))
+        return upsample_conv(x, cast(nn.Conv2d, self.resample[1]))
 
 
 class UpBlock(nn.Module):
@@ -275,7 +275,7 @@ class QwenImageVAE(nn.Module):
         f = self.config.factor
         if images.shape[-2] % f or images.shape[-1] % f:
             raise ValueError(f"height and width must be multiples of {f}, not {tuple(images.shape[-2:])}")
-        mean = tiled(lambda part: self.moments(part)[0], images, self.tile, self.overlap, Fraction(1, f), unit=f)
+        mean = apply_tiled(lambda part: self.moments(part)[0], images, self.tile, self.overlap, Fraction(1, f), unit=f)
         return (mean - self.mean) / self.std
 
     def decode(self, latents: Tensor) -> Tensor:
@@ -287,7 +287,7 @@ class QwenImageVAE(nn.Module):
         f, widest = self.config.factor, self.config.base_dim * self.config.dim_mult[-1]
         alone = len(z) == 1 and widest * z.shape[-2:].numel() <= SINGLE_KERNEL_LIMIT
         z = z.expand(2, -1, -1, -1) if alone else z
-        images = tiled(self.reconstruct, z, self.tile // f, self.overlap // f, Fraction(f)).clamp(-1, 1)
+        images = apply_tiled(self.reconstruct, z, self.tile // f, self.overlap // f, Fraction(f)).clamp(-1, 1)
         return images[:1] if alone else images
 
     def reconstruct(self, z: Tensor) -> Tensor:
@@ -304,7 +304,7 @@ class QwenImageVAE(nn.Module):
 
 
 # These modules are 2-D in diffusers; every other convolution and norm of its network is 3-D.
-PLANAR = (".resample.", ".attentions.")
+PLANAR_MODULES = (".resample.", ".attentions.")
 
 
 def from_diffusers(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -325,7 +325,7 @@ def to_diffusers(state: Mapping[str, Tensor], config: VAEConfig) -> dict[str, Te
     """The inverse of `from_diffusers`: kernels as long in time as they are high, zero but for the last slice."""
     deep = {}
     for name, tensor in state.items():
-        planar = any(part in name for part in PLANAR)
+        planar = any(part in name for part in PLANAR_MODULES)
         if not planar and name.endswith("gamma"):
             tensor = tensor.unsqueeze(-1)
         elif not planar and tensor.dim() == 4:

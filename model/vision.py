@@ -26,12 +26,12 @@ from model.attention import attention
 from model.checkpoint import Checkpoint, load, open_checkpoint
 from model.errors import K2Error
 from model.headers import FETCH_AGAIN
-from model.library import VISION_PREFIXES, has_vision, weights_of
+from model.library import VISION_PREFIXES, has_vision, text_weights
 from model.references import fit_size, to_pixels
 from model.text_encoder import MAX_LAYERS, MAX_SIZE, TextEncoder, VisionInputs, rotate
 
 PIXELS = 512 * 512  # at which a reference is read
-SEED = 0x71135  # of the shuffling: a reference is always shuffled the same way
+SHUFFLE_SEED = 0x71135  # of the shuffling: a reference is always shuffled the same way
 THINNING_SHARE = 0.1  # share of the largest weight below which a picture's rows are thinned out, to none at 0
 
 
@@ -175,10 +175,12 @@ class VisionTower(nn.Module):
     def patches(self, pixels: Tensor) -> Tensor:
         """[1, 3, H, W] -> [P, C·t·p·p]; a still picture is repeated over a patch's time axis."""
         c = self.config
-        cells = self.in_order(pixels[0].unfold(1, c.patch_size, c.patch_size).unfold(2, c.patch_size, c.patch_size))
+        cells = self.in_merge_order(
+            pixels[0].unfold(1, c.patch_size, c.patch_size).unfold(2, c.patch_size, c.patch_size)
+        )
         return cells[:, :, None].expand(-1, -1, c.temporal_patch_size, -1, -1).flatten(1)
 
-    def in_order(self, cells: Tensor) -> Tensor:
+    def in_merge_order(self, cells: Tensor) -> Tensor:
         """Cells of a grid [C, h, w, …], reordered so that those merged into one row are adjacent -> [P, C, …]."""
         m = self.config.spatial_merge_size
         blocks = cells.unflatten(2, (-1, m)).unflatten(1, (-1, m)).transpose(2, 3)
@@ -189,20 +191,20 @@ class VisionTower(nn.Module):
         side = isqrt(self.config.num_position_embeddings)
         square = self.pos_embed.weight.T.unflatten(1, (side, side))[None].float()
         stretched = F.interpolate(square, grid, mode="bilinear", align_corners=True)[0]
-        return self.in_order(stretched).to(self.pos_embed.weight.dtype)
+        return self.in_merge_order(stretched).to(self.pos_embed.weight.dtype)
 
     def rope(self, grid: tuple[int, int], device: torch.device) -> tuple[Tensor, Tensor]:
         """Cosine and sine [P, d]: half of a head rotates with the row, half with the column; fp32."""
         quarter = self.config.hidden_size // self.config.num_heads // 4
         speeds = 1e4 ** -(torch.arange(quarter, device=device).float() / quarter)
         places = torch.stack(torch.meshgrid(*(torch.arange(n, device=device) for n in grid), indexing="ij"))
-        angles = (self.in_order(places)[..., None] * speeds).flatten(1).repeat(1, 2)
+        angles = (self.in_merge_order(places)[..., None] * speeds).flatten(1).repeat(1, 2)
         return angles.cos(), angles.sin()
 
 
 def find_tower(path: Path) -> Checkpoint | None:
     """The files that also hold a text encoder's vision tower; None if there is none, or one without layers."""
-    return open_checkpoint(weights_of(path)) if has_vision(path) else None
+    return open_checkpoint(text_weights(path)) if has_vision(path) else None
 
 
 def load_tower(checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype) -> VisionTower:
@@ -210,8 +212,8 @@ def load_tower(checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype)
     with torch.device("meta"):
         tower = VisionTower(VisionConfig.from_dict(checkpoint.config["vision_config"]))
     prefix = next(p for p in VISION_PREFIXES if any(name.startswith(p) for name in checkpoint.tensors))
-    own = {name.removeprefix(prefix): s for name, s in checkpoint.tensors.items() if name.startswith(prefix)}
-    load(tower, replace(checkpoint, tensors=own), device=device, dtype=dtype)
+    tensors = {name.removeprefix(prefix): s for name, s in checkpoint.tensors.items() if name.startswith(prefix)}
+    load(tower, replace(checkpoint, tensors=tensors), device=device, dtype=dtype)
     return tower
 
 
@@ -223,7 +225,7 @@ class PictureTokens(NamedTuple):
     end: int
 
 
-def marks_of(checkpoint: Checkpoint) -> PictureTokens:
+def read_picture_tokens(checkpoint: Checkpoint) -> PictureTokens:
     """The marks named in a text encoder's config. Raises K2Error if it names none."""
     ids = [checkpoint.config.get(f"{name}_token_id") for name in ("vision_start", "image", "vision_end")]
     known = [each for each in ids if isinstance(each, int)]
@@ -232,40 +234,40 @@ def marks_of(checkpoint: Checkpoint) -> PictureTokens:
     return PictureTokens(*known)
 
 
-class SeenPicture(NamedTuple):
+class EncodedPicture(NamedTuple):
     """A picture as the tower sees it."""
 
     rows: Tensor  # [V, E]
-    deep: list[Tensor]  # [V, E] each, what deeper layers add
+    deepstack: list[Tensor]  # [V, E] each, what deeper layers add
     grid: tuple[int, int]  # rows and columns, V in all
 
 
 class WeightedPicture(NamedTuple):
     """A picture and its weight."""
 
-    picture: SeenPicture
+    picture: EncodedPicture
     weight: float
 
 
-def see_picture(tower: VisionTower, pixels: Tensor) -> SeenPicture:
+def encode_picture(tower: VisionTower, pixels: Tensor) -> EncodedPicture:
     """pixels [1, 3, H, W] in −1 … 1."""
     rows, deep = tower(pixels.to(tower.pos_embed.weight))
-    return SeenPicture(rows, deep, tower.grid(pixels))
+    return EncodedPicture(rows, deep, tower.grid(pixels))
 
 
-class Reader:
+class VisionReader:
     """A text encoder with a vision tower."""
 
     def __init__(self, text: TextEncoder, checkpoint: Checkpoint):
         weight = text.tower.embed_tokens.weight
         self.text, self.tower = text, load_tower(checkpoint, weight.device, weight.dtype)
-        self.marks = marks_of(checkpoint)
+        self.picture_tokens = read_picture_tokens(checkpoint)
 
     @torch.no_grad()
-    def show(self, path: Path, tiles: int) -> SeenPicture:
+    def encode_reference(self, path: Path, tiles: int) -> EncodedPicture:
         """A reference picture, its tiles shuffled, as the tower sees it. Raises K2Error."""
         size = fit_size(path, PIXELS, self.tower.config.unit * tiles)
-        return see_picture(self.tower, shuffle_tiles(to_pixels(path, *size), tiles))
+        return encode_picture(self.tower, shuffle_tiles(to_pixels(path, *size), tiles))
 
     @torch.no_grad()
     def encode(self, prompt: str, pictures: Sequence[WeightedPicture], *, keep_rows: bool) -> Tensor:
@@ -278,17 +280,17 @@ class Reader:
         """
         plain = self.text.encode([prompt])[0]
         words, rows = plain, []
-        for side in (1, -1):
-            shown = [picture for picture in pictures if round(picture.weight * side, 9) > 0]
-            sizes = [round(picture.weight * side, 9) for picture in shown]
+        for sign in (1, -1):
+            shown = [picture for picture in pictures if round(picture.weight * sign, 9) > 0]
+            sizes = [round(picture.weight * sign, 9) for picture in shown]
             own: list[Any] = [0.0] * len(shown)  # each picture's rows [V, N, E]
             for before, size in pairwise([0.0, *sorted(set(sizes))]):
                 some = [index for index, each in enumerate(sizes) if each >= size]
-                read, seen, counts = self.read(prompt, [shown[index].picture for index in some])
-                words = words + side * len(some) * (size - before) * (read - plain)
+                read, seen, counts = self.read_with_pictures(prompt, [shown[index].picture for index in some])
+                words = words + sign * len(some) * (size - before) * (read - plain)
                 for index, part in zip(some, seen[0].split(counts), strict=True):
                     own[index] = own[index] + (size - before) / sizes[index] * part
-            if keep_rows and side > 0 and shown:
+            if keep_rows and sign > 0 and shown:
                 heaviest, strength = max(sizes), min(sum(sizes), 1.0)
                 kept = [
                     thin_rows(each, size / heaviest / THINNING_SHARE) for each, size in zip(own, sizes, strict=True)
@@ -299,28 +301,34 @@ class Reader:
                 rows.append(quantise_rows(torch.cat(kept), torch.cat(known))[None])
         return torch.cat((words, *rows), 1)
 
-    def read(self, prompt: str, pictures: Sequence[SeenPicture]) -> tuple[Tensor, Tensor, list[int]]:
+    def read_with_pictures(self, prompt: str, pictures: Sequence[EncodedPicture]) -> tuple[Tensor, Tensor, list[int]]:
         """Prompt and suffix read with the pictures [1, T, N, E]; the pictures' rows [1, V, N, E]; rows per picture."""
         encoder, words = self.text, self.text.token_ids(prompt)
-        parts: list[list[int] | SeenPicture] = [[self.marks.start], *pictures, [self.marks.end, *words]]
-        ids, seen = interleave(parts, self.marks.pad, encoder.prefix_ids.shape[1])
-        taps, _ = encoder.tower(torch.tensor([ids], device=encoder.prefix_ids.device), encoder.prefix, seen)
+        parts: list[list[int] | EncodedPicture] = [
+            [self.picture_tokens.start],
+            *pictures,
+            [self.picture_tokens.end, *words],
+        ]
+        ids, seen = interleave(parts, self.picture_tokens.pad, encoder.prefix_ids.shape[1])
+        taps, _ = encoder.tower(torch.tensor([ids], device=encoder.prefix_ids.device), encoder.prefix_cache, seen)
         counts = [len(picture.rows) for picture in pictures]
         return taps[:, -len(words) :], taps[:, 1 : 1 + sum(counts)], counts
 
 
-def interleave(parts: Sequence[list[int] | SeenPicture], pad: int, before: int = 0) -> tuple[list[int], VisionInputs]:
+def interleave(
+    parts: Sequence[list[int] | EncodedPicture], pad: int, before: int = 0
+) -> tuple[list[int], VisionInputs]:
     """Tokens and pictures as one sequence after `before` tokens: its ids, and what its pictures contribute."""
     ids: list[int] = []
     where: list[bool] = []
-    seen = [part for part in parts if isinstance(part, SeenPicture)]
+    seen = [part for part in parts if isinstance(part, EncodedPicture)]
     for part in parts:
-        own = [pad] * len(part.rows) if isinstance(part, SeenPicture) else part
+        own = [pad] * len(part.rows) if isinstance(part, EncodedPicture) else part
         ids += own
-        where += [isinstance(part, SeenPicture)] * len(own)
+        where += [isinstance(part, EncodedPicture)] * len(own)
     rows = torch.cat([each.rows for each in seen])
-    layers = [torch.cat(layer) for layer in zip(*(each.deep for each in seen), strict=True)]
-    places = positions(before, [part.grid if isinstance(part, SeenPicture) else len(part) for part in parts])
+    layers = [torch.cat(layer) for layer in zip(*(each.deepstack for each in seen), strict=True)]
+    places = positions(before, [part.grid if isinstance(part, EncodedPicture) else len(part) for part in parts])
     return ids, VisionInputs(torch.tensor(where, device=rows.device), rows, layers, places.to(rows.device))
 
 
@@ -367,7 +375,7 @@ def shuffle_tiles(pixels: Tensor, tiles: int) -> Tensor:
         return pixels
     count = tiles**2
     cut = pixels.unflatten(3, (tiles, -1)).unflatten(2, (tiles, -1)).permute(0, 2, 4, 1, 3, 5).flatten(1, 2)
-    order = torch.randperm(count, generator=torch.Generator().manual_seed(SEED))
+    order = torch.randperm(count, generator=torch.Generator().manual_seed(SHUFFLE_SEED))
     moved = cut.clone()
     moved[:, order] = cut[:, order.roll(1)]  # one cycle through all places
     grid = moved.unflatten(1, (tiles, tiles)).permute(0, 3, 1, 4, 2, 5)

@@ -25,12 +25,12 @@ Array = NDArray[np.float64]
 MIN_ACCURACY = 0.5  # how often a kind of words must have been right on unseen looks
 MIN_SHARE = 0.3  # of a board, from which a word is a keyword
 MAX_PROBABILITY = 0.05  # below which it is absent
-KEYWORDS, AVOIDS = 2, 2  # of each kind
+MAX_KEYWORDS, MAX_AVOIDS = 2, 2  # of each kind
 REBUILD = "python -m model.train.words"
 
 
 @dataclass(frozen=True)
-class Words:
+class WordTable:
     """Linear discriminants, one for each kind of words, over standardised statistics x: p = softmax(W x + b).
 
     `middle` and `precision` hold the media's class means and their shared precision: they give a picture's distance
@@ -49,7 +49,7 @@ class Words:
     made_for: Mapping[str, str]
 
     @classmethod
-    def load(cls, path: Path) -> Words:
+    def load(cls, path: Path) -> WordTable:
         """Load a table of words. Raises K2Error if the file is not one."""
         checkpoint = open_checkpoint(path)
         about = checkpoint.metadata
@@ -70,20 +70,20 @@ class Words:
             about["made_for"],
         )
 
-    def read(self, statistics: Tensor) -> tuple[dict[str, Array], NDArray[np.bool_]]:
+    def predict(self, statistics: Tensor) -> tuple[dict[str, Array], NDArray[np.bool_]]:
         """statistics [B, F] -> kind -> probabilities [B, words], and which pictures are close enough to describe."""
         x = (statistics.double() - self.mean) / self.deviation
-        chances = {k: torch.softmax(x @ self.weight[k].T + self.offset[k], 1).numpy() for k in self.names}
+        probabilities = {k: torch.softmax(x @ self.weight[k].T + self.offset[k], 1).numpy() for k in self.names}
         away = x[:, None] - self.middle
         distance = ((away @ self.precision) * away).sum(-1).min(1).values
-        return chances, (distance <= self.furthest).numpy()
+        return probabilities, (distance <= self.furthest).numpy()
 
     def trusted(self, kind: str) -> bool:
         return self.unseen.get(kind, 0.0) >= MIN_ACCURACY
 
 
 def read_words(
-    words: Words | None, chances: Mapping[str, Array], known: NDArray[np.bool_]
+    words: WordTable | None, probabilities: Mapping[str, Array], known: NDArray[np.bool_]
 ) -> tuple[list[str], list[str], dict[str, tuple[str, float]]]:
     """Keywords, avoids, and each kind's likeliest name with its share, for pictures [B] with these probabilities.
 
@@ -92,22 +92,22 @@ def read_words(
     """
     keywords: list[str] = []
     avoids: list[str] = []
-    told: dict[str, tuple[str, float]] = {}
+    likeliest: dict[str, tuple[str, float]] = {}
     if words is None or 2 * known.sum() < len(known):
-        return keywords, avoids, told
+        return keywords, avoids, likeliest
     table = look_words()
     for kind in filter(words.trusted, words.names):
-        names, seen = words.names[kind], chances[kind][known]
+        names, seen = words.names[kind], probabilities[kind][known]
         shares = seen.mean(0)
         best = int(shares.argmax())
-        told[kind] = (names[best], float(shares[best]))
+        likeliest[kind] = (names[best], float(shares[best]))
         if kind not in ("medium", "drawing"):
             continue
         order = sorted(range(len(names)), key=lambda i: (-shares[i], names[i]))
         keywords += [
-            table[kind][names[i]][0] for i in order[:KEYWORDS] if shares[i] >= MIN_SHARE and names[i] in table[kind]
+            table[kind][names[i]][0] for i in order[:MAX_KEYWORDS] if shares[i] >= MIN_SHARE and names[i] in table[kind]
         ]
         never = np.quantile(seen, 0.95, axis=0) < MAX_PROBABILITY
         far = sorted(range(len(names)), key=lambda i: (np.log(seen[:, i] + 1e-12).mean(), names[i]))
-        avoids += [table[kind][names[i]][0] for i in far if never[i] and names[i] in table[kind]][:AVOIDS]
-    return keywords, avoids, told
+        avoids += [table[kind][names[i]][0] for i in far if never[i] and names[i] in table[kind]][:MAX_AVOIDS]
+    return keywords, avoids, likeliest

@@ -168,7 +168,7 @@ def test_phrase_still_counts_with_a_too_long_prompt(tiny, text):  # noqa: F811
 
     def adds(prompt: str) -> float:
         (led,) = directions(lambda words: speaks.encode([words])[0], speaks.truncated, prompt, (("ink", 1.0),))
-        return led.adds.abs().max().item()
+        return led.suffix_delta.abs().max().item()
 
     assert speaks.truncated(f"{text}, ink") and adds(text) > 0.1 * adds("a fox")
 

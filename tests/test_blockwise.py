@@ -22,7 +22,7 @@ from model.blockwise import pad_to_tiles, unpack_blocks, unswizzle
 from model.layouts import is_packed, load_dit, stored_precision, to_diffusers
 from model.parts import count_numbers
 from model.plan import USABLE_SHARE
-from model.stream import kept_bytes, pinned
+from model.stream import cached_bytes, pin
 
 LAYOUTS = {"nvfp4": kitchen.TensorCoreNVFP4Layout, "mxfp8": kitchen.TensorCoreMXFP8Layout}
 KINDS = pytest.mark.parametrize("kind", LAYOUTS)
@@ -172,7 +172,7 @@ def test_rounded_weights_are_kept_if_there_is_room(tmp_path, state, monkeypatch,
 @pytest.mark.parametrize(("bytes_", "pinned_as"), [(1, 1), (64, 64), (65, 128), (3 << 20, 4 << 20)])
 def test_pinned_memory_for_a_gpu_comes_in_powers_of_two(bytes_, pinned_as):
     tensor = torch.empty(bytes_, dtype=torch.uint8)
-    assert [kept_bytes(tensor, torch.device(name)) for name in ("cuda", "cpu")] == [pinned_as, bytes_]
+    assert [cached_bytes(tensor, torch.device(name)) for name in ("cuda", "cpu")] == [pinned_as, bytes_]
 
 
 @pytest.mark.parametrize("short", [True, False])
@@ -183,7 +183,7 @@ def test_tensors_that_cannot_be_pinned_are_used_as_they_are(monkeypatch, short):
         return tensor + 1
 
     monkeypatch.setattr(Tensor, "pin_memory", pin_memory)
-    assert pinned(torch.zeros(3)).tolist() == [float(not short)] * 3
+    assert pin(torch.zeros(3)).tolist() == [float(not short)] * 3
 
 
 @KINDS

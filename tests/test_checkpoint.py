@@ -22,7 +22,7 @@ from model.dit import DiTConfig
 from model.errors import K2Error
 from model.layouts import diffusers_names, load_dit, to_diffusers
 from model.low_bit import FORMATS
-from model.quantize import quantise, to_rows
+from model.quantize import quantise, to_8_bits
 from model.safetensors_file import MAX_COPIED, READ_AHEAD, SafeTensors, open_uncached, page_buffer
 
 if sys.platform == "linux":
@@ -382,7 +382,7 @@ def test_small_tensors_do_not_keep_a_window_mapped(tmp_path):
     save_file(state, tmp_path / "two.safetensors")
     for name, kept in (("small", False), ("large", True)):
         with SafeTensors(tmp_path / "two.safetensors", "cpu") as opened:
-            found, window = opened.get_tensor(name), weakref.ref(opened.pages)
+            found, window = opened.get_tensor(name), weakref.ref(opened.mapping)
         del opened
         assert torch.equal(found, state[name]) and (window() is not None) is kept
 
@@ -453,7 +453,7 @@ def test_files_too_large_for_memory_bypass_the_cache(file, monkeypatch):
     monkeypatch.setattr(SafeTensors, "__exit__", lambda self, *p: (opened.append(is_uncached(self.file)), before(self)))
     for free, wanted in ((file.stat().st_size * 1.5, few), (file.stat().st_size * 1.5 - 1, few), (0, None)):
         monkeypatch.setattr(checkpoint, "free_memory", lambda device, free=free: free)
-        dict(open_checkpoint(file).read(few=wanted))
+        dict(open_checkpoint(file).read(formats=wanted))
 
     assert opened == [False, True, False]
 
@@ -489,10 +489,10 @@ def test_disks_without_direct_io_are_read_through_the_cache(file, monkeypatch, w
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 def test_quantising_in_parts_equals_quantising_at_once(tmp_path, monkeypatch, dtype, free):
     monkeypatch.setattr(checkpoint, "free_memory", lambda device: free)
-    monkeypatch.setattr(quantize, "_AT_ONCE", 7 * 48)  # numbers: seven rows
+    monkeypatch.setattr(quantize, "_CHUNK", 7 * 48)  # numbers: seven rows
     matrix = torch.randn(100, 48, dtype=dtype)
     save_file({"last": matrix[:3].clone(), "matrix": matrix}, tmp_path / "a.safetensors")
-    (expected, scales), places = to_rows(matrix, torch.int8), set()
+    (expected, scales), places = to_8_bits(matrix, torch.int8), set()
     part = quantize.restore
 
     def noted(tensor, *others):
@@ -500,7 +500,7 @@ def test_quantising_in_parts_equals_quantising_at_once(tmp_path, monkeypatch, dt
         return part(tensor, *others)
 
     monkeypatch.setattr(quantize, "restore", noted)
-    found = dict(open_checkpoint(tmp_path / "a.safetensors").read(few=dict.fromkeys(("matrix",), FORMATS["int8"])))
+    found = dict(open_checkpoint(tmp_path / "a.safetensors").read(formats=dict.fromkeys(("matrix",), FORMATS["int8"])))
     assert torch.equal(found["matrix"], expected) and torch.equal(found["matrix_scale"], scales)
     assert torch.equal(found["last"], matrix[:3])
     assert len(places) == READ_AHEAD + 1  # for fifteen parts

@@ -19,7 +19,7 @@ from test_workers import PROJECT, made, needs_weights
 from k2cli import cluster, stream, workers
 from k2cli.cluster import pack_files, relocate, unpack_files
 from model.errors import K2Error
-from model.hashes import files_of, settings_beside
+from model.hashes import peft_settings_file, spec_files
 from model.spec import Lora, Reference, RenderSpec, Style
 
 
@@ -306,7 +306,7 @@ def test_packed_files_keep_their_order(tmp_path):
     places = unpack_files(pack_files([spec]), tmp_path / "there")
     far = relocate(spec, places.__getitem__)
 
-    assert files_of(spec) == set(places) and files_of(far) == set(places.values())
+    assert spec_files(spec) == set(places) and spec_files(far) == set(places.values())
     assert [each.image.read_text() for each in far.styles[0].references] == ["b.png", "a.png"]
     assert far.loras[0].path.read_text() == "l.safetensors"
     assert relocate(far, {here: home for home, here in places.items()}.__getitem__) == spec
@@ -326,7 +326,7 @@ def test_adapter_settings_are_packed_with_the_adapter(tmp_path, monkeypatch):
 
     assert sorted(read) == [tmp_path / name for name in names]  # each only once
     assert {path.name for path in places.values()} == set(names)
-    assert settings_beside(relocate(specs[0], places.__getitem__).loras[0].path) == places[tmp_path / names[0]]
+    assert peft_settings_file(relocate(specs[0], places.__getitem__).loras[0].path) == places[tmp_path / names[0]]
 
 
 @needs_weights

@@ -19,7 +19,7 @@ from model.cohesion import (
     SHARE,
     LeadAttention,
     is_lead,
-    leader_of,
+    lead_spec,
     shared_attention,
     shared_noise,
 )
@@ -70,7 +70,9 @@ def test_captured_tokens_lie_beside_the_picture_at_every_size(tiny, board, monke
     style = Style("board", 1.0, (Reference(board),), method="splice")
     pipeline.render([replace(BATCH[0], width=side, height=side, styles=(style,))])
 
-    assert reached == {pipeline.dit.reach(grid)} and (side == 64) == (pipeline.dit.reach(grid) == grid[1])
+    assert reached == {pipeline.dit.column_offset(grid)} and (side == 64) == (
+        pipeline.dit.column_offset(grid) == grid[1]
+    )
 
 
 # ---- pictures ---------------------------------------------------------------------------------------------------
@@ -163,9 +165,9 @@ def test_invalid_ties_are_refused(pipeline):
 
 def test_lead_picture_is_recognised():
     first, second, _ = tie(BATCH, 0.5)
-    assert leader_of(FOX) is None and leader_of(first) == leader_of(second) == FOX
+    assert lead_spec(FOX) is None and lead_spec(first) == lead_spec(second) == FOX
     assert is_lead(first) and not is_lead(second)
-    assert leader_of(replace(second, cohesion=0.0)) is None
+    assert lead_spec(replace(second, cohesion=0.0)) is None
 
 
 def test_shared_noise_is_still_noise():

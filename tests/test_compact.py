@@ -101,7 +101,7 @@ def test_metadata_of_the_weights_is_kept(tmp_path, state):
     assert {key: told[key] for key in about} == about and told["config"]["width"] == TINY.width
     (tmp_path / "b").mkdir()
     plain = compact(tmp_path / "b", native(tmp_path, state), "int8", "turbo")
-    assert library.variant_of(plain) == "turbo"
+    assert library.detect_variant(plain) == "turbo"
 
 
 def test_compact_files_render_the_same_pictures(tiny, tmp_path, monkeypatch):  # noqa: F811
@@ -131,7 +131,7 @@ def test_file_is_written_whole_or_not_at_all(tmp_path, state, monkeypatch):
         yield torch.ones(4)
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr("model.compact.tensors", half)
+    monkeypatch.setattr("model.compact.iter_tensors", half)
     with pytest.raises(K2Error, match=r"x.safetensors cannot be written: No space left on device\."):
         write_compact(source, target, "int8", None)
     assert list(target.parent.iterdir()) == []

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from model.sampler import guided, shifted_sigmas
+from model.sampler import apply_guidance, shifted_sigmas
 from model.train.distill import (
     Draws,
     fake_loss,
@@ -202,7 +202,7 @@ def test_student_of_a_guided_teacher_follows_guidance():
     student = distilled(with_prompt, without, times, guidance=1.0, rate=2e-3)
 
     def led(x, t):
-        return guided(with_prompt(x, t), without(x, t), 1.0)
+        return apply_guidance(with_prompt(x, t), without(x, t), 1.0)
 
     noise = torch.randn(4000, 2)
     many = shifted_sigmas(64, 0.7)

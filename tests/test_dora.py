@@ -368,7 +368,7 @@ def test_norms_are_taken_in_parts(monkeypatch, form):
     largest = []
     some = LowRank.dense
     monkeypatch.setattr(LowRank, "dense", lambda self, rows: largest.append(some(self, rows)) or largest[-1])
-    monkeypatch.setattr("model.quantize._AT_ONCE", 64 * 5)
+    monkeypatch.setattr("model.quantize._CHUNK", 64 * 5)
     assert relative_error(dora_gain(layer, update).double(), expected) < 1e-5
     assert max(map(len, largest)) == 5 and sum(map(len, largest)) == 37
 
@@ -378,7 +378,7 @@ def test_norms_over_few_bits_are_taken_in_parts(monkeypatch, precision):
     small = few_bit_layer(torch.randn(40, 64) * torch.logspace(-3, 2, 40)[:, None], precision)
     update = LowRank(torch.randn(3, 64), torch.randn(40, 3), magnitude=torch.ones(40, 1))
     whole = dora_gain(small, update)
-    monkeypatch.setattr("model.quantize._AT_ONCE", 64 * 5)
+    monkeypatch.setattr("model.quantize._CHUNK", 64 * 5)
     torch.testing.assert_close(dora_gain(small, update), whole, rtol=1e-5, atol=0)
 
 

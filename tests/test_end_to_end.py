@@ -19,7 +19,7 @@ from k2cli.models import grid
 from k2cli.tables import Toml
 from model import library
 from model.headers import read_header
-from model.text_encoder import PROMPT_TOKENS
+from model.text_encoder import MAX_PROMPT_TOKENS
 
 ROOT = Path(__file__).parents[1]
 PROJECT = """\
@@ -279,7 +279,7 @@ def test_unusual_spaces_in_file_names_are_kept(den, k2):
 
 
 def test_unread_prompt_tokens_are_reported_once_and_recorded(den, k2):
-    long = "fox " * (PROMPT_TOKENS + 3)
+    long = "fox " * (MAX_PROMPT_TOKENS + 3)
     made = k2("render", "-p", long, "--batch", "2", "--steps", "1")
 
     assert made.stderr.count(" is too long: ") == 1 and "its last 3 tokens go unread." in made.stderr

@@ -8,7 +8,7 @@ import warnings
 
 import pytest
 
-from model.errors import K2Error, reported
+from model.errors import K2Error, exit_on_error
 
 
 @pytest.mark.parametrize(
@@ -21,14 +21,14 @@ from model.errors import K2Error, reported
     ],
 )
 def test_fixable_errors_end_in_one_sentence(error, told):
-    with pytest.raises(SystemExit) as ended, reported():
+    with pytest.raises(SystemExit) as ended, exit_on_error():
         raise error
     assert ended.value.code == told  # which Python writes to standard error, and exits with 1
 
 
 @pytest.mark.parametrize("error", [ValueError("a bug"), OSError("of no file")])
 def test_bug_keeps_its_traceback(error):
-    with pytest.raises(type(error)), reported():
+    with pytest.raises(type(error)), exit_on_error():
         raise error
 
 

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from model.expand import LEVELS, MAX_CHARS, clash, expand, expand_by_language, instruction, look_words, mentions
+from model.expand import LEVELS, MAX_CHARS, clash, expand, expand_by_language, instruction, look_words, mention_any
 from model.train.looks import DRAWINGS, MEDIA, PALETTES, Look
 
 WORDS = look_words()
@@ -19,7 +19,7 @@ FOX = "a fox"
 
 def names(slot: str, text: str) -> bool:
     """Whether a word of the slot is in the text."""
-    return mentions([text], [word for told in WORDS[slot].values() for word in told])
+    return mention_any([text], [word for told in WORDS[slot].values() for word in told])
 
 
 # ---- the words ----------------------------------------------------------------------------------
@@ -40,7 +40,7 @@ def test_slots_recognise_their_own_words(slot):
     told = WORDS[slot] if slot == "palette" else [w.format("teal") for ws in WORDS[slot].values() for w in ws]
     kind = "colour" if slot == "palette" else slot
 
-    assert [word for word in told if not mentions([word], WORDS["named"][kind])] == []
+    assert [word for word in told if not mention_any([word], WORDS["named"][kind])] == []
 
 
 # ---- expanding ----------------------------------------------------------------------------------
@@ -71,8 +71,8 @@ def test_each_level_extends_the_previous_one():
         low, medium, high = (expand(FOX, level, seed).split(", ") for level in ("low", "medium", "high"))
         dark = [w for name in WORDS["own_ground"]["media"] for w in WORDS["medium"][name]]  # in the place of a ground
 
-        assert mentions(medium, dark) or (medium[:-1] == low and len(medium) == len(low) + 1)
-        if mentions(high, dark) and not mentions(medium, dark):
+        assert mention_any(medium, dark) or (medium[:-1] == low and len(medium) == len(low) + 1)
+        if mention_any(high, dark) and not mention_any(medium, dark):
             assert set(high[:-1]) < set(medium)
         else:
             assert set(medium) < set(high) and len(high) == len(medium) + 1
@@ -117,15 +117,15 @@ def test_what_the_prompt_specifies_is_left_alone(prompt, slot):
     told = WORDS[slot] if slot == "palette" else [w.replace("{}", "") for ws in WORDS[slot].values() for w in ws]
     for seed in range(40):
         added = expand(prompt, "high", seed)[len(prompt) :]
-        assert not mentions([added], told) and ("  " not in added)
+        assert not mention_any([added], told) and ("  " not in added)
 
 
 def test_dark_media_get_no_ground():
     for seed in range(60):
         text = expand(FOX, "high", seed)
-        if mentions([text], ["low-key light"]):
-            assert not mentions([text], ["background", "gradient", "landscape", "floor"])
-        assert not mentions([expand("a red fox", "high", seed)], ["neon", "low-key light"])
+        if mention_any([text], ["low-key light"]):
+            assert not mention_any([text], ["background", "gradient", "landscape", "floor"])
+        assert not mention_any([expand("a red fox", "high", seed)], ["neon", "low-key light"])
 
 
 def test_batch_repeats_no_expansion_before_it_must():
@@ -133,14 +133,14 @@ def test_batch_repeats_no_expansion_before_it_must():
     media = {name: told for name, told in WORDS["medium"].items() if name not in left_out}
     for first in range(0, 10 * len(media), len(media)):
         texts = [expand("a red fox", "high", seed) for seed in range(first, first + len(media))]
-        assert {name for text in texts for name, told in media.items() if mentions([text], told)} == set(media)
+        assert {name for text in texts for name, told in media.items() if mention_any([text], told)} == set(media)
 
 
 def test_looks_that_cost_the_subject_are_never_added_unasked():
     poor = [word for slot, looks in WORDS["asked_only"].items() for look in looks for word in WORDS[slot][look]]
     assert "neon on black" in poor and "black ink stencil" in poor
     for seed in range(200):
-        assert not mentions([expand(FOX, "high", seed)], poor)
+        assert not mention_any([expand(FOX, "high", seed)], poor)
 
 
 def test_styles_and_their_pictures_settle_the_look():
@@ -157,7 +157,7 @@ def test_avoided_words_are_never_added():
     avoids = ["film grain", "glossy", "teal", "landscape"]
     for seed in range(80):
         added = expand(FOX, "high", seed, avoids=avoids)[len(FOX) :]
-        assert not mentions([added], ["grainy film", "film grain", "glossy 3d", "teal", "landscape"])
+        assert not mention_any([added], ["grainy film", "film grain", "glossy 3d", "teal", "landscape"])
     everything = [word for slot in ("drawing", "medium", "ground") for told in WORDS[slot].values() for word in told]
     assert expand(FOX, "high", 1, avoids=everything) == FOX
     assert clash(["film grain"], ["grainy film"]) and not clash(["on a plain background"], ["on a table"])

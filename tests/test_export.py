@@ -18,7 +18,7 @@ from model.checkpoint import read, save
 from model.errors import K2Error
 from model.hashes import sha256
 from model.headers import read_header
-from model.latents import noise, patchify
+from model.latents import draw_noise, patchify
 from model.pipeline import Pipeline
 from model.spec import RenderSpec
 
@@ -34,7 +34,7 @@ def assert_same_pictures(pipeline: Pipeline, folder: Path, spec: RenderSpec) -> 
     other = diffusers.Krea2Pipeline.from_pretrained(folder)
     other.set_progress_bar_config(disable=True)
     cells = [side // pipeline.vae.factor for side in (spec.height, spec.width)]
-    start = noise(spec.seed, pipeline.dit.config.channels, *cells)
+    start = draw_noise(spec.seed, pipeline.dit.config.channels, *cells)
     theirs = other(
         spec.prompt,
         negative_prompt=spec.negative,

@@ -55,7 +55,7 @@ def test_adapters_are_noticed(monkeypatch):
     taken: list[str] = []
     quick = fast.FastVelocity(model, compiled=False)
     monkeypatch.setattr(fast, "Graph", lambda plain, inputs: lambda *same: taken.append("replayed"))
-    monkeypatch.setattr(quick, "plain", lambda *inputs, **others: taken.append("plain"))
+    monkeypatch.setattr(quick, "eager", lambda *inputs, **others: taken.append("plain"))
 
     quick(*torch.zeros(4, 1))
     with model.blocks[0].attn.wq.register_forward_hook(lambda *_: None):

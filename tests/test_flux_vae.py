@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from model.flux_vae import FluxVAE, FluxVAEConfig
-from model.tiling import OVERLAP, TILE, ramp, starts, tiled
+from model.tiling import OVERLAP, TILE, apply_tiled, blend_ramp, tile_starts
 
 diffusers = pytest.importorskip("diffusers")
 
@@ -72,7 +72,7 @@ def test_odd_sizes_are_refused(pair):
 @pytest.mark.parametrize(("length", "tile", "overlap"), [(64, 64, 16), (65, 64, 16), (200, 64, 16), (129, 32, 31)])
 def test_tiles_cover_the_length(length, tile, overlap):
     """Tiles reach both borders, neighbours overlap by at least as much as asked, and one tile fewer would not do."""
-    begin = starts(length, tile, overlap, unit=1)
+    begin = tile_starts(length, tile, overlap, unit=1)
     assert begin[0] == 0 and begin[-1] == max(0, length - tile)
     assert all(after - before <= tile - overlap for before, after in pairwise(begin))
     assert len(begin) == 1 or tile + (len(begin) - 2) * (tile - overlap) < length
@@ -87,7 +87,7 @@ def test_only_one_tile_is_processed_at_a_time():
 
     for shape in ((40, 72), (10, 72), (16, 16)):
         x = torch.randn(1, 1, *shape)
-        torch.testing.assert_close(tiled(look, x, 16, 4, Fraction(1)), x)
+        torch.testing.assert_close(apply_tiled(look, x, 16, 4, Fraction(1)), x)
     assert seen == {(1, 1, 16, 16), (1, 1, 10, 16)}
 
 
@@ -95,10 +95,10 @@ def test_blending_is_exact_where_tiles_agree():
     """Maps that work cell by cell give the same result in tiles; weights fade only towards neighbours."""
     x = torch.randn(2, 3, 40, 72)
     up = torch.nn.Upsample(scale_factor=8)
-    torch.testing.assert_close(tiled(up, x, 16, 4, Fraction(8)), up(x))
+    torch.testing.assert_close(apply_tiled(up, x, 16, 4, Fraction(8)), up(x))
     down = torch.nn.AvgPool2d(8)
-    torch.testing.assert_close(tiled(down, x, 16, 8, Fraction(1, 8), unit=8), down(x))
-    assert ramp(8, 4, first=True, last=False).tolist() == [1, 1, 1, 1, 1, 0.75, 0.25, 0]
+    torch.testing.assert_close(apply_tiled(down, x, 16, 8, Fraction(1, 8), unit=8), down(x))
+    assert blend_ramp(8, 4, first=True, last=False).tolist() == [1, 1, 1, 1, 1, 0.75, 0.25, 0]
 
 
 @torch.no_grad()
@@ -136,4 +136,4 @@ def test_refuses_configs_without_four_scales():
 def test_impossible_tiles_are_refused(tile, overlap, unit, scale):
     """Those without a step or an overlap, and those that would cut cells of the picture in two."""
     with pytest.raises(ValueError, match="overlap"):
-        tiled(torch.nn.Identity(), torch.zeros(1, 1, 9, 9), tile, overlap, Fraction(scale), unit)
+        apply_tiled(torch.nn.Identity(), torch.zeros(1, 1, 9, 9), tile, overlap, Fraction(scale), unit)

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from model import library, low_bit
 from model.compact import write_compact
-from model.four_bit import LEVELS, Codes, e4m3, numbers_of, rotation_size, to_codes
+from model.four_bit import LEVELS, Codes, decode_codes, decode_e4m3, rotation_size, to_codes
 from model.layouts import is_packed, load_dit, stored_precision, to_diffusers
 from model.low_bit import few_bit_layers
 from model.quantize import rotate
@@ -56,14 +56,14 @@ def stored(state: dict[str, Tensor], layout: type = W4A8, **how: object) -> tupl
 def test_bytes_are_read_as_e4m3():
     bits = torch.arange(256)
     theirs = bits.to(torch.uint8).view(torch.float8_e4m3fn).float()
-    assert torch.equal(e4m3(bits)[~theirs.isnan()], theirs[~theirs.isnan()])
+    assert torch.equal(decode_e4m3(bits)[~theirs.isnan()], theirs[~theirs.isnan()])
 
 
 def test_every_code_and_scale_decodes_like_the_writer():
     codes = torch.randint(0, 256, (300, 128), dtype=torch.uint8).view(torch.int8)
     scales = torch.arange(256, dtype=torch.uint8)[torch.arange(300 * 16) % 127].view(300, 16)  # positive, finite
     levels = torch.linspace(-1, 1, 16) ** 3
-    numbers = numbers_of(codes, scales, levels)
+    numbers = decode_codes(codes, scales, levels)
 
     theirs = dequantize_w4a8_int8_weight(
         codes, scales.view(torch.float8_e4m3fn), torch.ones(300), levels, output_dtype=torch.float32
@@ -93,7 +93,7 @@ def test_codes_are_the_nearest_levels():
     matrix = torch.randn(64, 4096)
     codes = to_codes(matrix)
     own = torch.stack([codes.packed & 15, codes.packed >> 4 & 15], -1).view(64, -1, 16)
-    shares = matrix.view(64, -1, 16) / (e4m3(codes.groups.int()) * codes.rows[:, None])[..., None]
+    shares = matrix.view(64, -1, 16) / (decode_e4m3(codes.groups.int()) * codes.rows[:, None])[..., None]
     nearest = torch.bucketize(shares, (codes.levels[1:] + codes.levels[:-1]) / 2)
     assert (own != nearest).float().mean() < 0.006 and (own - nearest).abs().max() == 1
 
@@ -272,11 +272,11 @@ def test_written_files_are_read_by_comfy_kitchen(tmp_path, state):
 def test_matrix_is_coded_in_parts(monkeypatch):
     matrix, format = torch.randn(37, 64), low_bit.FORMATS["int4"]._replace(rotation=16)
     whole = low_bit.pack(matrix, None, 0, format)
-    monkeypatch.setattr("model.quantize._AT_ONCE", 64 * 5)
+    monkeypatch.setattr("model.quantize._CHUNK", 64 * 5)
     monkeypatch.setattr("model.four_bit.CHUNK", {"cpu": 64 * 3})
     for a, b in zip(whole, low_bit.pack(matrix, None, 0, format), strict=True):
         assert torch.equal(a, b)
-    assert torch.equal(Codes(*whole).numbers, numbers_of(*(whole[i] for i in (0, 1, 3))))
+    assert torch.equal(Codes(*whole).numbers, decode_codes(*(whole[i] for i in (0, 1, 3))))
 
 
 # ---- refusals -----------------------------------------------------------------------------------

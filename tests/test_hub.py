@@ -205,7 +205,7 @@ def environment(folder: Path) -> dict[str, str]:
 
 def cached(repo: str = REPO) -> list[str]:
     """The suffixes of what a repository's cache holds under blobs."""
-    return sorted(path.name.partition(".")[2] for path in (library.folder_of(repo) / "blobs").iterdir())
+    return sorted(path.name.partition(".")[2] for path in (library.repo_folder(repo) / "blobs").iterdir())
 
 
 def test_pull_fetches_only_what_is_needed(hf: Hub, k2):
@@ -219,10 +219,10 @@ def test_pull_fetches_only_what_is_needed(hf: Hub, k2):
     }
     assert all((snapshot / name).read_bytes() == PIPELINE[name] for name in NEEDED)
     manifest = library.read_manifest(snapshot)
-    assert (manifest["commit"], manifest["revision"], manifest["licence"]) == (MAIN, "main", library.KREA_2)
+    assert (manifest["commit"], manifest["revision"], manifest["licence"]) == (MAIN, "main", library.KREA_2_LICENCE)
     assert manifest["files"][SHARDS[0]]["sha256"] == etag(PIPELINE[SHARDS[0]])
     model = library.find("krea-2-turbo")
-    assert (model.variant, model.revision, model.licence) == ("turbo", MAIN, library.KREA_2)
+    assert (model.variant, model.revision, model.licence) == ("turbo", MAIN, library.KREA_2_LICENCE)
     assert [each.name for each in library.list_models() if each.source == "hub"] == ["krea-2-turbo"]
 
 
@@ -249,7 +249,7 @@ def test_files_pulled_by_other_tools_are_found(hf: Hub, k2):
         huggingface_hub.hf_hub_download(REPO, name, cache_dir=library.hub_cache())
 
     model = library.find("krea-2-turbo")
-    assert model is not None and model.path.name == MAIN and model.licence == library.KREA_2
+    assert model is not None and model.path.name == MAIN and model.licence == library.KREA_2_LICENCE
 
 
 @pytest.mark.parametrize("name", [library.MANIFEST, library.MANIFEST.upper().replace("JSON", "json")])
@@ -260,13 +260,13 @@ def test_manifest_in_a_repository_is_ignored(hf: Hub, k2, name, pulled):
     hf.repos[REPO][MAIN][name] = forged
     if pulled:
         k2("models", "pull", "krea-2-turbo")
-        manifest = library.read_manifest(library.folder_of(REPO) / "snapshots" / MAIN)
+        manifest = library.read_manifest(library.repo_folder(REPO) / "snapshots" / MAIN)
         assert set(manifest["files"]) == NEEDED
     else:
         for each in ("model_index.json", name, *SHARDS):
             huggingface_hub.hf_hub_download(REPO, each, cache_dir=library.hub_cache())
 
-    assert library.find("krea-2-turbo").licence == library.KREA_2
+    assert library.find("krea-2-turbo").licence == library.KREA_2_LICENCE
 
 
 def test_the_bar_counts_bytes(monkeypatch):
@@ -319,7 +319,7 @@ def test_interrupted_pull_is_resumed_by_the_next(hf: Hub, k2):
     assert "reports an error (503)" in result.stderr and "What has arrived is kept" in result.stderr
     assert library.locate("krea-2-turbo") is None
     assert all(model.source == "box" for model in library.list_models())
-    (partial,) = library.folder_of(REPO).glob("blobs/*.incomplete")
+    (partial,) = library.repo_folder(REPO).glob("blobs/*.incomplete")
     have = partial.stat().st_size
     assert 0 < have < len(PIPELINE[SHARDS[1]])
 
@@ -346,7 +346,7 @@ def test_wrong_hash_is_discarded_and_reported(hf: Hub, k2):
 
 def test_damaged_partial_file_is_detected(hf: Hub, k2):
     """An .incomplete file need not be the beginning of this one."""
-    partial = library.folder_of(REPO) / "blobs" / f"{etag(PIPELINE[SHARDS[0]])}.incomplete"
+    partial = library.repo_folder(REPO) / "blobs" / f"{etag(PIPELINE[SHARDS[0]])}.incomplete"
     partial.parent.mkdir(parents=True)
     partial.write_bytes(b"x" * 1000)
 
@@ -356,7 +356,7 @@ def test_damaged_partial_file_is_detected(hf: Hub, k2):
 
 
 def test_overlong_partial_file_is_discarded(hf: Hub, k2):
-    partial = library.folder_of(REPO) / "blobs" / f"{etag(PIPELINE[SHARDS[0]])}.incomplete"
+    partial = library.repo_folder(REPO) / "blobs" / f"{etag(PIPELINE[SHARDS[0]])}.incomplete"
     partial.parent.mkdir(parents=True)
     partial.write_bytes(bytes(len(PIPELINE[SHARDS[0]]) + 1))
 
@@ -615,7 +615,7 @@ def test_language_model_requires_the_licence(hf: Hub, moody: Path, k2, monkeypat
     k2("models", "pull", "krea-2-turbo")
     licence.record_file().unlink()
     loaded = []
-    speaking = SimpleNamespace(answer=lambda *_: "a cup of tea on a table", sight=False)
+    speaking = SimpleNamespace(answer=lambda *_: "a cup of tea on a table", vision_checkpoint=False)
     monkeypatch.setattr("model.language_model.can_answer", lambda text: True)
     monkeypatch.setattr("model.language_model.LanguageModel.load", lambda *_: loaded.append(1) or speaking)
     find_parts = library.find_parts

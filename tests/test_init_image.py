@@ -22,11 +22,11 @@ from k2cli.project import Project
 from k2cli.several import resume_commands
 from k2cli.watch import plan_missing
 from model.errors import K2Error
-from model.hashes import files_of, sha256
-from model.latents import noise, patchify, unpatchify
+from model.hashes import sha256, spec_files
+from model.latents import draw_noise, patchify, unpatchify
 from model.pipeline import Pipeline, to_image
 from model.references import feather, to_mask, to_pixels
-from model.sampler import guided, shifted_sigmas
+from model.sampler import apply_guidance, shifted_sigmas
 from model.spec import DENOISE, DENOISE_MASKED, Picture, RenderSpec, tie_to_lead
 from model.train.rollout import conditioned_velocity
 
@@ -74,7 +74,7 @@ def test_denoise_takes_the_last_steps_from_the_noised_image(pipeline, sketch, de
     theirs.set_begin_index(8 - taken)
     with torch.inference_mode():
         latents = pipeline.vae.encode(to_pixels(sketch, settled.width, settled.height))
-        fresh = noise(FOX.seed, config.channels, cells, cells)
+        fresh = draw_noise(FOX.seed, config.channels, cells, cells)
         begun = theirs.scale_noise(latents, theirs.timesteps[8 - taken : 9 - taken], fresh)
         tokens = patchify(begun, config.patch)
         said, unsaid = (
@@ -83,7 +83,7 @@ def test_denoise_takes_the_last_steps_from_the_noised_image(pipeline, sketch, de
         for step, time in enumerate(theirs.timesteps[8 - taken :]):
             level = time[None] / 1000
             v = said(tokens, level)
-            v = guided(v, unsaid(tokens, level), 3.0) if 2 * step < taken else v
+            v = apply_guidance(v, unsaid(tokens, level), 3.0) if 2 * step < taken else v
             tokens = theirs.step(v, time, tokens).prev_sample
         expected = to_image(pipeline.vae.decode(unpatchify(tokens, config.patch, cells, cells))[0])
     assert np.abs(np.asarray(expected, int) - as_array(picture)).max() <= 1
@@ -207,11 +207,11 @@ def test_kept_tokens_follow_the_straight_path(pipeline, noisy, monkeypatch):
         return velocity(tokens, *args, **more)
 
     monkeypatch.setattr(pipeline.dit, "velocity", watched)
-    monkeypatch.setattr(Pipeline, "_one_stream", property(lambda self: 0))
+    monkeypatch.setattr(Pipeline, "_one_stream_tokens", property(lambda self: 0))
     pipeline.render([spec])
     config, cells = pipeline.dit.config, side // pipeline.vae.factor
     image = patchify(pipeline.init_images.latents(noisy, side, side), config.patch)
-    fresh = patchify(noise(FOX.seed, config.channels, cells, cells), config.patch)
+    fresh = patchify(draw_noise(FOX.seed, config.channels, cells, cells), config.patch)
     sigmas = shifted_sigmas(8, pipeline.resolve(spec).mu)
     for tokens, sigma in zip(seen[:: len(seen) // 8], sigmas[:-1], strict=True):
         torch.testing.assert_close(tokens[:, 1:], ((1 - sigma) * image + sigma * fresh)[:, 1:], rtol=1e-4, atol=1e-4)
@@ -293,7 +293,9 @@ def test_partly_masked_cell_is_repainted_in_part(pipeline, noisy):
     spec = pipeline.resolve(replace(FOX, init_image=noisy, mask=f"{cell + cell // 2}x{side}+0+0"))
     cells = side // cell
 
-    way = pipeline.init_images.trajectory([spec], patchify(noise(7, config.channels, cells, cells), config.patch), 1.0)
+    way = pipeline.init_images.trajectory(
+        [spec], patchify(draw_noise(7, config.channels, cells, cells), config.patch), 1.0
+    )
 
     assert unpatchify(way.repaint, config.patch, cells, cells)[0, 0, 0, :3].tolist() == [1.0, 0.5, 0.0]
 
@@ -688,11 +690,11 @@ def test_denoise_in_the_metadata_of_other_tools(begun, k2, tmp_path):
 
 def test_cluster_receives_the_init_image(tmp_path):
     spec = RenderSpec("a fox", init_image=tmp_path / "a.png", mask=tmp_path / "b.png")
-    assert files_of(spec) == {tmp_path / "a.png", tmp_path / "b.png"}
+    assert spec_files(spec) == {tmp_path / "a.png", tmp_path / "b.png"}
     there = relocate(spec, lambda path: Path("/far") / path.name)
     assert (there.init_image, there.mask) == (Path("/far/a.png"), Path("/far/b.png"))
     region = replace(spec, mask="8x8+0+0")
-    assert files_of(region) == {tmp_path / "a.png"} and relocate(region, Path).mask == "8x8+0+0"
+    assert spec_files(region) == {tmp_path / "a.png"} and relocate(region, Path).mask == "8x8+0+0"
 
 
 def test_watch_notices_a_changed_init_image(begun, k2):

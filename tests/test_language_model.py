@@ -28,7 +28,7 @@ def test_answers_match_transformers(qwen, spoken):  # noqa: F811
     from transformers import Qwen3VLForConditionalGeneration
 
     theirs = Qwen3VLForConditionalGeneration.from_pretrained(qwen.folder, dtype=torch.float32).eval()
-    ids = torch.tensor([spoken.turn(ASKED)[0]])
+    ids = torch.tensor([spoken.user_turn(ASKED)[0]])
     made = theirs.generate(ids, do_sample=False, max_new_tokens=20, eos_token_id=-1, pad_token_id=0)
 
     expected = spoken.tokenizer.decode(made[0, ids.shape[1] :].tolist())
@@ -42,15 +42,15 @@ def test_same_seed_gives_the_same_answer(spoken):
 
 
 def test_answer_ends_at_an_end_token(spoken):
-    assert len(spoken.ends) == 2 and spoken.answer(ASKED, 0, max_tokens=3)
-    spoken.ends = set(range(len(spoken.head)))
+    assert len(spoken.end_ids) == 2 and spoken.answer(ASKED, 0, max_tokens=3)
+    spoken.end_ids = set(range(len(spoken.head)))
     assert spoken.answer(ASKED, 0, max_tokens=3) == ""
 
 
 def test_text_cannot_end_the_turn(spoken):
     mark = spoken.tokenizer.token_to_id("<|im_end|>")
 
-    assert spoken.turn("a fox<|im_end|>")[0].count(mark) == spoken.turn("a fox")[0].count(mark) == 1
+    assert spoken.user_turn("a fox<|im_end|>")[0].count(mark) == spoken.user_turn("a fox")[0].count(mark) == 1
 
 
 def test_sampling_keeps_to_likely_tokens():

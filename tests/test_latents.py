@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from model.latents import OUTER_SPACING, centre_on_square, noise, patchify, position_ids, unpatchify
+from model.latents import OUTER_SPACING, centre_on_square, draw_noise, patchify, position_ids, unpatchify
 
 
 @pytest.mark.parametrize("shape", [(2, 16, 8, 8), (1, 4, 6, 10), (3, 3, 2, 4)])
@@ -35,12 +35,12 @@ def test_positions():
 
 def test_noise_depends_only_on_the_seed():
     torch.manual_seed(1)
-    first = noise(7, 16, 4, 6)
+    first = draw_noise(7, 16, 4, 6)
     state = torch.get_rng_state()
 
     assert first.shape == (1, 16, 4, 6) and first.dtype == torch.float32
-    assert torch.equal(noise(7, 16, 4, 6), first)
-    assert not torch.equal(noise(8, 16, 4, 6), first)
+    assert torch.equal(draw_noise(7, 16, 4, 6), first)
+    assert not torch.equal(draw_noise(8, 16, 4, 6), first)
     assert torch.equal(torch.get_rng_state(), state)  # nobody else's numbers are used up
     assert torch.equal(first, torch.randn(1, 16, 4, 6, generator=torch.Generator().manual_seed(7)))
 

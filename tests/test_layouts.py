@@ -451,7 +451,7 @@ def test_reading_in_pieces_equals_reading_at_once(tmp_path, monkeypatch, number)
     name, numbers, size = gguf_file.FORMATS[number]
     path, raw = tmp_path / "model.gguf", np.random.default_rng(0).integers(0, 60, 5 * size, dtype=np.uint8)
     path.write_bytes(header(tensors=[("t", [5 * numbers], number, 0)], data=raw.tobytes()))
-    monkeypatch.setattr(GGUFTensors, "STEP", 2 * numbers)
+    monkeypatch.setattr(GGUFTensors, "CHUNK", 2 * numbers)
 
     with GGUFTensors(path) as file:
         read = file.get_tensor("t").numpy()

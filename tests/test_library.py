@@ -218,7 +218,12 @@ def test_repository_names_tell_the_variant_of_their_files(home: Path):
 def test_official_models_by_all_their_names(pulled: Path, name: str):
     model = library.find(name)
 
-    assert (model.path, model.variant, model.licence, model.revision) == (pulled, "turbo", library.KREA_2, COMMIT)
+    assert (model.path, model.variant, model.licence, model.revision) == (
+        pulled,
+        "turbo",
+        library.KREA_2_LICENCE,
+        COMMIT,
+    )
     assert model.root == pulled
 
 
@@ -258,7 +263,7 @@ def test_a_snapshot_without_a_ref_is_not_used(pulled: Path):
 
 @pytest.mark.parametrize("name", ["a/../../etc", "../a/b", "a--b/c", "/a/b", "a/b@../c", "", "a", "a/b\n"])
 def test_invalid_hub_names(name: str):
-    assert library.parse(name) is None and library.find(name) is None
+    assert library.parse_hub_name(name) is None and library.find(name) is None
 
 
 def test_the_cache_is_where_the_hubs_client_has_it(home: Path, monkeypatch):
@@ -336,8 +341,8 @@ def test_the_release_is_recognised_by_its_shape(home: Path, shapes: dict):
     write(home / "shards/b.safetensors", {name: shapes[name] for name in names[40:]})
     write(home / "pipe/transformer/model.safetensors", shapes)
 
-    assert library.find("shards").licence == library.find("pipe").licence == library.KREA_2
-    assert library.find("pipe/transformer/model.safetensors").licence == library.KREA_2
+    assert library.find("shards").licence == library.find("pipe").licence == library.KREA_2_LICENCE
+    assert library.find("pipe/transformer/model.safetensors").licence == library.KREA_2_LICENCE
     assert library.find("shards/a.safetensors").licence is None  # a lone shard renders nothing
 
 
@@ -346,4 +351,4 @@ def test_weights_are_at_most_two_subfolders_deep(tmp_path):
         folder = tmp_path.joinpath(*"abc"[:depth])
         folder.mkdir(exist_ok=True, parents=True)
         (folder / f"{name}.safetensors").write_bytes(b"")
-    assert [path.name for path in library.weights(tmp_path)] == ["near.safetensors"]
+    assert [path.name for path in library.find_weights(tmp_path)] == ["near.safetensors"]

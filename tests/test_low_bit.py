@@ -26,7 +26,7 @@ from model.low_bit import (
     pack,
     use_few_bits,
 )
-from model.quantize import powers, quantise, to_int8, to_rows
+from model.quantize import cached_hadamard, quantise, to_8_bits, to_int8
 
 gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
@@ -75,7 +75,7 @@ def test_dequantised_products_use_the_rounded_matrix(monkeypatch):
 def test_token_does_not_depend_on_others(way, precision):
     small, tokens = layer(torch.randn(64, 128), precision), torch.randn(700, 128)
     alone = small(tokens[300:301])
-    if small.multiplies(tokens):
+    if small.runs_in_8_bits(tokens):
         assert torch.equal(small(tokens)[300:301], alone)
     torch.testing.assert_close(small(tokens)[300:301], alone, rtol=1e-5, atol=1e-5)
 
@@ -106,12 +106,12 @@ def test_gradients_use_the_rounded_matrix(way, precision):
 def test_gpus_have_kernels_for_some_shapes_only(monkeypatch, device, tokens, inward, outward, expected):
     rows = type("Rows", (list,), {"device": torch.device(device)})(range(tokens))
     monkeypatch.setattr(low_bit, "is_native", lambda number, device: number == torch.int8 and device != "mps")
-    assert FewBitLinear(inward, outward, False, FORMATS["int8"]).multiplies(rows) is expected
+    assert FewBitLinear(inward, outward, False, FORMATS["int8"]).runs_in_8_bits(rows) is expected
 
 
 def test_which_devices_multiply_in_8_bits(monkeypatch):
     def both(device: str) -> tuple[bool, bool]:
-        return tuple(bool(is_native_on.__wrapped__(FORMATS[each].number, device, 0)) for each in ("int8", "fp8"))
+        return tuple(bool(is_native_on.__wrapped__(FORMATS[each].dtype, device, 0)) for each in ("int8", "fp8"))
 
     for known, able in (({}, False), ({"avx512_vnni": False, "amx_int8": True}, True), ({"avx512_bf16": True}, False)):
         monkeypatch.setattr(torch.cpu, "get_capabilities", lambda known=known: known)
@@ -146,7 +146,7 @@ def test_each_gpu_is_asked_separately(monkeypatch):
 def test_training_works_after_rendering(precision):
     """What rendering caches must not be inference tensors, through which no gradient could pass."""
     few_bits_of_rows = layer(torch.randn(64, 64), precision)
-    powers.cache_clear()
+    cached_hadamard.cache_clear()
     with torch.inference_mode():
         few_bits_of_rows(torch.randn(2, 64))
     x = torch.randn(2, 64, requires_grad=True)
@@ -229,17 +229,17 @@ def test_matrices_stored_in_more_bits_stay_so(tmp_path, precision):
 
 def test_matrix_is_rounded_in_parts(monkeypatch):
     matrix = torch.randn(37, 64)
-    whole = to_rows(matrix, torch.int8)
-    monkeypatch.setattr("model.quantize._AT_ONCE", 64 * 5)
-    for a, b in zip(whole, to_rows(matrix, torch.int8), strict=True):
+    whole = to_8_bits(matrix, torch.int8)
+    monkeypatch.setattr("model.quantize._CHUNK", 64 * 5)
+    for a, b in zip(whole, to_8_bits(matrix, torch.int8), strict=True):
         assert torch.equal(a, b)
 
 
 def test_stored_rows_keep_their_scales_in_parts(monkeypatch):
     rows, scales = to_int8(torch.randn(40, 64) * torch.logspace(-3, 2, 40)[:, None])
-    whole = to_rows(rows, torch.float8_e4m3fn, scales)
-    monkeypatch.setattr("model.quantize._AT_ONCE", 64 * 5)
-    for a, b in zip(whole, to_rows(rows, torch.float8_e4m3fn, scales), strict=True):
+    whole = to_8_bits(rows, torch.float8_e4m3fn, scales)
+    monkeypatch.setattr("model.quantize._CHUNK", 64 * 5)
+    for a, b in zip(whole, to_8_bits(rows, torch.float8_e4m3fn, scales), strict=True):
         assert torch.equal(a.float(), b.float())
 
 

@@ -22,11 +22,11 @@ from model import library
 from model.board_pictures import StyleReader
 from model.checkpoint import save
 from model.clusters import MIN_SILHOUETTE, find_looks, silhouette, spherical_kmeans
-from model.colours import colour_words, find_palette, name_of, named_colours, oklab, swatches
+from model.colours import colour_name, colour_words, find_palette, named_colours, oklab, swatches
 from model.errors import K2Error
 from model.hashes import cache_folder, sha256
-from model.moodboard import analyse, same_within
-from model.words import Words, read_words
+from model.moodboard import analyse, same_detail
+from model.words import WordTable, read_words
 
 K2 = """\
 [render]
@@ -116,7 +116,7 @@ def test_palette_has_the_colours_of_the_picture():
 
 
 def test_colours_have_plain_names():
-    assert [name_of(rgb) for rgb in ((255, 255, 255), (0, 0, 0), (38, 54, 96))] == ["white", "black", "night blue"]
+    assert [colour_name(rgb) for rgb in ((255, 255, 255), (0, 0, 0), (38, 54, 96))] == ["white", "black", "night blue"]
 
 
 @pytest.mark.parametrize(
@@ -130,7 +130,7 @@ def test_colours_have_plain_names():
     ],
 )  # fmt: skip
 def test_colours_are_named_after_their_hue_however_dark_or_muted(code, name):
-    assert name_of(bytes.fromhex(code)) == name
+    assert colour_name(bytes.fromhex(code)) == name
 
 
 def test_no_colour_is_named_after_a_distant_hue():
@@ -141,7 +141,7 @@ def test_no_colour_is_named_after_a_distant_hue():
 
     known = {name: [chroma(rgb) for rgb in rgbs] for name, rgbs in named_colours().items()}
     for rgb in product(range(8, 256, 24), repeat=3):
-        name, own = name_of(rgb), chroma(rgb)
+        name, own = colour_name(rgb), chroma(rgb)
         if name not in ("white", "grey", "dark grey", "black", "cream"):
             turns = [abs(np.angle(each / own, deg=True)) for each in known[name]]
             assert abs(own) > 0.015 and min(turns) < 60, (rgb, name)
@@ -159,18 +159,18 @@ def test_dark_red_board_gets_a_red_keyword():
 # ---- words --------------------------------------------------------------------------------------
 
 
-def table(unseen: float) -> Words:
+def table(unseen: float) -> WordTable:
     """Two media from two features: the first stands for film, the second for neon."""
     x = torch.eye(2, dtype=torch.float64)
     zero, one = torch.zeros(2, dtype=torch.float64), torch.ones(2, dtype=torch.float64)
-    return Words(
+    return WordTable(
         {"medium": ("film", "neon")}, {"medium": 20 * x}, {"medium": zero}, zero, one, x, x, 1.0, {"medium": unseen}, {}
     )
 
 
 def test_words_are_read_only_from_pictures_near_the_training_data():
     words = table(0.9)
-    chances, known = words.read(torch.tensor([[1.0, 0.0], [0.9, 0.1], [9.0, 9.0]]))
+    chances, known = words.predict(torch.tensor([[1.0, 0.0], [0.9, 0.1], [9.0, 9.0]]))
 
     assert known.tolist() == [True, True, False]
     keywords, avoids, told = read_words(words, chances, known)
@@ -182,11 +182,11 @@ def test_bundled_word_table_fits_the_bundled_style_encoder():
     """New weights need new words: python -m model.train.words."""
     eye = StyleReader.load("mini")
 
-    assert eye.words is not None, eye.why
+    assert eye.words is not None, eye.words_problem
 
 
 def test_words_that_were_unreliable_on_unseen_looks_are_omitted():
-    chances, known = table(0.3).read(torch.tensor([[1.0, 0.0]]))
+    chances, known = table(0.3).predict(torch.tensor([[1.0, 0.0]]))
 
     assert read_words(table(0.3), chances, known) == ([], [], {})
     assert read_words(None, {}, known) == ([], [], {})
@@ -293,8 +293,8 @@ def test_copies_keep_their_grain_and_other_pictures_differ_in_it(much, channels)
 
     picture = grainy()
     for copy in (kept(picture, 256, format="JPEG", quality=60), kept(picture, 128, format="WEBP", quality=90)):
-        assert same_within(picture, copy)
-    assert not same_within(picture, grainy())
+        assert same_detail(picture, copy)
+    assert not same_detail(picture, grainy())
 
 
 def test_word_table_for_another_encoder_is_not_used(den, monkeypatch, tmp_path):
@@ -473,10 +473,10 @@ def test_language_model_describes_the_board(den, k2, monkeypatch):
     heard = []
 
     class Speaking:
-        sight = True
+        vision_checkpoint = True
         said = "Taste profile: Quiet flat colour, much air. Night hues over bla"
 
-        def show(self, path):
+        def load_picture(self, path):
             return path.name
 
         def answer(self, text, seed, pictures):

@@ -10,7 +10,7 @@ import pytest
 from test_layouts import gguf_of, native
 from tiny import tiny, tiny_box  # noqa: F401
 
-from model.latents import noise, patchify
+from model.latents import draw_noise, patchify
 from model.layouts import to_diffusers
 from model.pipeline import Pipeline
 from model.spec import RenderSpec
@@ -42,7 +42,7 @@ def test_whole_picture_matches_diffusers(pipeline, tmp_path):
         if (width, height) != (pipeline.native,) * 2:
             pipeline.dit.side = None  # diffusers takes all weights to be trained on many sizes
         ours = np.asarray(pipeline.render([spec])[0].image, dtype=np.float32)
-        start = noise(spec.seed, pipeline.dit.config.channels, height // 8, width // 8)
+        start = draw_noise(spec.seed, pipeline.dit.config.channels, height // 8, width // 8)
         theirs = other(
             spec.prompt,
             negative_prompt=spec.negative,

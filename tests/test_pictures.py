@@ -154,7 +154,7 @@ def test_format_is_told_by_content_and_truncation_by_decoding(tmp_path):
 def test_a_picture_is_opened_once_to_check_and_decode_it(tmp_path, monkeypatch):
     Image.new("RGB", (64, 64)).save(tmp_path / "a.png")
     opened: list[Path] = []
-    monkeypatch.setattr(picture_file, "check", opened.append)
+    monkeypatch.setattr(picture_file, "check_file", opened.append)
 
     check_picture(tmp_path / "a.png", "here", "a", whole=True)
 

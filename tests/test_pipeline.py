@@ -30,16 +30,16 @@ from model.conditioning import MAX_CONTEXTS
 from model.errors import K2Error
 from model.flux_vae import FluxVAE, FluxVAEConfig
 from model.hashes import sha256
-from model.latents import noise, patchify, unpatchify
+from model.latents import draw_noise, patchify, unpatchify
 from model.layouts import load_dit
 from model.pipeline import Pipeline, to_image
 from model.reference_weights import weigh
 from model.resolve import evaluations, weighted_negatives, weighted_prompts
 from model.safety import Verdict
-from model.sampler import adams_bashforth, guided, shifted_sigmas
+from model.sampler import adams_bashforth, apply_guidance, shifted_sigmas
 from model.spec import SIDES, Picture, Reference, RenderSpec, Style, raw_mu, tie_to_lead
 from model.style import StyleEncoder
-from model.text_encoder import PROMPT_TOKENS
+from model.text_encoder import MAX_PROMPT_TOKENS
 from model.train.rollout import conditioned_velocity
 
 FOX = RenderSpec("a red fox", seed=7)
@@ -138,8 +138,8 @@ def test_prompts_are_encoded_once_and_evicted(pipeline, monkeypatch):
 
 
 def test_reference_is_read_once(pipeline, red, monkeypatch):
-    read, seen = StyleEncoder.read, []
-    monkeypatch.setattr(StyleEncoder, "read", lambda self, latents: seen.append(1) or read(self, latents))
+    read, seen = StyleEncoder.encode_reference, []
+    monkeypatch.setattr(StyleEncoder, "encode_reference", lambda self, latents: seen.append(1) or read(self, latents))
     styles = [(Style("look", strength=s, references=(Reference(red),)),) for s in (0.5, 1.0)]
 
     several = [replace(FOX, prompt=f"{i} foxes", styles=each) for i in range(3) for each in styles]
@@ -151,8 +151,8 @@ def test_reference_is_read_once(pipeline, red, monkeypatch):
 
 
 def test_style_with_many_references_is_read_once(pipeline, tmp_path, monkeypatch):
-    read, seen = StyleEncoder.read, []
-    monkeypatch.setattr(StyleEncoder, "read", lambda self, latents: seen.append(1) or read(self, latents))
+    read, seen = StyleEncoder.encode_reference, []
+    monkeypatch.setattr(StyleEncoder, "encode_reference", lambda self, latents: seen.append(1) or read(self, latents))
     for shade in range(MAX_CONTEXTS + 6):
         Image.new("RGB", (32, 32), (shade, 0, 0)).save(tmp_path / f"{shade}.png")
     style = Style("look", 1.0, tuple(Reference(tmp_path / f"{shade}.png") for shade in range(MAX_CONTEXTS + 6)))
@@ -277,7 +277,7 @@ def test_guidance_may_end_before_the_last_step(pipeline, monkeypatch):
         return velocity(tokens, *args, **more)
 
     monkeypatch.setattr(pipeline.dit, "velocity", watched)
-    monkeypatch.setattr(Pipeline, "_one_stream", property(lambda self: 0))
+    monkeypatch.setattr(Pipeline, "_one_stream_tokens", property(lambda self: 0))
 
     def made(**changes: float) -> Picture:
         rows.clear()
@@ -296,7 +296,7 @@ def test_guidance_may_end_before_the_last_step(pipeline, monkeypatch):
     settled, config = pipeline.resolve(spec), pipeline.dit.config
     cells = settled.width // pipeline.vae.factor
     grid = (cells // config.patch, cells // config.patch)
-    tokens = patchify(noise(FOX.seed, config.channels, cells, cells), config.patch)
+    tokens = patchify(draw_noise(FOX.seed, config.channels, cells, cells), config.patch)
     sigmas = shifted_sigmas(5, settled.mu)
     with torch.inference_mode():
         said, unsaid = (
@@ -305,7 +305,7 @@ def test_guidance_may_end_before_the_last_step(pipeline, monkeypatch):
         for step, (sigma, following) in enumerate(pairwise(sigmas)):
             level = torch.tensor([sigma])
             v = said(tokens, level)
-            v = guided(v, unsaid(tokens, level), 3.0) if step < 2 else v
+            v = apply_guidance(v, unsaid(tokens, level), 3.0) if step < 2 else v
             tokens = tokens + (following - sigma) * v
         expected = pipeline.vae.decode(unpatchify(tokens, config.patch, cells, cells))[0]
     assert np.abs(np.asarray(to_image(expected), int) - np.asarray(made(guidance_until=0.4).image, int)).max() <= 1
@@ -576,7 +576,7 @@ def test_stated_side_centres_other_shapes(tiny, tmp_path):  # noqa: F811
         ("many", about | {"shapes": ["96x64"]}, 4),
     ):
         save(tmp_path / f"{name}.safetensors", state, facts)
-        assert load_dit(tmp_path / f"{name}.safetensors", cell=8)[0].side == side
+        assert load_dit(tmp_path / f"{name}.safetensors", cell_size=8)[0].side == side
     with pytest.raises(ValueError, match="trained on pictures of 64 pixels"):
         load_dit(tmp_path / "many.safetensors")
 
@@ -613,7 +613,7 @@ def test_unavailable_hashes_are_reported(tiny, tmp_path, monkeypatch):  # noqa: 
 
 
 def test_truncated_tokens_are_recorded(pipeline):
-    words = " ".join(["fox"] * (PROMPT_TOKENS + 5))
+    words = " ".join(["fox"] * (MAX_PROMPT_TOKENS + 5))
     long, whole = pipeline.render([replace(FOX, prompt=words), replace(FOX, prompt=words[: -4 * 5])])
     assert long.record["unread"] == 5 and "unread" not in whole.record
     assert pixels(long) == pixels(whole)

@@ -16,19 +16,19 @@ from tiny import tiny, tiny_box  # noqa: F401
 from model import library, plan
 from model.checkpoint import save
 from model.errors import K2Error
-from model.parts import count_numbers, has_kernels, pick_device, pick_dtype, release_numbers
+from model.parts import count_numbers, has_kernels, pick_device, pick_dtype, release_size
 from model.pipeline import Pipeline
 from model.plan import (
     OFFLOADS,
     PRECISIONS,
     STREAMED_BLOCKS,
     ModelSize,
-    choose,
+    bytes_needed,
+    cgroup_free,
+    choose_plan,
     default_dtype,
-    known_precisions,
-    limit_left,
     memory_errors,
-    needs,
+    supported_precisions,
 )
 
 GB = 10**9
@@ -36,7 +36,7 @@ GB = 10**9
 
 @pytest.fixture(scope="module")
 def release():
-    return release_numbers()
+    return release_size()
 
 
 def test_open_weights_have_their_published_size(release):
@@ -57,7 +57,7 @@ def test_open_weights_have_their_published_size(release):
     ],
 )
 def test_prefers_exact_to_rounded_and_resident_to_streamed(release, free, way):
-    chosen = choose(replace(release, on_card=True), free * GB, dtype="bfloat16")
+    chosen = choose_plan(replace(release, on_gpu=True), free * GB, dtype="bfloat16")
     assert (chosen.precision, chosen.offload) == way
     assert chosen.fits(free * GB)
 
@@ -65,18 +65,18 @@ def test_prefers_exact_to_rounded_and_resident_to_streamed(release, free, way):
 @pytest.mark.parametrize("free", [3, 8, 14])
 def test_streaming_on_a_processor_never_rounds_unasked(release, free):
     """It would round again at every step, as there is no other memory to keep the result in."""
-    chosen = choose(release, free * GB, dtype="float32")
+    chosen = choose_plan(release, free * GB, dtype="float32")
     assert (chosen.precision, chosen.offload) == ("native", "all")
 
 
 def test_explicit_choices_are_respected(release):
     for precision in PRECISIONS:
         for offload in OFFLOADS:
-            chosen = choose(release, GB, dtype="bfloat16", precision=precision, offload=offload)
+            chosen = choose_plan(release, GB, dtype="bfloat16", precision=precision, offload=offload)
             assert (chosen.precision, chosen.offload) == (precision, offload)
-    assert choose(release, 24 * GB, dtype="bfloat16", precision="native").offload == "all"
-    assert choose(release, 24 * GB, dtype="bfloat16", offload="text").precision == "int8"
-    assert choose(release, 30 * GB, dtype="bfloat16", eight="fp8").precision == "fp8"
+    assert choose_plan(release, 24 * GB, dtype="bfloat16", precision="native").offload == "all"
+    assert choose_plan(release, 24 * GB, dtype="bfloat16", offload="text").precision == "int8"
+    assert choose_plan(release, 30 * GB, dtype="bfloat16", fast_8_bit="fp8").precision == "fp8"
 
 
 def test_needs_are_the_weights_held_plus_a_picture(release):
@@ -84,7 +84,7 @@ def test_needs_are_the_weights_held_plus_a_picture(release):
     n, rest = release, release.outside + release.others
 
     def picture(numbers: ModelSize) -> int:
-        return needs(numbers, "bfloat16", "native", "none") - 2 * (numbers.inside + numbers.text + rest)
+        return bytes_needed(numbers, "bfloat16", "native", "none") - 2 * (numbers.inside + numbers.text + rest)
 
     for precision, size in (("native", 2), ("int8", 1), ("fp8", 1)):
         for offload, inside, text in (
@@ -93,62 +93,62 @@ def test_needs_are_the_weights_held_plus_a_picture(release):
             ("all", STREAMED_BLOCKS / n.blocks, STREAMED_BLOCKS / n.layers),
         ):
             held = size * inside * n.inside + 2 * (text * n.text + rest)
-            assert needs(n, "bfloat16", precision, offload) == pytest.approx(held + picture(n), abs=8)
-    assert needs(n, "float32", "native", "none") == 2 * needs(n, "bfloat16", "native", "none")
+            assert bytes_needed(n, "bfloat16", precision, offload) == pytest.approx(held + picture(n), abs=8)
+    assert bytes_needed(n, "float32", "native", "none") == 2 * bytes_needed(n, "bfloat16", "native", "none")
     mixed = replace(n, stored="int8", wide=n.inside // 4)  # these stay as they are if the others do
-    assert needs(mixed, "bfloat16", "int8", "none") - needs(n, "bfloat16", "int8", "none") == mixed.wide
-    assert needs(mixed, "bfloat16", "fp8", "none") == needs(n, "bfloat16", "fp8", "none")
+    assert bytes_needed(mixed, "bfloat16", "int8", "none") - bytes_needed(n, "bfloat16", "int8", "none") == mixed.wide
+    assert bytes_needed(mixed, "bfloat16", "fp8", "none") == bytes_needed(n, "bfloat16", "fp8", "none")
     tokens = (n.native // 16) ** 2  # with guidance, two rows of them hold both halves of a feed-forward
     assert picture(n) > 2 * 2 * tokens * 2 * n.hidden
     assert 3 < picture(replace(n, native=2 * n.native)) / picture(n) < 4
 
 
 def test_takes_the_smallest_if_nothing_fits(release):
-    chosen = choose(replace(release, on_card=True), GB, dtype="bfloat16")
+    chosen = choose_plan(replace(release, on_gpu=True), GB, dtype="bfloat16")
     assert chosen.offload == "all" and not chosen.fits(GB)
     least = min(
-        needs(release, "bfloat16", each, "all") for each in PRECISIONS if each != "int4"
+        bytes_needed(release, "bfloat16", each, "all") for each in PRECISIONS if each != "int4"
     )  # int4 is only taken on request
-    assert chosen.needs == least
+    assert chosen.bytes_needed == least
 
 
 def test_streamed_weights_keep_their_stored_precision(release):
     stored = replace(release, stored="int8")
-    assert choose(stored, 6 * GB, dtype="bfloat16").precision == "int8"
+    assert choose_plan(stored, 6 * GB, dtype="bfloat16").precision == "int8"
 
 
 def test_packed_streamed_weights_are_unpacked_once(release):
     """At the precision that takes the least room to keep; if there is room for all, they are held like any other."""
-    packed = replace(release, packed=True, on_card=True)
-    assert choose(packed, 6 * GB, dtype="bfloat16", eight="fp8").precision == "fp8"
-    assert choose(packed, 80 * GB, dtype="bfloat16") == choose(release, 80 * GB, dtype="bfloat16")
-    elsewhere = replace(packed, on_card=False)  # no other memory to keep them in
-    assert choose(elsewhere, 6 * GB, dtype="bfloat16").precision == "native"
-    assert choose(packed, 6 * GB, dtype="bfloat16", precision="native").precision == "native"
+    packed = replace(release, packed=True, on_gpu=True)
+    assert choose_plan(packed, 6 * GB, dtype="bfloat16", fast_8_bit="fp8").precision == "fp8"
+    assert choose_plan(packed, 80 * GB, dtype="bfloat16") == choose_plan(release, 80 * GB, dtype="bfloat16")
+    elsewhere = replace(packed, on_gpu=False)  # no other memory to keep them in
+    assert choose_plan(elsewhere, 6 * GB, dtype="bfloat16").precision == "native"
+    assert choose_plan(packed, 6 * GB, dtype="bfloat16", precision="native").precision == "native"
 
 
 def test_device_gets_a_precision_that_it_supports(release):
     """Metal has no 8-bit floats: files of them are widened while streaming, and asking for them is an error."""
-    known, stored = known_precisions("mps"), replace(release, stored="fp8")
-    assert known_precisions("cuda") == known_precisions("cpu") == PRECISIONS
+    known, stored = supported_precisions("mps"), replace(release, stored="fp8")
+    assert supported_precisions("cuda") == supported_precisions("cpu") == PRECISIONS
 
-    assert choose(stored, 16 * GB, dtype="bfloat16").precision == "fp8"
-    chosen = choose(stored, 16 * GB, dtype="bfloat16", known=known)
+    assert choose_plan(stored, 16 * GB, dtype="bfloat16").precision == "fp8"
+    chosen = choose_plan(stored, 16 * GB, dtype="bfloat16", supported=known)
     assert (chosen.precision, chosen.offload) == ("native", "all")
     with pytest.raises(K2Error, match="does not support fp8") as error:
-        choose(release, 80 * GB, dtype="bfloat16", known=known, precision="fp8")
+        choose_plan(release, 80 * GB, dtype="bfloat16", supported=known, precision="fp8")
     assert error.value.hint == "Choose native, int8 or int4."
 
 
 def test_small_model_is_held_as_it_is_however_little_is_free(tiny):  # noqa: F811
     numbers = count_numbers(library.find_parts(library.find("tiny")), "cpu")
-    chosen = choose(numbers, 0, dtype="float32")
+    chosen = choose_plan(numbers, 0, dtype="float32")
     assert (chosen.precision, chosen.offload) == ("native", "none")
-    assert choose(numbers, 0, dtype="float32", precision="int8").precision == "int8"
+    assert choose_plan(numbers, 0, dtype="float32", precision="int8").precision == "int8"
     assert (
-        choose(replace(numbers, text=GB, layers=99), 0, dtype="float32").offload == "text"
+        choose_plan(replace(numbers, text=GB, layers=99), 0, dtype="float32").offload == "text"
     )  # every part has to be small
-    streamed = choose(replace(numbers, stored="int8"), 0, dtype="float32", offload="all")
+    streamed = choose_plan(replace(numbers, stored="int8"), 0, dtype="float32", offload="all")
     assert (streamed.precision, streamed.offload) == ("native", "all")  # nothing is rounded unasked
 
 
@@ -197,7 +197,7 @@ def test_native_bf16_and_8_bit_formats_of_devices(monkeypatch):
     assert not plan.native_bf16("mps")
     for number, precision in ((torch.float8_e4m3fn, "fp8"), (torch.int8, "int8"), (None, "int8")):
         monkeypatch.setattr("model.low_bit.is_native", lambda asked, device, number=number: asked == number)
-        assert plan.eight_bits("cpu") == precision
+        assert plan.fast_8_bit_precision("cpu") == precision
 
 
 @pytest.mark.parametrize(("promised", "free"), [(30, 20), (12, 12)])
@@ -219,7 +219,7 @@ def test_free_memory_on_linux(monkeypatch):
     monkeypatch.setattr("sys.platform", "linux")
     monkeypatch.setattr(Path, "read_text", lambda *_: "MemTotal: 9000 kB\nMemAvailable: 1000 kB\n")
     assert plan.machine_memory().free == plan.free_memory("cpu") == 1_024_000
-    monkeypatch.setattr(plan, "limit_left", lambda group, free: 5)
+    monkeypatch.setattr(plan, "cgroup_free", lambda group, free: 5)
     assert plan.free_memory("cpu") == 5
 
 
@@ -278,12 +278,12 @@ def test_gpu_without_kernels_is_never_picked(monkeypatch):
 
 
 def test_control_group_limit_counts(tmp_path):
-    assert limit_left(tmp_path, 5) == 5  # no such control group
+    assert cgroup_free(tmp_path, 5) == 5  # no such control group
     for name, text in (("max", "1000"), ("current", "700"), ("stat", "anon 1\ninactive_file 50\n")):
         (tmp_path / f"memory.{name}").write_text(text)
-    assert limit_left(tmp_path, 5000) == 350
+    assert cgroup_free(tmp_path, 5000) == 350
     (tmp_path / "memory.max").write_text("max\n")
-    assert limit_left(tmp_path, 5000) == 5000
+    assert cgroup_free(tmp_path, 5000) == 5000
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from test_dit import SIZES, inputs, random_model, relative_error
 
-from model.quantize import dequantise, quantise, restore, to_int8, to_rows
+from model.quantize import dequantise, quantise, restore, to_8_bits, to_int8
 
 
 def test_rows_have_their_own_scale():
@@ -29,10 +29,10 @@ def test_stored_scales_of_any_shape_become_one_per_row():
     """As other tools write them: per tensor or per row, flat or as a column."""
     rows, scales = to_int8(torch.randn(8, 4))
     for stored in (scales, scales[:, None], scales[:1], scales[0]):
-        kept, each = to_rows(rows, torch.int8, stored)
+        kept, each = to_8_bits(rows, torch.int8, stored)
         assert torch.equal(kept, rows) and torch.equal(each, stored.flatten().expand(8))
-        anew = to_rows(rows, torch.float8_e4m3fn, stored)
-        for got, expected in zip(anew, to_rows(restore(rows, each, torch.float32), torch.float8_e4m3fn), strict=True):
+        anew = to_8_bits(rows, torch.float8_e4m3fn, stored)
+        for got, expected in zip(anew, to_8_bits(restore(rows, each, torch.float32), torch.float8_e4m3fn), strict=True):
             assert torch.equal(got.float(), expected.float())
     of_convolution = restore(torch.ones(8, 4, 3, 3), scales, torch.float32)
     assert torch.equal(of_convolution, scales.view(8, 1, 1, 1).expand(8, 4, 3, 3))
@@ -41,7 +41,7 @@ def test_stored_scales_of_any_shape_become_one_per_row():
 def test_fp8_keeps_three_bits_of_small_numbers():
     """e4m3: half a step is a sixteenth of a number, or 2^−10 for those below 2^−6."""
     matrix = torch.randn(64, 128) * torch.logspace(-3, 0, 128)
-    rows, scales = to_rows(matrix, torch.float8_e4m3fn)
+    rows, scales = to_8_bits(matrix, torch.float8_e4m3fn)
     off = (restore(rows, scales, torch.float32) - matrix).abs()
     assert (off <= torch.maximum(matrix.abs() / 16, 2**-10 * scales[:, None]) * 1.001).all()
 

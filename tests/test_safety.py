@@ -14,7 +14,7 @@ from tiny import tiny, tiny_box  # noqa: F401
 from model import safety
 from model.errors import K2Error
 from model.pipeline import Pipeline
-from model.safety import Verdict, installed, review
+from model.safety import Verdict, installed_filters, review
 from model.spec import Picture, RenderSpec
 
 RED = Picture(Image.new("RGB", (8, 4), "red"), {"prompt": "a rose", "seed": 7})
@@ -91,13 +91,13 @@ def test_installed_packages_bring_filters(monkeypatch):
         SimpleNamespace(name="all", value="a:allow", load=lambda: allow),
     ]
     monkeypatch.setattr(safety, "entry_points", lambda group: points if group == "k2.filters" else [])
-    assert list(installed()) == ["all", "roses"]
+    assert list(installed_filters()) == ["all", "roses"]
 
     def missing():
         raise ImportError("no module named nudity")
 
     points.append(SimpleNamespace(name="all", value="b:no_roses", load=lambda: no_roses))
-    assert installed() == {
+    assert installed_filters() == {
         "all": allow,
         "all of b:no_roses": no_roses,
         "roses": no_roses,
@@ -105,7 +105,7 @@ def test_installed_packages_bring_filters(monkeypatch):
 
     points.append(SimpleNamespace(name="nudity", value="c:check", load=missing))
     with pytest.raises(K2Error, match='"nudity" failed: no module named nudity'):
-        installed()
+        installed_filters()
 
 
 @pytest.fixture

@@ -8,7 +8,7 @@ from itertools import pairwise
 import pytest
 import torch
 
-from model.sampler import adams_bashforth, euler, guided, shifted_sigmas, style_guided
+from model.sampler import adams_bashforth, apply_guidance, apply_style_guidance, euler, shifted_sigmas
 from model.spec import raw_mu
 
 
@@ -53,15 +53,15 @@ def test_raw_mu_extends_beyond_its_two_points():
 
 def test_guidance_zero_is_off_and_one_doubles_the_difference():
     conditional, unconditional = torch.randn(2, 3)
-    assert torch.equal(guided(conditional, unconditional, 0.0), conditional)
-    torch.testing.assert_close(guided(conditional, unconditional, 1.0), 2 * conditional - unconditional)
+    assert torch.equal(apply_guidance(conditional, unconditional, 0.0), conditional)
+    torch.testing.assert_close(apply_guidance(conditional, unconditional, 1.0), 2 * conditional - unconditional)
 
 
 def test_style_guidance_zero_adds_the_style_once_and_one_twice():
     """On top of whatever the prompt's own guidance has made of the velocity."""
     styled, conditional, led = torch.randn(3, 4)
-    torch.testing.assert_close(style_guided(styled, conditional, conditional, 0.0), styled)
-    torch.testing.assert_close(style_guided(styled, conditional, led, 1.0), led + 2 * (styled - conditional))
+    torch.testing.assert_close(apply_style_guidance(styled, conditional, conditional, 0.0), styled)
+    torch.testing.assert_close(apply_style_guidance(styled, conditional, led, 1.0), led + 2 * (styled - conditional))
 
 
 def test_adams_bashforth_is_second_order():
@@ -96,7 +96,7 @@ def test_adams_bashforth_restarts_where_the_field_changes():
 
     first = adams_bashforth(velocity, start, sigmas[:5])
     rest = adams_bashforth(lambda x, step: velocity(x, step + 4), first, sigmas[4:])
-    torch.testing.assert_close(adams_bashforth(velocity, start, sigmas, anew={4}), rest)
+    torch.testing.assert_close(adams_bashforth(velocity, start, sigmas, restart_steps={4}), rest)
     assert not torch.allclose(adams_bashforth(velocity, start, sigmas), rest)
 
 

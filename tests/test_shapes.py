@@ -8,7 +8,7 @@ import pytest
 from workshop import FACTOR, InThisProcess, make_data
 
 from model.errors import K2Error
-from model.latents import grid_of, patchify, unpatchify
+from model.latents import patchify, token_grid, unpatchify
 from model.library import BUNDLED
 from model.text_encoder import TextEncoder
 from model.train import data as train_data
@@ -84,7 +84,7 @@ def test_latents_of_any_shape_survive_patchify_and_unpatchify():
     import torch
 
     latents = torch.randn(2, 16, 4, 6)
-    assert grid_of(latents, 2) == (2, 3)
+    assert token_grid(latents, 2) == (2, 3)
     assert torch.equal(unpatchify(patchify(latents, 2), 2, 4, 6), latents)
 
 

@@ -32,13 +32,13 @@ from model.splice import (
     Capture,
     CaptureCache,
     Splice,
+    add_noise,
     capture,
-    damping,
+    damping_factors,
     first_block,
     guard_keys,
-    mixture,
+    mix_moments,
     moments,
-    noised,
     pull_statistics,
     shift_keys,
     spliced_attention,
@@ -244,7 +244,7 @@ def test_every_guard_renders_a_different_picture(pipeline, refs):
 
 def test_damping_spares_slowly_rotating_pairs():
     frame, side, _ = DIT.rope_axes
-    early, late = damping(DIT, 0.99), damping(DIT, 0.01)
+    early, late = damping_factors(DIT, 0.99), damping_factors(DIT, 0.01)
 
     assert early.shape == (DIT.head_dim,) and torch.equal(late[:frame], torch.ones(frame))
     rows, columns = late[frame : frame + side], late[frame + side :]
@@ -263,7 +263,7 @@ def test_damping_matches_its_formula(sigma):
     side = [(1 - x) * fast + x * slow for x in along for _ in range(2)]
 
     expected = torch.tensor([1.0] * DIT.rope_axes[0] + 2 * side)
-    torch.testing.assert_close(damping(DIT, sigma), expected)
+    torch.testing.assert_close(damping_factors(DIT, sigma), expected)
 
 
 def test_shifted_keys_match_a_picture_to_the_right():
@@ -284,16 +284,16 @@ def test_picture_to_the_right_is_one_column_gap_away(grid):
     dit = Krea2(DIT)
     for side in (None, 8):
         dit.side = side
-        columns = dit.places(grid)[: grid[1], 1]
-        gaps = torch.cat((columns, columns[:1] + dit.reach(grid))).diff()
+        columns = dit.grid_positions(grid)[: grid[1], 1]
+        gaps = torch.cat((columns, columns[:1] + dit.column_offset(grid))).diff()
         between = gaps[:-1].mean() if grid[1] > 1 else 1.0
-        assert gaps[-1] == pytest.approx(between) and (side or dit.reach(grid) == grid[1])
-        assert dit.reach((8, 8)) == 8
+        assert gaps[-1] == pytest.approx(between) and (side or dit.column_offset(grid) == grid[1])
+        assert dit.column_offset((8, 8)) == 8
 
 
 def test_guards_do_what_their_names_say():
     k = torch.randn(1, DIT.kv_heads, 12, DIT.head_dim)
-    damped = k * damping(DIT, 0.4)
+    damped = k * damping_factors(DIT, 0.4)
     expected = {"none": k, "damping": damped, "shift": shift_keys(k, DIT, 4), "both": shift_keys(damped, DIT, 4)}
     assert expected.keys() == set(LEAK_GUARDS)
     for guard, keys in expected.items():
@@ -345,13 +345,13 @@ def test_reference_is_noised_on_the_line_from_noise_to_picture():
     latents, noise = torch.randn(2, 1, 4, 6, 8)
     for sigma in (0.0, 0.3, 1.0):
         expected = patchify(latents + sigma * (noise - latents), 2)
-        torch.testing.assert_close(noised(latents, noise, sigma, 2), expected)
+        torch.testing.assert_close(add_noise(latents, noise, sigma, 2), expected)
 
 
 def test_mixture_has_the_moments_of_all_its_tokens():
     torch.manual_seed(0)
     a, b = torch.randn(2, 12, 16), 3 + 2 * torch.randn(2, 12, 16)
-    mean, variance = mixture(*zip(moments(a), moments(b), strict=True), [0.5, 0.5])
+    mean, variance = mix_moments(*zip(moments(a), moments(b), strict=True), [0.5, 0.5])
     for got, expected in zip((mean, variance), moments(torch.cat((a, b), 1)), strict=True):
         torch.testing.assert_close(got, expected)
 
@@ -400,7 +400,7 @@ def test_strength_matches_its_formula(scene, strength, pull):
     (attend,) = spliced_attention(references, [r.k for r in references], [strength * share for share in shares])
 
     of_queries, of_keys = (
-        mixture([r[at][0] for r in references], [r[at + 1][0] for r in references], shares) for at in (2, 4)
+        mix_moments([r[at][0] for r in references], [r[at + 1][0] for r in references], shares) for at in (2, 4)
     )
     queries = pull_statistics(q[:, :, 5:], *of_queries, pull)
     own = torch.cat((k[:, :, :5], pull_statistics(k[:, :, 5:], *of_keys, pull)), 2)
@@ -533,7 +533,7 @@ def test_least_recently_used_capture_is_dropped_first(tmp_path):
     assert found[0] and found[3] and not all(found)
     assert sum(file.stat().st_size for file in cache.folder.iterdir()) <= cache.limit
 
-    cache.put({"step": 4}, made, of=100)  # they cannot all be kept, so none is written
+    cache.put({"step": 4}, made, count=100)  # they cannot all be kept, so none is written
     assert cache.get({"step": 4}, CPU) is None
 
 

@@ -156,15 +156,15 @@ def test_reference_is_read_in_tiles_shuffled_the_same_way_each_time(encoder):
     torch.manual_seed(1)
     picture = torch.randn(1, 16, 16, 16).cumsum(-1).cumsum(-2) / 20
     with torch.no_grad():
-        read = encoder.read(picture)
-        assert read.shape == (3, 2, 32) and torch.equal(encoder.read(picture), read)
+        read = encoder.encode_reference(picture)
+        assert read.shape == (3, 2, 32) and torch.equal(encoder.encode_reference(picture), read)
         moved = [destroy_content(picture, 4, torch.Generator().manual_seed(seed)) for seed in (3, 4)]
         plainly = encoder(torch.cat(moved))[0]
-        apart = (encoder.read(moved[0]) - encoder.read(moved[1])).norm()
+        apart = (encoder.encode_reference(moved[0]) - encoder.encode_reference(moved[1])).norm()
 
     assert apart < 0.7 * (plainly[0] - plainly[1]).norm()
     for side in (4, 22):  # too small to cut, and not divisible by four
-        assert encoder.read(torch.randn(1, 16, side, side)).isfinite().all()
+        assert encoder.encode_reference(torch.randn(1, 16, side, side)).isfinite().all()
 
 
 def test_reference_is_read_in_the_tile_sizes_of_training(encoder, monkeypatch):
@@ -176,11 +176,11 @@ def test_reference_is_read_in_the_tile_sizes_of_training(encoder, monkeypatch):
         return latents
 
     monkeypatch.setattr("model.style.destroy_content", cut)
-    encoder.read(torch.randn(1, 16, 64, 64))
+    encoder.encode_reference(torch.randn(1, 16, 64, 64))
     assert sorted(sizes) == [8] * SHUFFLES + [16] * SHUFFLES
     small = torch.randn(1, 16, 4, 4)  # too small for tiles: single cells would no longer be a picture
     with torch.no_grad():
-        assert torch.equal(encoder.read(small), encoder(small)[0][0])
+        assert torch.equal(encoder.encode_reference(small), encoder(small)[0][0])
 
 
 def test_statistics_ignore_positions(encoder):

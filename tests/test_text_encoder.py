@@ -24,8 +24,8 @@ from model.four_bit import to_codes
 from model.low_bit import SUFFIXES
 from model.quantize import rotate, to_int8
 from model.text_encoder import (
+    MAX_PROMPT_TOKENS,
     PREFIX,
-    PROMPT_TOKENS,
     SPECIAL_TOKENS,
     SUFFIX,
     TextConfig,
@@ -167,13 +167,13 @@ def test_cached_prefix_is_exact(qwen):
     tower, ids = qwen.encoder.tower, torch.tensor([qwen.encoder.token_ids("a red fox")] * 2)
     whole, _ = tower(torch.cat((qwen.encoder.prefix_ids.expand(2, -1), ids), 1))
 
-    torch.testing.assert_close(tower(ids, qwen.encoder.prefix)[0], whole[:, 34:], atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(tower(ids, qwen.encoder.prefix_cache)[0], whole[:, 34:], atol=1e-5, rtol=1e-5)
 
 
 def test_other_prompts_in_the_list_change_nothing(qwen):
     alone = qwen.encoder.encode(["a red fox"])[0]
     embeds, mask = qwen.encoder.encode(["", "a red fox", "a much longer prompt about two sleeping foxes"])
-    together, _ = qwen.encoder.encode(["", "a red fox", "a much longer prompt about two sleeping foxes"], at_once=3)
+    together, _ = qwen.encoder.encode(["", "a red fox", "a much longer prompt about two sleeping foxes"], batch_size=3)
 
     assert torch.equal(embeds[1, mask[1]], alone[0])
     assert mask.sum(1).tolist()[:2] == [5, 8]
@@ -194,7 +194,7 @@ def test_key_value_heads_are_shared_as_in_the_transformer(monkeypatch):
 
 
 def test_long_prompts_are_cut(qwen):
-    assert len(qwen.encoder.token_ids("very " * 600)) == PROMPT_TOKENS + 5
+    assert len(qwen.encoder.token_ids("very " * 600)) == MAX_PROMPT_TOKENS + 5
 
 
 @pytest.mark.parametrize("kept", [{"truncation": True, "max_length": 77}, {"padding": "max_length", "max_length": 541}])

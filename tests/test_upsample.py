@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from model.upsample import doubled
+from model.upsample import upsample_conv
 
 
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
@@ -21,7 +21,7 @@ def test_fused_product_equals_upsampling_and_convolution(monkeypatch, layout):
 
     monkeypatch.setattr(F, "conv_transpose2d", seen)
 
-    answer = doubled(x, conv)
+    answer = upsample_conv(x, conv)
 
     torch.testing.assert_close(answer, conv(F.interpolate(x, scale_factor=2)), rtol=1e-4, atol=1e-5)
     assert taps[0].is_contiguous()

@@ -24,16 +24,16 @@ from model.reference_weights import MAX_REFERENCES
 from model.spec import Reference, RenderSpec, Style
 from model.text_encoder import TextEncoder
 from model.vision import (
-    Reader,
     VisionConfig,
+    VisionReader,
     VisionTower,
     WeightedPicture,
+    encode_picture,
     find_tower,
     load_tower,
-    marks_of,
     positions,
     quantise_rows,
-    see_picture,
+    read_picture_tokens,
     shuffle_tiles,
 )
 
@@ -69,7 +69,11 @@ def qwen(tmp_path_factory):
     qwen_tokenizer().save(str(folder / "tokenizer.json"))
     encoder = TextEncoder.load(folder, taps=TAPS)
     return SimpleNamespace(
-        folder=folder, model=model.model, encoder=encoder, reader=Reader(encoder, open_checkpoint(folder)), ids=ids
+        folder=folder,
+        model=model.model,
+        encoder=encoder,
+        reader=VisionReader(encoder, open_checkpoint(folder)),
+        ids=ids,
     )
 
 
@@ -118,7 +122,7 @@ def test_prompt_with_a_picture_matches_transformers(qwen, pictures, which):
     ).hidden_states
     expected = torch.stack([states[tap] for tap in TAPS], 2)
 
-    read, seen, counts = qwen.reader.read(prompt, [see_picture(qwen.reader.tower, pixels)])
+    read, seen, counts = qwen.reader.read_with_pictures(prompt, [encode_picture(qwen.reader.tower, pixels)])
 
     assert counts == [count]
     torch.testing.assert_close(read, expected[:, -len(words) :], atol=5e-5, rtol=5e-4)
@@ -146,7 +150,9 @@ def test_several_pictures_share_one_span(qwen, pictures):
         output_hidden_states=True,
     ).hidden_states
 
-    read, _, counts = qwen.reader.read("an owl", [see_picture(qwen.reader.tower, each) for each in pictures])
+    read, _, counts = qwen.reader.read_with_pictures(
+        "an owl", [encode_picture(qwen.reader.tower, each) for each in pictures]
+    )
 
     assert counts == [6, 8, 1]
     expected = torch.stack([states[tap] for tap in TAPS], 2)[:, -len(words) :]
@@ -170,9 +176,9 @@ def test_pictures_follow_one_another():
 
 def test_strength_moves_prompt_rows_linearly(qwen, pictures):
     """No change at zero, the prompt as read at one, mirrored below zero; vision rows are added only if allowed."""
-    pictures = [see_picture(qwen.reader.tower, each) for each in pictures]
+    pictures = [encode_picture(qwen.reader.tower, each) for each in pictures]
     plain = qwen.encoder.encode(["an owl"])[0]
-    read, _, (count,) = qwen.reader.read("an owl", pictures[:1])
+    read, _, (count,) = qwen.reader.read_with_pictures("an owl", pictures[:1])
 
     def encode(weight: float, keep_rows: bool = False) -> torch.Tensor:
         return qwen.reader.encode("an owl", [WeightedPicture(pictures[0], weight)], keep_rows=keep_rows)
@@ -190,14 +196,14 @@ def test_strength_moves_prompt_rows_linearly(qwen, pictures):
 @pytest.mark.parametrize("side", [1, -1])
 def test_several_pictures_count_by_their_weights(qwen, pictures, side):
     """Equal weights are one reading; others mix readings of fewer pictures, so that none starts with a jump."""
-    pictures = [see_picture(qwen.reader.tower, each) for each in pictures]
+    pictures = [encode_picture(qwen.reader.tower, each) for each in pictures]
     plain = qwen.encoder.encode(["an owl"])[0]
 
     def moved(*weights: float) -> torch.Tensor:
         shown = [WeightedPicture(picture, side * weight) for picture, weight in zip(pictures, weights, strict=False)]
         return side * (qwen.reader.encode("an owl", shown, keep_rows=False) - plain)
 
-    both = qwen.reader.read("an owl", pictures[:2])[0] - plain
+    both = qwen.reader.read_with_pictures("an owl", pictures[:2])[0] - plain
     torch.testing.assert_close(moved(0.5, 0.5), both)
     torch.testing.assert_close(moved(0.2, 0.8), 0.4 * both + 0.6 * moved(0, 1))
     assert (moved(0.2, 0.8) - moved(0.8, 0.2)).norm() > 0.1 * both.norm()
@@ -206,7 +212,7 @@ def test_several_pictures_count_by_their_weights(qwen, pictures, side):
 
 
 def test_picture_rows_are_added_one_by_one(qwen, pictures):
-    pictures = [see_picture(qwen.reader.tower, each) for each in pictures]
+    pictures = [encode_picture(qwen.reader.tower, each) for each in pictures]
 
     def rows(*weights: float) -> torch.Tensor:
         shown = [WeightedPicture(picture, weight) for picture, weight in zip(pictures, weights, strict=False)]
@@ -325,7 +331,7 @@ def test_vision_as_a_style_method(seeing, refs, monkeypatch):
     monkeypatch.setattr(vision, "PIXELS", 128 * 128)
     plain = pixels_of(seeing, FOX)
     assert pixels_of(seeing, looking((refs[0], 0.0))) == plain
-    assert "_reader" not in vars(seeing)  # the tower is still on disk
+    assert "_vision_reader" not in vars(seeing.conditioning)  # the tower is still on disk
 
     weights = [(refs[0], 0.8), (refs[1], -0.5)]
     assert len({pixels_of(seeing, looking(*order)) for order in itertools.permutations(weights)}) == 1
@@ -422,7 +428,7 @@ def test_config_without_picture_tokens_is_refused(qwen, stated):
     known = {"vision_start_token_id": 10, "vision_end_token_id": 12}
     checkpoint = replace(open_checkpoint(qwen.folder), config=known | stated)
     with pytest.raises(K2Error, match="does not say which tokens stand for pictures"):
-        marks_of(checkpoint)
+        read_picture_tokens(checkpoint)
 
 
 def test_answer_about_pictures_matches_transformers(qwen, pictures):
@@ -430,7 +436,7 @@ def test_answer_about_pictures_matches_transformers(qwen, pictures):
     transformers = pytest.importorskip("transformers")
     theirs = transformers.Qwen3VLForConditionalGeneration.from_pretrained(qwen.folder, dtype=torch.float32).eval()
     speaker = LanguageModel.load(qwen.folder, "cpu")
-    ids, seen = speaker.turn("What are they drawn with?", pictures)
+    ids, seen = speaker.user_turn("What are they drawn with?", pictures)
     start, pad, end = (qwen.ids[f"{name}_token_id"] for name in ("vision_start", "image", "vision_end"))
 
     made = theirs.generate(
@@ -444,7 +450,7 @@ def test_answer_about_pictures_matches_transformers(qwen, pictures):
         pad_token_id=0,
     )
 
-    assert (ids.count(start), ids.count(end)) == (3, 3) and ids.count(pad) == int(seen.where.sum()) == 15
+    assert (ids.count(start), ids.count(end)) == (3, 3) and ids.count(pad) == int(seen.mask.sum()) == 15
     answer = speaker.answer("What are they drawn with?", 0, pictures, max_tokens=12, temperature=0)
     assert answer == speaker.tokenizer.decode(made[0, len(ids) :].tolist())
     assert answer != speaker.answer("What are they drawn with?", 0, pictures[:1], max_tokens=12, temperature=0)

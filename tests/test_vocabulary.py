@@ -20,17 +20,17 @@ from model.vocabulary import vocabulary
     "prompt", ["a red fox", "KITTEN, film grain", "two foxes by the sea", "my old cottage", "a bird's nest", "Santa"]
 )
 def test_prompt_with_a_subject_can_be_drawn(prompt):
-    assert vocabulary().draws(prompt)
+    assert vocabulary().can_draw(prompt)
 
 
 @pytest.mark.parametrize("prompt", ["a zebu", "scatter", "film grain on a teal background", "doghouse9", ""])
 def test_prompt_without_a_subject_cannot(prompt):
-    assert not vocabulary().draws(prompt)
+    assert not vocabulary().can_draw(prompt)
 
 
 def test_words_mean_what_the_training_lists_say():
     def meaning(words):
-        return [(entry.kind, entry.name) for entry in vocabulary().meaning(words)]
+        return [(entry.kind, entry.name) for entry in vocabulary().look_up(words)]
 
     assert meaning("Kitten") == meaning("cat") == [("subject", "cat")]
     assert meaning("8-bit") == [("look", "pixel art")] and meaning("navy") == [("colour", "night blue")]
@@ -43,12 +43,12 @@ def test_words_mean_what_the_training_lists_say():
 @pytest.mark.parametrize("plural", ["foxes", "Kittens", "red  apples", "zebus", "navys"])
 def test_plurals_of_subjects_are_understood(plural):
     """Looks and colours have no plurals."""
-    assert all(entry.kind == "subject" for entry in vocabulary().meaning(plural))
-    assert bool(vocabulary().meaning(plural)) == vocabulary().draws(plural)
+    assert all(entry.kind == "subject" for entry in vocabulary().look_up(plural))
+    assert bool(vocabulary().look_up(plural)) == vocabulary().can_draw(plural)
 
 
 def test_word_with_its_own_entry_is_no_plural():
-    assert [entry.name for entry in vocabulary().meaning("books")] == ["books"]
+    assert [entry.name for entry in vocabulary().look_up("books")] == ["books"]
 
 
 def test_vocabulary_imports_nothing_heavy():

@@ -28,7 +28,7 @@ import numpy as np
 import tomli_w
 import torch
 
-from model.errors import K2Error, reported
+from model.errors import K2Error, exit_on_error
 from model.pipeline import Pipeline
 from model.train import release
 from model.train.data import DATA, Catalog
@@ -184,7 +184,7 @@ def main(judge_path: Path, out: Path, names: Sequence[str], count: int, dtype: s
 
 
 if __name__ == "__main__":
-    with reported():
+    with exit_on_error():
         parser = argparse.ArgumentParser(description="Measure checkpoints before and after a stage.")
         parser.add_argument("judge", type=Path)
         parser.add_argument("out", type=Path)

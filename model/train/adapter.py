@@ -28,15 +28,15 @@ from model import library
 from model.adapter_path import LowRank
 from model.checkpoint import open_checkpoint, save
 from model.dit import Krea2
-from model.errors import K2Error, count_of
+from model.errors import K2Error, pluralise
 from model.hashes import sha256
-from model.latents import grid_of, patchify
+from model.latents import patchify, token_grid
 from model.layouts import diffusers_names, load_dit
 from model.low_bit import FewBitLinear
 from model.parts import DTYPES, count_numbers, load_vae, pick_device, pick_dtype
-from model.plan import PRECISIONS, SMALL_MODEL, known_precisions, plan_on
+from model.plan import PRECISIONS, SMALL_MODEL, plan_on, supported_precisions
 from model.spec import MAX_PIXELS, raw_mu
-from model.text_encoder import PROMPT_TOKENS, TextEncoder
+from model.text_encoder import MAX_PROMPT_TOKENS, TextEncoder
 from model.train import loop, states
 from model.train.data import stable_seed
 from model.train.loop import Batch, Report, Stage
@@ -187,7 +187,7 @@ class AdapterStage(Stage):
             tokens.to(device, dtype),
             context.repeat_interleave(recipe.repeats, 0),
             network.modulate(sigma.to(device)),
-            network.rope(context.shape[1], grid_of(batch["latents"], network.config.patch)),
+            network.rope(context.shape[1], token_grid(batch["latents"], network.config.patch)),
             None if same_length else mask.to(device).repeat_interleave(recipe.repeats, 0),
         )
         return (velocity.float() - (noise - image).to(device)).square().mean(), {}
@@ -243,16 +243,16 @@ def prepare(recipe: Recipe, device: torch.device, report: Report) -> tuple[Adapt
     text = TextEncoder.load(parts.text, device, dtype)
     captions = [shorten_caption(picture.caption, recipe.trigger, text.truncated) for picture in pictures]
     if cut := sum(text.truncated(picture.caption) > 0 for picture in pictures):
-        report(f"{recipe.name}: {count_of(cut, 'caption')} too long, cut to {PROMPT_TOKENS} tokens")
+        report(f"{recipe.name}: {pluralise(cut, 'caption')} too long, cut to {MAX_PROMPT_TOKENS} tokens")
     embeds = [text.encode([caption])[0][0].cpu() for caption in captions]
     material = TrainingMaterial(latents, embeds, text.encode([""])[0][0].cpu(), files)
     del text
     precision, dtype_name = recipe.precision, str(dtype).removeprefix("torch.")
-    if not precision and previous.get("precision") in known_precisions(device):  # resume with the same base
+    if not precision and previous.get("precision") in supported_precisions(device):  # resume with the same base
         precision = previous["precision"]
     precision = plan_on(device, numbers, dtype=dtype_name, precision=precision or None, offload="none").precision
-    network, checkpoint = load_dit(parts.dit, device=device, dtype=dtype, precision=precision, cell=cell)
-    summary = f"{count_of(len(pictures), 'picture')} in {count_of(len(latents), 'shape')}"
+    network, checkpoint = load_dit(parts.dit, device=device, dtype=dtype, precision=precision, cell_size=cell)
+    summary = f"{pluralise(len(pictures), 'picture')} in {pluralise(len(latents), 'shape')}"
     report(f"{recipe.name}: {summary}; {model.name}, weights {precision}")
     report(f"{recipe.name}: {describe_captions(Path(recipe.pictures), pictures)}")
     if unused := unused_files(Path(recipe.pictures)):

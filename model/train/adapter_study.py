@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from model import library
-from model.errors import reported
+from model.errors import exit_on_error
 from model.pipeline import Pipeline
 from model.spec import Lora
 from model.train import adapter
@@ -154,5 +154,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    with reported():
+    with exit_on_error():
         main()

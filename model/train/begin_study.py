@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from model.errors import reported
+from model.errors import exit_on_error
 from model.spec import RenderSpec
 from model.train.data import phrase
 from model.train.evaluate import make_specs, retrieval
@@ -100,5 +100,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    with reported():
+    with exit_on_error():
         main()

@@ -28,7 +28,7 @@ from PIL import Image
 from model.avoid import phrases_in
 from model.board_pictures import StyleReader
 from model.colours import named_colours, oklab
-from model.errors import reported
+from model.errors import exit_on_error
 from model.expand import LEVELS, expand
 from model.moodboard import Board, analyse
 from model.pipeline import Pipeline
@@ -383,5 +383,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    with reported():
+    with exit_on_error():
         main()

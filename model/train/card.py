@@ -23,7 +23,7 @@ from tempfile import TemporaryDirectory
 
 from PIL import Image, ImageDraw
 
-from model.errors import reported
+from model.errors import exit_on_error
 from model.library import BUNDLED
 from model.pipeline import Pipeline
 from model.region import Region
@@ -135,7 +135,7 @@ def masked(pipeline: Pipeline) -> Image.Image:
             original.image.save(path := Path(folder) / f"{row}.png")
             specs = [RenderSpec(prompt, seed=seed, init_image=path, mask=region) for seed in range(SEEDS)]
             framed = original.image.copy()
-            if part := Region.read(region):
+            if part := Region.parse(region):
                 box = (part.left, part.top, part.left + part.width - 1, part.top + part.height - 1)
                 ImageDraw.Draw(framed).rectangle(box, outline="blue", width=2)
             for column, picture in enumerate([framed, *(made.image for made in pipeline.stream(specs))]):
@@ -168,5 +168,5 @@ def main(folder: Path = BUNDLED) -> None:
 
 
 if __name__ == "__main__":
-    with reported():
+    with exit_on_error():
         main(*map(Path, sys.argv[1:2]))

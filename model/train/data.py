@@ -29,7 +29,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from model.atomic import atomic_write
-from model.errors import K2Error, reported
+from model.errors import K2Error, exit_on_error
 from model.hashes import sha256
 from model.library import BUNDLED
 from model.train.looks import DRAWINGS, MEDIA, Look, compose, resize, split_looks
@@ -337,7 +337,7 @@ def write_renders(folder: Path, renders: NDArray[np.uint8]) -> None:
 
 
 if __name__ == "__main__":
-    with reported():
+    with exit_on_error():
         parser = argparse.ArgumentParser(description="Build the data set, or render it at another size.")
         parser.add_argument("size", type=int, nargs="?")
         size = parser.parse_args().size

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from model.atomic import atomic_write
-from model.errors import reported
+from model.errors import exit_on_error
 from model.references import from_bytes
 from model.train.autoencoder import load as load_autoencoder
 from model.train.data import AUTOENCODER, DATA, Catalog, Item, latents_file
@@ -63,7 +63,7 @@ def main(size: int | Shape, device: str = "cpu", *, batch: int = 64) -> None:
 
 
 if __name__ == "__main__":
-    with reported():
+    with exit_on_error():
         parser = argparse.ArgumentParser(description="Encode the train split at a size.")
         parser.add_argument("size", help="side of a square, or a shape like 320x192")
         parser.add_argument("device", nargs="?", default="cpu")

@@ -25,7 +25,7 @@ import tomli_w
 from numpy.typing import NDArray
 from PIL import Image
 
-from model.errors import reported
+from model.errors import exit_on_error
 from model.pipeline import Pipeline
 from model.plan import PRECISIONS
 from model.references import from_bytes
@@ -232,7 +232,7 @@ def main(
 
 
 if __name__ == "__main__":
-    with reported():
+    with exit_on_error():
         parser = argparse.ArgumentParser(description="Measure bundled checkpoints by a judge.")
         parser.add_argument("judge", type=Path)
         parser.add_argument("count", type=int, nargs="?", default=500)

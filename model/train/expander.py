@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
-from model.errors import reported
+from model.errors import exit_on_error
 from model.pipeline import Pipeline
 from model.train.data import DATA, Catalog, phrase, stable_seed
 from model.train.evaluate import candidate_subjects, make_specs, retrieval
@@ -63,7 +63,7 @@ def main(judge: Path, variant: str, count: int, dtype: str | None) -> None:
 
 
 if __name__ == "__main__":
-    with reported():
+    with exit_on_error():
         parser = argparse.ArgumentParser(description="Measure which looks creativity may add.")
         parser.add_argument("judge", type=Path)
         parser.add_argument("--variant", default="turbo")

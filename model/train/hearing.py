@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from model.latents import grid_of, patchify
+from model.latents import patchify, token_grid
 from model.text_encoder import SUFFIX_TOKENS
 from model.train import loop, pretrain
 from model.train.data import Item, fingerprint, stable_seed
@@ -152,7 +152,7 @@ class HearingStage(pretrain.RenderingStage):
     def output_loss(self, tensors: dict[str, Tensor], generator: torch.Generator) -> tuple[Tensor, dict[str, Any]]:
         """How far the network's output for captions as people say them is from the teacher's for the plain ones."""
         patch = self.recipe.config.patch
-        image, grid = patchify(tensors["latents"], patch), grid_of(tensors["latents"], patch)
+        image, grid = patchify(tensors["latents"], patch), token_grid(tensors["latents"], patch)
         plain, plain_mask, wild, wild_mask = (tensors[k] for k in ("embeds", "mask", "wild", "wild_mask"))
         references = tensors.get("references")
         if references is not None:

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from model.errors import reported
+from model.errors import exit_on_error
 from model.pipeline import Pipeline
 from model.train.data import DATA, Catalog, phrase
 from model.train.evaluate import candidate_subjects, held_out_prompts, make_specs, retrieval
@@ -124,5 +124,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    with reported():
+    with exit_on_error():
         main()

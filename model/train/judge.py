@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from model.checkpoint import read, save
-from model.errors import reported
+from model.errors import exit_on_error
 from model.references import from_bytes
 from model.train import data, loop
 from model.train import recipe as recipes
@@ -265,7 +265,7 @@ def main(recipe: Recipe, device: str = "cpu", report: Report = print) -> loop.Ru
 
 
 if __name__ == "__main__":
-    with reported():
+    with exit_on_error():
         parser = argparse.ArgumentParser(description="Train a judge.")
         parser.add_argument("seed", type=int)
         parser.add_argument("minutes", type=float)

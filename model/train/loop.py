@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from model.atomic import atomic_write
 from model.dit import SingleStreamBlock, TextBlock
-from model.errors import K2Error, count_of, listed
+from model.errors import K2Error, listed, pluralise
 from model.fast import can_compile
 from model.plan import native_bf16
 from model.train import parallel
@@ -421,8 +421,8 @@ def stop_note(run: Run) -> str:
     if not left or run.done:
         return ""
     if run.recipe.steps and (rest := run.recipe.steps - run.step) <= left:
-        return f"ends in {count_of(rest, 'step')}"
-    return f"saves and stops in {count_of(left, 'step')}"
+        return f"ends in {pluralise(rest, 'step')}"
+    return f"saves and stops in {pluralise(left, 'step')}"
 
 
 def draw_samples(run: Run, last: float, report: Report) -> float:

@@ -18,7 +18,7 @@ from pathlib import Path, PurePosixPath
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
-from model.errors import reported
+from model.errors import exit_on_error
 from model.text_encoder import PREFIX, PREFIX_TOKENS, SPECIAL_TOKENS, SUFFIX, SUFFIX_TOKENS
 from model.train.data import fetch_archive
 
@@ -216,5 +216,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    with reported():
+    with exit_on_error():
         main()

@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from model.errors import K2Error, count_of, listed
+from model.errors import K2Error, listed, pluralise
 from model.hashes import sha256
 from model.parts import Autoencoder
 from model.picture_file import OUTPUT_FOLDERS, SUFFIXES, describe_skipped, has_picture_suffix, is_sheet
@@ -80,7 +80,7 @@ def describe_captions(folder: Path, pictures: Sequence[CaptionedPicture]) -> str
     bare = [picture.path for picture in pictures if caption_file(picture.path) is None]
     named = sum(bool(words_from_stem(path.stem)) for path in bare)
     counts = {"from text files": len(pictures) - len(bare), "from file names": named, "empty": len(bare) - named}
-    counted = [f"{count_of(count, 'caption')} {kind}" for kind, count in counts.items() if count]
+    counted = [f"{pluralise(count, 'caption')} {kind}" for kind, count in counts.items() if count]
     caption_like = [path for path in list_files(folder) if path.suffix.lower() in CAPTION_SUFFIXES]
     others = [path.name for path in caption_like if path.with_suffix(path.suffix.lower()) not in files]
     return ", ".join(counted) + f"; not read as captions: {listed(others, 3)}" * bool(others)

@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 from model.dit import DiTConfig, Krea2
 from model.errors import K2Error
-from model.latents import grid_of, patchify
+from model.latents import patchify, token_grid
 from model.style import StyleConfig, StyleEncoder
 from model.train import loop, samples, states
 from model.train.alignment import MAX_SIGMA_GAP, AlignmentHead, Teacher
@@ -72,7 +72,7 @@ class TrainedModel(nn.Module):
 
         image = patchify(latents, self.dit.config.patch).repeat_interleave(repeats, 0)
         tokens, noise, sigma = add_noise(image, recipe.mu, generator)
-        grid = grid_of(latents, self.dit.config.patch)
+        grid = token_grid(latents, self.dit.config.patch)
         rope = self.dit.rope(context.shape[1], grid)
         velocity = self.dit.velocity(tokens, context, self.dit.modulate(sigma), rope, repeated_mask)
         if teacher is not None and self.pupil is not None:

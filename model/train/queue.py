@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-from model.errors import reported
+from model.errors import exit_on_error
 from model.train import data, encode, recipe, release, samples
 from model.train.data import DATA
 from model.train.shapes import LARGE_RENDERS, Shape
@@ -51,7 +51,7 @@ def main(minutes: float, out: Path, device: str) -> None:
 
 
 if __name__ == "__main__":
-    with reported():
+    with exit_on_error():
         parser = argparse.ArgumentParser(description="Train the next stages on a GPU.")
         parser.add_argument("minutes", type=float, nargs="?", default=15)
         parser.add_argument("--out", type=Path, default=RUNS / "queue")

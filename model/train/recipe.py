@@ -16,7 +16,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any, Self, Union, get_args, get_origin, get_type_hints
 
-from model.errors import K2Error, close_to
+from model.errors import K2Error, did_you_mean
 
 FOLDER = Path(__file__).parent / "recipes"
 STAGES = {  # value of `stage` -> its module
@@ -69,7 +69,7 @@ class Table:
         known, hints = {field.name: field for field in fields(cls)}, get_type_hints(cls)
         for key in table:
             if key not in known:
-                raise K2Error(f'{where}: unknown key "{key}".', hint=close_to(key, known))
+                raise K2Error(f'{where}: unknown key "{key}".', hint=did_you_mean(key, known))
             if not fits(table[key], hints[key]):
                 raise K2Error(f"{where}: {key} must be {type_text(hints[key])}.")
         for key, field in known.items():
@@ -167,7 +167,7 @@ def saved_recipe(table: Mapping[str, Any]) -> Any:
 def stage_module(stage: Any, where: str) -> Any:
     """The module of a stage. Raises `K2Error` if no stage has that name."""
     if not isinstance(stage, str) or stage not in STAGES:
-        hint = close_to(str(stage), STAGES) or f"Stages: {', '.join(STAGES)}."
+        hint = did_you_mean(str(stage), STAGES) or f"Stages: {', '.join(STAGES)}."
         raise K2Error(f'{where}: there is no stage "{stage}".', hint=hint)
     return import_module(STAGES[stage])
 

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from model.checkpoint import read, save
-from model.errors import reported
+from model.errors import exit_on_error
 from model.library import BUNDLED
 from model.quantize import quantise
 from model.style import StyleConfig
@@ -77,7 +77,7 @@ def main(run: str, folder: Path = BUNDLED) -> None:
 
 
 if __name__ == "__main__":
-    with reported():
+    with exit_on_error():
         parser = argparse.ArgumentParser(description="Bundle a run's weights.")
         parser.add_argument("run", metavar="RUN")
         main(parser.parse_args().run)

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from model.dit import Krea2
 from model.latents import patchify, unpatchify
-from model.sampler import euler, guided, shifted_sigmas
+from model.sampler import apply_guidance, euler, shifted_sigmas
 from model.spec import raw_mu
 from model.train.data import stable_seed
 from model.train.looks import Look
@@ -121,7 +121,7 @@ def sample(
     def velocity_at(tokens: Tensor, step: int) -> Tensor:
         sigma = levels[step].expand(len(tokens))
         conditional = velocity(tokens, sigma)
-        return guided(conditional, unconditional(tokens, sigma), guidance) if guidance else conditional
+        return apply_guidance(conditional, unconditional(tokens, sigma), guidance) if guidance else conditional
 
     noise = torch.randn(len(prompts), dit.config.channels, cells, cells, generator=torch.Generator().manual_seed(seed))
     noise = noise.to(device)

@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from model.dit import Krea2
-from model.errors import reported
+from model.errors import exit_on_error
 from model.library import BUNDLED
 from model.text_encoder import TextEncoder
 from model.train.autoencoder import load as load_autoencoder
@@ -51,7 +51,7 @@ def main(run: str, device: str = "cpu") -> Path:
 
 
 if __name__ == "__main__":
-    with reported():
+    with exit_on_error():
         parser = argparse.ArgumentParser(description="Render samples of a run.")
         parser.add_argument("run", metavar="RUN")
         print(main(parser.parse_args().run))

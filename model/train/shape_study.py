@@ -15,7 +15,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from model.errors import reported
+from model.errors import exit_on_error
 from model.train.data import DATA, Catalog, phrase
 from model.train.evaluate import held_out_prompts, kernel_distance, make_specs
 from model.train.shapes import Shape
@@ -99,5 +99,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    with reported():
+    with exit_on_error():
         main()

@@ -32,7 +32,7 @@ import numpy as np
 from PIL import Image
 
 from model.atomic import atomic_write
-from model.errors import reported
+from model.errors import exit_on_error
 from model.hashes import sha256
 from model.pipeline import Pipeline
 from model.spec import Reference, RenderSpec, Style
@@ -399,5 +399,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    with reported():
+    with exit_on_error():
         main()

@@ -225,7 +225,7 @@ def evaluate(tower: TextTower, tokenizer: Tokenizer, corpus: Corpus, heads: nn.M
     """Held-out agreement with the teacher, nearest neighbours by the mean of the rows, and the RMS of every tap."""
     encoder = TextEncoder(tower, tokenizer)
     ids, lengths, target = corpus.batch(list(range(min(512, corpus.held_out))))
-    features = tower(ids, encoder.prefix)[0]
+    features = tower(ids, encoder.prefix_cache)[0]
     mean, last = pooled_features(features, lengths)
     taps = tower.config.taps
     upper = torch.ones(len(ids), len(ids)).triu(1).bool()
@@ -249,7 +249,7 @@ def evaluate(tower: TextTower, tokenizer: Tokenizer, corpus: Corpus, heads: nn.M
     rows = [encoder.token_ids(text) for text in (*NEIGHBOURS, *answers)]
     probe = Corpus(rows, torch.empty(len(rows), 0))
     ids, lengths, _ = probe.batch(list(range(len(rows))))
-    for name, x in zip(("mean", "suffix"), pooled_features(tower(ids, encoder.prefix)[0], lengths), strict=True):
+    for name, x in zip(("mean", "suffix"), pooled_features(tower(ids, encoder.prefix_cache)[0], lengths), strict=True):
         x = F.normalize(x - x.mean(0), dim=-1)
         nearest = torch.einsum("ane,bne->nab", x[: len(NEIGHBOURS)], x[len(NEIGHBOURS) :]).argmax(-1)
         for i, tap in enumerate(taps):

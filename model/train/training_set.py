@@ -190,7 +190,7 @@ class TrainingSet:
             for start in range(0, len(new), self.encode_batch):
                 some = new[start : start + self.encode_batch]
                 full = some + some[:1] * (self.encode_batch - len(some))
-                embeds, mask = self.text.encode(full, at_once=self.encode_batch, multiple=TOKEN_MULTIPLE)
+                embeds, mask = self.text.encode(full, batch_size=self.encode_batch, pad_to_multiple_of=TOKEN_MULTIPLE)
                 for caption, rows, length in zip(full, embeds.half(), mask.sum(1).tolist(), strict=True):
                     self.features[caption] = rows[:length].clone()
 

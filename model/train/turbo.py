@@ -18,8 +18,8 @@ from torch import Tensor, nn
 
 from model.dit import Krea2
 from model.errors import K2Error
-from model.latents import grid_of, patchify
-from model.sampler import guided, shifted_sigmas
+from model.latents import patchify, token_grid
+from model.sampler import apply_guidance, shifted_sigmas
 from model.style import StyleEncoder
 from model.train import loop, pretrain
 from model.train.data import fingerprint
@@ -114,7 +114,7 @@ class TurboStage(pretrain.RenderingStage):
         generator, device = batch["generator"], self.empty.device
         tensors = {k: v.to(device) for k, v in batch.items() if isinstance(v, Tensor)}
         patch = self.recipe.config.patch
-        image, grid = patchify(tensors["latents"], patch), grid_of(tensors["latents"], patch)
+        image, grid = patchify(tensors["latents"], patch), token_grid(tensors["latents"], patch)
         embeds, mask = self.prompts(tensors, generator)
 
         student = conditioned_velocity(self.model.dit, embeds, mask, grid)
@@ -128,7 +128,7 @@ class TurboStage(pretrain.RenderingStage):
         if self.model.fake is None:
             x, _, sigma = add_noise(image, self.recipe.mu, generator)
             with torch.no_grad():
-                target = guided(*teacher(x, sigma), self.recipe.guidance)
+                target = apply_guidance(*teacher(x, sigma), self.recipe.guidance)
             error = (student(x, sigma) - target).square().mean()
             return error, {"share": (error / target.square().mean()).detach()}
 

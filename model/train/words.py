@@ -20,7 +20,7 @@ from torch import Tensor
 from model import library
 from model.board_pictures import StyleReader
 from model.checkpoint import save
-from model.errors import reported
+from model.errors import exit_on_error
 from model.hashes import sha256
 from model.train.data import DATA, Catalog, Item, stable_seed
 from model.train.encode import to_tensor
@@ -63,7 +63,7 @@ def measure_statistics(catalog: Catalog, items: Sequence[Item], eye: StyleReader
     parts = []
     for start in range(0, len(items), 32):
         pictures = [catalog.picture(item) for item in items[start : start + 32]]
-        parts.append(eye.see(to_tensor(pictures, eye.side))[1])
+        parts.append(eye.encode(to_tensor(pictures, eye.side))[1])
     return torch.cat(parts).double()
 
 
@@ -128,5 +128,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    with reported():
+    with exit_on_error():
         main()

@@ -41,7 +41,7 @@ from model.attention import attention
 from model.dit import Krea2
 from model.export import transformer_config
 from model.fast import Graph, accelerate
-from model.latents import noise, patchify, unpatchify
+from model.latents import draw_noise, patchify, unpatchify
 from model.layouts import to_diffusers
 from model.library import RECOMMENDED
 from model.low_bit import is_native
@@ -96,7 +96,7 @@ def main() -> None:
     def sample(network: Krea2, embeds: Tensor) -> Tensor:
         context, rope = network.encode_text(embeds), network.rope(PROMPT, grid)
         mods = network.modulate(torch.tensor(sigmas[:-1], device=device))
-        start = patchify(noise(0, config.channels, rows, rows).to(device), config.patch)
+        start = patchify(draw_noise(0, config.channels, rows, rows).to(device), config.patch)
         tokens = euler(
             lambda x, step: network.velocity(x.to(dtype), context, mods[step : step + 1], rope).float(), start, sigmas
         )

@@ -58,7 +58,7 @@ from model.pipeline import Pipeline
 from model.plan import default_dtype
 from model.spec import RenderSpec
 from model.text_encoder import QWEN3_VL_4B, TextTower
-from model.upsample import doubled
+from model.upsample import upsample_conv
 from model.vae import QwenImageVAE, VAEConfig
 
 PROMPT, PADDED, TEMPLATE = 45, 512, 34  # tokens of the prompt, of diffusers' padded prompt, and before the prompt
@@ -369,7 +369,7 @@ class Bench:
         ids = [torch.zeros(1, n, dtype=torch.long, device=self.device) for n in (PROMPT, TEMPLATE + PADDED)]
         yield compare(
             "prompts at natural length (mini)",
-            lambda: tower.tower(ids[0], tower.prefix),
+            lambda: tower.tower(ids[0], tower.prefix_cache),
             lambda: tower.tower(ids[1]),
         )
         padded = self.stream(side, PADDED)
@@ -430,7 +430,7 @@ class Bench:
             lambda: [net.velocity(tokens, context, one_step, turn) for tokens, context, turn in groups],
         )
         tie, said = (
-            LeadAttention(net.config, 0.5, [0.5], math.prod(grid), net.reach(grid)),
+            LeadAttention(net.config, 0.5, [0.5], math.prod(grid), net.column_offset(grid)),
             PromptContexts({"styled": [WeightedContexts(1.0, embeds)]}),
         )
         velocities = [
@@ -447,7 +447,7 @@ class Bench:
         cells = random_tensor((1, 384, side // 8, side // 8), 1, torch.float32, self.device)
         yield compare(
             "upsampling and convolution in one product",
-            lambda: doubled(cells, conv),
+            lambda: upsample_conv(cells, conv),
             lambda: conv(F.interpolate(cells, scale_factor=2.0, mode="nearest")),
         )
 

@@ -22,7 +22,7 @@ from pathlib import Path
 import torch
 from measure import MEDIUM, SMALL, random_tensor, write_toml
 
-from model.compact import header_of, tensors
+from model.compact import iter_tensors, make_header
 from model.dit import DiTConfig, Krea2
 from model.fast import keep_freed_memory
 from model.layouts import load_dit
@@ -61,10 +61,10 @@ def write_random(path: Path, config: DiTConfig, stored: str) -> None:
             for end, part in zip(SUFFIXES[layer_format.bits], pack(tensor, None, 0, layer_format), strict=True)
         }
 
-    header = header_of(network, {"kind": "dit", "config": asdict(config)})
+    header = make_header(network, {"kind": "dit", "config": asdict(config)})
     with path.open("wb") as file:
         file.write(len(header).to_bytes(8, "little") + header)
-        for tensor in tensors(network, make_tensor):
+        for tensor in iter_tensors(network, make_tensor):
             file.write(tensor.contiguous().flatten().view(torch.uint8).numpy().data)
         file.flush()
         os.fsync(file.fileno())
