@@ -268,7 +268,7 @@ def test_chosen_mu_is_imported(moody, k2, tmp_path, turbo):
     with_mu(moody, 0.875)
     chosen = k2("render", "-p", "an owl", *size, *variant).stdout.strip()
 
-    assert "stayed" not in k2("new", tmp_path / "plain", "--from", plain).stderr
+    assert "Not imported" not in k2("new", tmp_path / "plain", "--from", plain).stderr
     k2("new", tmp_path / "chosen", "--from", chosen)
     mixed = k2("new", tmp_path / "mixed", "--from", plain, chosen).stderr
 
@@ -335,7 +335,7 @@ def test_invalid_settings_are_not_imported(k2, fake, tmp_path):
     assert len(k2("render", tmp_path / "taken").stdout.splitlines()) == 1
 
 
-def test_creativity_is_imported_cohesion_is_not(moody, k2, tmp_path):
+def test_level_is_imported_ties_are_not(moody, k2, tmp_path):  # its name is in paths that are printed
     k2("render", "-p", "a fox", "--batch", "2", "--cohesion", "0.5", "--creativity", "low", "--steps", "3")
     k2("render", "-p", "an owl", "--creativity", "high", "--steps", "4")
     led, owl = moody.glob("outputs/0001-*/*-8.png"), moody.glob("outputs/0002-*/*-7.png")
