@@ -1,4 +1,4 @@
-"""The study of LoRA training, from end to end on a toy: who is shown what, and which figures come out."""
+"""The study of LoRA training, end to end on a toy: what is taught, and which figures come out."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The study of cohesion and its like, on a painter whose pictures are known."""
+"""The study of cohesion, creativity and moodboards, on a painter whose pictures are known."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from model.train.board_study import (
 
 
 class Judge(Rims):
-    """Reads rims as looks and middles as subjects; its features are both."""
+    """Reads rims as looks and middles as subjects; its features combine both."""
 
     def trunk(self, pictures):
         return torch.cat(self(pictures), 1)
@@ -38,10 +38,10 @@ class Judge(Rims):
 
 @dataclass
 class Painter:
-    """The look of a picture is a rim by its seed, or by its leader's as far as cohesion and `ties` go."""
+    """A picture's look is its rim: its seed's colour, moved towards its leader's by cohesion times `ties`."""
 
     ties: float = 1.0
-    jumps: bool = False  # whether a picture at 0 knows that it is in a batch
+    jumps: bool = False  # whether a picture at cohesion 0 depends on its batch
     text = SimpleNamespace(token_ids=str.split)
 
     def stream(self, specs: list[RenderSpec]):
@@ -97,7 +97,7 @@ def test_differing_bits_at_zero_are_detected(study):
 def test_creativity_levels_are_compared_with_raw(study):
     found = creativity(study(Painter()), seeds=2)
     assert found["high"]["subject_of_raw"]["value"] == 1
-    assert found["raw"]["pixels"] == found["high"]["pixels"]  # this painter does not listen to them
+    assert found["raw"]["pixels"] == found["high"]["pixels"]  # this painter ignores them
 
 
 def test_likeness_and_distance_are_means_over_pairs(study):
@@ -109,7 +109,7 @@ def test_likeness_and_distance_are_means_over_pairs(study):
     assert mean_distances([one, same, other])[0] == pytest.approx(2 / 3 * apart, rel=1e-5)
 
 
-def test_members_are_right_if_a_look_holds_its_own():
+def test_members_counts_pictures_in_looks_mostly_of_their_own():
     a, b = (module.Look("noto", medium) for medium in ("film", "neon"))
     paths = [Path(str(i)) for i in range(6)]
     truth = dict(zip(paths, [a, a, a, b, b, b], strict=True))
@@ -129,6 +129,6 @@ def test_grounds_are_read_from_the_rim(study):
         assert background_colours([seen._replace(picture=picture)]) == [name]
 
 
-def test_avoided_word_is_one_phrase():
+def test_avoided_words_are_single_phrases():
     for words in module.MEDIA.values():
         assert not words or phrases_in(words[0]) == [words[0]]

@@ -1,4 +1,4 @@
-"""The figures on paper, against the network itself where it can be asked, and the model card against the figures."""
+"""The calculated figures against the network itself where possible, and the model card against the figures."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def test_parameter_counts_match_the_network(config):
 
 
 def test_per_block_modulation_depends_on_time():
-    """The heavy variant is a network of the same inputs and outputs, and every block's own matrix counts."""
+    """The heavy variant has the same inputs and outputs, and every block's own matrix matters."""
     torch.manual_seed(0)
     heavy = OwnModulation(SMALL)
     heavy.initialise()
@@ -51,7 +51,7 @@ def test_per_block_modulation_depends_on_time():
 @pytest.mark.parametrize("config", [SMALL, replace(SMALL, kv_heads=8, text_taps=4)])
 def test_operation_counts_match_pytorch(config):
     tokens, sigma, embeds, grid = inputs(config)
-    # the CPU's own attention kernel is not among those that it counts; the plain one is made of products
+    # it does not count the CPU's attention kernel; the plain one consists of products
     with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         random_model(config)(tokens[:1], sigma[:1], embeds[:1], grid)
     counted = cost_model.forward_operations(config, embeds.shape[1], tokens.shape[1])
@@ -59,7 +59,7 @@ def test_operation_counts_match_pytorch(config):
 
 
 class Alone(Stage):
-    """The transformer by itself, learning nothing in particular."""
+    """The transformer by itself, with nothing in particular to learn."""
 
     def __init__(self) -> None:
         self.recipe = loop.Recipe(name="alone", steps=1, lr=1e-3, muon_lr=1e-3)
@@ -73,7 +73,7 @@ class Alone(Stage):
 
 
 def test_state_bytes_match_a_run(tmp_path):
-    """Weights, averages, moments as they are saved, and a gradient as large as the weights."""
+    """Weights, averages and moments as saved, plus a gradient as large as the weights."""
     run = Run(Alone(), tmp_path)
     run.advance({})
     saved = sum(tensor.numel() * 4 for tensor in run.state().values() if tensor.numel() > 1)
@@ -84,7 +84,7 @@ def test_state_bytes_match_a_run(tmp_path):
 
 
 def test_kept_activations_match_autograd():
-    """In bf16, unlike the weights; within a tenth."""
+    """Kept in bf16, unlike the weights; within a tenth."""
     network = random_model(replace(SMALL, blocks=1)).requires_grad_(True).bfloat16()
     weights = {param.untyped_storage().data_ptr() for param in network.parameters()}
     kept: dict[int, Tensor] = {}

@@ -1,4 +1,4 @@
-"""Distillation, on mixtures of Gaussians where the answer is known."""
+"""Distillation on mixtures of Gaussians, for which the answer is known."""
 
 import math
 
@@ -29,7 +29,7 @@ def test_point_splits_into_image_and_noise():
 
 
 def test_renoising_gives_points_of_the_flow():
-    """Signal (1 − t), noise of variance t², and the velocity leads straight back to the picture."""
+    """The signal is (1 − t), the noise has variance t², and the velocity leads straight back to the picture."""
     x0, eps, fresh = torch.full((200_000, 1), 3.0), torch.randn(200_000, 1), torch.randn(200_000, 1)
     s, t = torch.full((200_000,), 0.4), torch.full((200_000,), 0.7)
 
@@ -70,7 +70,7 @@ def test_levels_lie_inside_their_segment():
 
 
 def test_agreeing_student_gets_no_gradient():
-    """Teacher and fake score say the same and guidance is off: no gradient, wherever the student is."""
+    """If teacher and fake score agree and guidance is off, there is no gradient, wherever the student is."""
     x0 = torch.randn(4, 6, requires_grad=True)
     said = torch.randn(4, 6)
 
@@ -80,10 +80,10 @@ def test_agreeing_student_gets_no_gradient():
 
 
 def test_guidance_moves_the_student_past_its_teacher():
-    """Away from what is said without the prompt, the further the more guidance."""
+    """Away from the prediction without the prompt, and further with more guidance."""
     said, without = torch.randn(2, 4, 6)
     aim = said + 2 * (said - without)
-    x0 = said.clone().requires_grad_()  # where the fake score sees it, too
+    x0 = said.clone().requires_grad_()  # where the fake score sees it as well
 
     matching_loss(x0, said, said, without, guidance=2.0, softness=1e3).sum().backward()
 
@@ -91,7 +91,7 @@ def test_guidance_moves_the_student_past_its_teacher():
 
 
 def test_gradient_is_normalised_by_distance_to_the_guided_image():
-    """Twice as far off, half the gradient: what is guided, and not the teacher alone, is what they are measured by."""
+    """Twice as far off, half the gradient; distance is measured to the guided image, not to the teacher's alone."""
     said, without, off = torch.randn(3, 4, 6)
     aim = said + 2 * (said - without)
     near, far = (aim + off).requires_grad_(), (aim + 2 * off).requires_grad_()
@@ -117,7 +117,7 @@ SPREAD = 0.08
 
 
 def exact(x, t):
-    """The velocity of the mixture of narrow Gaussians, in closed form."""
+    """The velocity of the mixture of narrow Gaussians in closed form."""
     t = t[:, None].clamp(1e-3, 1)
     variance = (1 - t) ** 2 * SPREAD**2 + t**2
     away = x[:, None] - (1 - t)[..., None] * CENTRES
@@ -138,7 +138,7 @@ def one_gaussian(centre, spread):
 
 
 class Toy(nn.Module):
-    """A velocity: the teacher's exact one and a learned correction, which starts at nothing."""
+    """A velocity: the teacher's exact one plus a learned correction that starts at zero."""
 
     def __init__(self, exact):
         super().__init__()
@@ -153,7 +153,7 @@ class Toy(nn.Module):
 
 
 def miss(x):
-    """Mean distance from the nearest centre beyond what the mixture itself has."""
+    """Mean distance from the nearest centre, less the mixture's own."""
     return (x[:, None] - CENTRES).norm(dim=-1).min(1).values.mean().item() - SPREAD * math.sqrt(math.pi / 2)
 
 
@@ -162,7 +162,7 @@ def end(way):
 
 
 def distilled(with_prompt, without, times, guidance, rate):
-    """A student of as many steps as `times` has, after 150 of its training."""
+    """A student for the steps in `times`, after 150 steps of training."""
     torch.manual_seed(0)
     student, fake, segments = Toy(with_prompt), Toy(with_prompt), len(times) - 1
     slow, fast = (torch.optim.Adam(m.parameters(), lr, betas=(0.0, 0.95)) for m, lr in ((student, rate), (fake, 2e-2)))
@@ -183,7 +183,7 @@ def distilled(with_prompt, without, times, guidance, rate):
 
 
 def test_four_student_steps_reach_what_four_teacher_steps_miss():
-    """Euler's four steps end between the Gaussians; the student's four end much nearer, and at all of them."""
+    """Four Euler steps end between the Gaussians; the student's four end much nearer, and reach all of them."""
     times = shifted_sigmas(4, 0.7)
     student = distilled(exact, exact, times, guidance=0.0, rate=1e-2)
 
@@ -196,7 +196,7 @@ def test_four_student_steps_reach_what_four_teacher_steps_miss():
 
 
 def test_student_of_a_guided_teacher_follows_guidance():
-    """Where many guided steps end, seen from where the prompt alone leads: the student's few go much of that way."""
+    """The student's few steps go much of the way from where the prompt alone leads to where many guided steps end."""
     times, centre = shifted_sigmas(4, 0.7), torch.tensor([1.0, 0.5])
     with_prompt, without = one_gaussian(centre, 0.5), one_gaussian(torch.zeros(2), 1.0)
     student = distilled(with_prompt, without, times, guidance=1.0, rate=2e-3)

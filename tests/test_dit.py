@@ -1,4 +1,4 @@
-"""The DiT against an independent implementation, and the properties that the sampler relies on."""
+"""The DiT against an independent implementation, and the properties the sampler relies on."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from model.latents import position_ids
 
 SIZES = {
     "mini": PRESETS["mini"],
-    # medium, scaled down in proportion: groups of four heads, twelve taps
+    # medium scaled down in proportion: groups of four heads, twelve taps
     "small-medium": DiTConfig(width=384, heads=12, kv_heads=3, blocks=3, text_width=160, text_taps=12, text_heads=5),
 }
 
@@ -26,7 +26,7 @@ SMALL = replace(PRESETS["mini"], width=64, text_width=64, heads=4, kv_heads=2, b
 
 
 def random_model(config: DiTConfig, seed: int = 0) -> Krea2:
-    """Random everywhere, norms and modulation too, so that no part can hide behind its zero."""
+    """Random everywhere, norms and modulation included, so that no part can hide behind a zero."""
     torch.manual_seed(seed)
     model = Krea2(config).eval().requires_grad_(False)
     model.initialise()
@@ -36,7 +36,7 @@ def random_model(config: DiTConfig, seed: int = 0) -> Krea2:
     return model
 
 
-# spelled out a second time, apart from the table that `model.checkpoint` holds
+# spelled out a second time, independently of the table in `model.layouts`
 DIFFUSERS_NAMES = [
     (r"^first\.", "img_in."),
     (r"^tmlp\.0", "time_embed.linear_1"),
@@ -136,7 +136,7 @@ def test_dropping_padding_changes_nothing(config):
 
 @torch.no_grad()
 def test_prompt_row_order_is_irrelevant():
-    """They all sit at position zero, so rows may be appended (style tokens) in any order."""
+    """All rows sit at position zero, so style rows may be appended in any order."""
     model = random_model(SIZES["mini"])
     tokens, sigma, embeds, grid = inputs(model.config)
 
@@ -145,7 +145,7 @@ def test_prompt_row_order_is_irrelevant():
 
 @torch.no_grad()
 def test_rope_depends_only_on_offsets():
-    """A head's q·k depends on the offset of two image tokens, in rows and columns apart, and text is not turned."""
+    """A head's q·k depends on the offset of two image tokens, rows and columns separately; text is not rotated."""
     model = random_model(SIZES["mini"])
     rope = torch.view_as_complex(model.rope(2, (6, 6)))
     assert torch.equal(rope[:2], torch.ones_like(rope[:2]))
@@ -157,27 +157,27 @@ def test_rope_depends_only_on_offsets():
 
 @pytest.mark.parametrize("head_dim", [16, 64, 128, 256])
 def test_rope_axes_match_the_published_split(head_dim):
-    """And the rest by halves with row and column: the published 32, 48, 48 of 128, in proportion."""
+    """A quarter for the frame, the rest halved between row and column: as the published 32, 48, 48 of 128."""
     axes = replace(SIZES["mini"], width=6 * head_dim).rope_axes
     assert axes == tuple(head_dim * eighths // 8 for eighths in (2, 3, 3))
 
 
 def test_other_grids_are_centred_on_the_trained_square():
-    """The square itself stays as it is, to the bit, and text where it was."""
+    """The square itself stays bit-identical, and text stays where it was."""
     model = random_model(SIZES["mini"])
     free = model.rope(2, (8, 8))
 
     model.side = 8
     assert torch.equal(model.rope(2, (8, 8)), free)
     assert torch.equal(model.rope(2, (6, 10))[:2], free[:2])
-    few = torch.view_as_complex(model.rope(0, (4, 4))).view(4, 4, -1)  # each in the middle of four
+    few = torch.view_as_complex(model.rope(0, (4, 4))).view(4, 4, -1)  # each at the centre of four
     many = torch.view_as_complex(free[2:]).view(8, 8, -1)
     torch.testing.assert_close(few[1, 2] ** 2, many[2, 4] * many[3, 5])
 
 
 @torch.no_grad()
 def test_separate_calls_equal_the_training_forward():
-    """Text once, all steps' modulation in one product: the sampler's way equals the training forward."""
+    """The sampler encodes text once and modulates all steps in one product; this equals the training forward."""
     model = random_model(SIZES["mini"])
     tokens, sigma, embeds, grid = inputs(model.config)
     mods = model.modulate(sigma)
@@ -205,7 +205,7 @@ def test_initial_velocity_is_zero_and_every_parameter_learns():
 
 
 def test_residual_branches_start_quiet():
-    """Together all of a stack add as much as one product that keeps the variance, however deep it is."""
+    """Together, a stack's branches add as much as one variance-preserving product, however deep the stack."""
     torch.manual_seed(0)
     for blocks in (2, 6):
         (model := Krea2(replace(SMALL, blocks=blocks))).initialise()
@@ -217,7 +217,7 @@ def test_residual_branches_start_quiet():
 
 @torch.no_grad()
 def test_gates_start_open_at_every_noise_level():
-    """Near one, and scales and shifts near zero: what the time says of them is still small."""
+    """Gates are near one, scales and shifts near zero: the influence of time is still small."""
     torch.manual_seed(0)
     (model := Krea2(SMALL)).initialise()
     shared = model.modulate(torch.linspace(0, 1, 9))[..., : 6 * model.config.width]
@@ -234,7 +234,7 @@ def test_preset_sizes():
 
     assert parameters("medium") == pytest.approx(12.9e9, rel=0.01)
     assert parameters("large") > 2 * parameters("medium")
-    assert PRESETS["large"].token_dim == 128  # what FLUX.2's autoencoder packs
+    assert PRESETS["large"].token_dim == 128  # as FLUX.2's autoencoder packs them
 
 
 @pytest.mark.parametrize(
@@ -256,7 +256,7 @@ def test_impossible_shapes_are_refused(wrong):
 
 
 def test_neighbouring_query_heads_share_key_value_heads():
-    """Also where no kernel knows of sharing, and the heads are repeated."""
+    """Also where no kernel supports sharing and the heads are repeated."""
     q, k, v = torch.randn(2, 12, 5, 16), torch.randn(2, 3, 7, 16), torch.randn(2, 3, 7, 16)
     groups = [attention(q[:, 4 * i : 4 * i + 4], k[:, i : i + 1], v[:, i : i + 1]) for i in range(3)]
 
@@ -274,7 +274,7 @@ def test_neighbouring_query_heads_share_key_value_heads():
     ],
 )
 def test_heads_are_repeated_where_gpu_kernels_cannot_share(monkeypatch, device, dtype, masked, heads):
-    """Needs no card: nothing is computed."""
+    """Needs no GPU: nothing is computed."""
     seen = []
     monkeypatch.setattr(F, "scaled_dot_product_attention", lambda q, k, v, **_: seen.extend([k.shape[1], v.shape[1]]))
     with FakeTensorMode():
@@ -284,7 +284,7 @@ def test_heads_are_repeated_where_gpu_kernels_cannot_share(monkeypatch, device, 
 
 
 def test_custom_attention_hook():
-    """The hook sees normed and turned queries and keys of every block, and its answer is the block's."""
+    """The hook sees every block's normalised, rotated queries and keys, and its result is the block's attention."""
     model = random_model(SIZES["small-medium"])
     tokens, context = torch.randn(2, 12, 64), torch.randn(2, 5, 384)
     given = (tokens, context, model.modulate(torch.tensor([0.3])), model.rope(5, (3, 4)))
@@ -302,13 +302,13 @@ def test_custom_attention_hook():
     with pytest.raises(ValueError, match="and no mask"):
         model.velocity(*given, prompt_mask=torch.ones(2, 5, dtype=torch.bool), attend=[None] * 3)
     with pytest.raises(ValueError):
-        model.velocity(*given, attend=[None] * 2)  # the last block would be left out in silence
+        model.velocity(*given, attend=[None] * 2)  # the last block would silently be left out
 
 
 @pytest.mark.parametrize("mask", [None, torch.ones(5, 9, dtype=torch.bool).tril(4), torch.arange(9)[None] < 7])
 @pytest.mark.parametrize("most", [1, 100, 230])
 def test_held_scores_are_limited(monkeypatch, mask, most):
-    """As many queries as it takes, a whole one at least: 2 rows and 4 heads have 72 scores each."""
+    """Queries are split as needed, into single ones at most: one query of 2 rows and 4 heads has 72 scores."""
     q, k, v = torch.randn(2, 4, 5, 16), torch.randn(2, 2, 9, 16), torch.randn(2, 2, 9, 16)
     whole, scores, fused = attention(q, k, v, mask), [], F.scaled_dot_product_attention
 
@@ -323,7 +323,7 @@ def test_held_scores_are_limited(monkeypatch, mask, most):
 
 
 def test_every_attention_limits_its_scores(monkeypatch):
-    """A large picture has more cells, and a reference more patches, than scores could be held of."""
+    """A large picture has too many cells, and a reference too many patches, to hold all their scores at once."""
     eyes = vision.VisionConfig(1, 24, 48, 3, 24, 16, ())
     cells, patches = torch.randn(2, 8, 3, 5), torch.randn(15, 24)
     rope = torch.randn(15, 8), torch.randn(15, 8)
@@ -343,7 +343,7 @@ def test_every_attention_limits_its_scores(monkeypatch):
 
 
 def test_several_prompt_lengths_run_as_one_stream():
-    """As if every group had gone through by itself, one after the other, with an attention of its own or without."""
+    """As if each group had gone through by itself, one after the other, with or without attention hooks."""
     model = random_model(SIZES["small-medium"])
     mods = model.modulate(torch.tensor([0.3]))
     shapes = ((2, 5), (1, 9), (3, 1))
@@ -365,7 +365,7 @@ def test_several_prompt_lengths_run_as_one_stream():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_unfused_path_gives_the_same_numbers(dtype, monkeypatch):
-    """What a processor does in its own way, beside what is compiled."""
+    """The CPU's own implementation against the one that is compiled."""
     x, rope = torch.randn(2, 7, 3, 32).to(dtype), Krea2(SIZES["small-medium"]).rope(3, (2, 2))
     ways = []
     for own in (True, False):

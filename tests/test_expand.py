@@ -1,4 +1,4 @@
-"""Creativity: what a prompt leaves open is filled from the model's own words, and what it says stays said."""
+"""Creativity: the model's own words fill in what a prompt leaves open, and what it says stays."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ FOX = "a fox"
 
 
 def names(slot: str, text: str) -> bool:
-    """Whether a word of the slot is in the text."""
+    """Whether the text contains a word of the slot."""
     return mention_any([text], [word for told in WORDS[slot].values() for word in told])
 
 
@@ -36,7 +36,7 @@ def test_words_come_from_the_training_data():
 
 @pytest.mark.parametrize("slot", ["drawing", "medium", "ground", "palette"])
 def test_slots_recognise_their_own_words(slot):
-    """What was added once is never added to again."""
+    """So what was added once is never extended again."""
     told = WORDS[slot] if slot == "palette" else [w.format("teal") for ws in WORDS[slot].values() for w in ws]
     kind = "colour" if slot == "palette" else slot
 
@@ -69,7 +69,7 @@ def test_same_seed_gives_same_expansion_in_every_process():
 def test_each_level_extends_the_previous_one():
     for seed in range(40):
         low, medium, high = (expand(FOX, level, seed).split(", ") for level in ("low", "medium", "high"))
-        dark = [w for name in WORDS["own_ground"]["media"] for w in WORDS["medium"][name]]  # in the place of a ground
+        dark = [w for name in WORDS["own_ground"]["media"] for w in WORDS["medium"][name]]  # instead of a ground
 
         assert mention_any(medium, dark) or (medium[:-1] == low and len(medium) == len(low) + 1)
         if mention_any(high, dark) and not mention_any(medium, dark):
@@ -84,13 +84,13 @@ def test_medium_alternates_between_drawing_and_medium():
     for first in range(0, 40, 2):
         texts = [expand(FOX, "medium", seed) for seed in (first, first + 1)]
         assert sorted(names("drawing", text) for text in texts) == [False, True]
-    for seed in range(40):  # the other where one is decided
+    for seed in range(40):  # if one is settled, the other
         assert names("drawing", expand("a fox, watercolour", "medium", seed)[len("a fox, watercolour") :])
 
 
 def test_variety_grows_with_the_level():
     def variety(level: str) -> float:
-        """Mean share of words in which two seeds differ."""
+        """Mean number of words in which two seeds differ."""
         told = [set(expand(FOX, level, seed).replace(",", "").split()) for seed in range(60)]
         pairs = list(itertools.combinations(told, 2))
         return sum(len(a ^ b) for a, b in pairs) / len(pairs)
@@ -129,7 +129,7 @@ def test_dark_media_get_no_ground():
 
 
 def test_batch_repeats_no_expansion_before_it_must():
-    left_out = [*WORDS["asked_only"]["medium"], *WORDS["own_ground"]["media"]]  # the colour is said: nothing dark
+    left_out = [*WORDS["asked_only"]["medium"], *WORDS["own_ground"]["media"]]  # a colour is named: nothing dark
     media = {name: told for name, told in WORDS["medium"].items() if name not in left_out}
     for first in range(0, 10 * len(media), len(media)):
         texts = [expand("a red fox", "high", seed) for seed in range(first, first + len(media))]
@@ -169,7 +169,7 @@ def test_orange_gets_the_right_article():
     assert any("on an orange" in text for text in texts) and not any(" a orange" in text for text in texts)
 
 
-# ---- by a language model ------------------------------------------------------------------------
+# ---- with a language model ----------------------------------------------------------------------
 
 
 def by_language(answer: str, prompt: str = FOX, level: str = "high", **words) -> str:

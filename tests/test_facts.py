@@ -1,4 +1,4 @@
-"""What is told of a picture: by `k2 show`, and by a gallery's page."""
+"""What `k2 show` and the gallery say about a picture."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from k2cli.records import SPEC_KEYS, Record
 from k2cli.tables import Toml
 from model.spec import Leader, Picture, Reference, RenderSpec, Style
 
-OTHERWISE = {  # of a record, what is neither usual nor as in the one that it is compared with
+OTHERWISE = {  # settings that are neither the defaults nor those of the record they are compared with
     **{"width": 80, "height": 128, "seed": 8, "steps": 9, "guidance": 3.5, "guidance_until": 0.6, "sampler": "ab2"},
     **{"mu": 0.5, "denoise": 0.4, "cohesion": 0.7, "style_guidance": 1.5, "leak_guard": "shift"},
     **{"vision_tiles": 4, "vision_rows": False},
@@ -25,7 +25,7 @@ OTHERWISE = {  # of a record, what is neither usual nor as in the one that it is
 
 
 def recorded(folder: Path, **changes: Any) -> Record:
-    """A record with something in every place, as it is read back."""
+    """A record with every field filled in, as it is read back."""
     for name in ("a.png", "sketch.png"):
         Image.new("RGB", (64, 96)).save(folder / name)
     (folder / "ink.safetensors").touch()
@@ -55,8 +55,8 @@ def test_gallery_shows_the_same_facts_as_show(tmp_path):
         "prompt",
         "files",
         "versions",
-    }  # the prompt stands above; what only who makes it again needs
-    assert page - shown == {"references", "guidance_until"}  # which show tells with the styles, and with guidance
+    }  # the prompt stands above; the others matter only for a rerun
+    assert page - shown == {"references", "guidance_until"}  # which show includes in the styles and in guidance
 
 
 @pytest.mark.parametrize("key", SPEC_KEYS)

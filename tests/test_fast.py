@@ -1,4 +1,4 @@
-"""On a card: recorded and compiled answers are those of the plain network, adapters are noticed."""
+"""On a GPU: recorded and compiled results equal the plain network's, and adapters are noticed."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA dev
 
 
 def parts(model: Krea2) -> tuple[torch.Tensor, ...]:
-    """What a sampler gives to `velocity`."""
+    """What a sampler passes to `velocity`."""
     tokens, sigma, embeds, grid = (each.cuda() if isinstance(each, torch.Tensor) else each for each in inputs(TINY))
     context = model.encode_text(embeds)
     return tokens, context, model.modulate(sigma), model.rope(context.shape[1], grid)
@@ -50,7 +50,7 @@ def test_fast_velocity_equals_the_plain_one(monkeypatch, tmp_path, narrow):
 
 
 def test_adapters_are_noticed(monkeypatch):
-    """A recording is replayed only where nothing but the network itself answers; needs no card."""
+    """A recording is replayed only if nothing but the network itself takes part; needs no GPU."""
     model = random_model(TINY)
     taken: list[str] = []
     quick = fast.FastVelocity(model, compiled=False)
@@ -68,7 +68,7 @@ def test_adapters_are_noticed(monkeypatch):
 
 @pytest.mark.parametrize("precision", ["int8", "int4"])
 def test_few_bit_block_compiles_without_graph_breaks(monkeypatch, tmp_path, precision):
-    """Nothing in it asks the device anything while it is traced, and no matrix is made in it; needs no card."""
+    """Tracing needs no answer from the device, and no rotation matrix is built in the block; needs no GPU."""
     monkeypatch.setattr(fast, "FP32_WIDTH", 1)
     monkeypatch.setattr(fast, "can_compile", lambda: False)
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
@@ -104,7 +104,7 @@ def test_few_bit_block_compiles_without_graph_breaks(monkeypatch, tmp_path, prec
     ],
 )
 def test_unsupported_formats_are_not_compiled(monkeypatch, tmp_path, precision, card, rocm, compiled):
-    """Triton knows no e4m3 before Ada, and would say so in the middle of the first picture; needs no card."""
+    """Triton has no e4m3 before Ada, and would only fail in the middle of the first picture; needs no GPU."""
     monkeypatch.setattr(fast, "FP32_WIDTH", 1)
     monkeypatch.setattr(fast, "can_compile", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: card)

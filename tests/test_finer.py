@@ -1,4 +1,4 @@
-"""One scale more for the autoencoder: twins of one picture, and a network that begins as its teacher."""
+"""One more scale for the autoencoder: twins of one picture, and a network that starts as its teacher."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from model.vae import QwenImageVAE
 
 @pytest.fixture(scope="module")
 def catalog(tmp_path_factory) -> Catalog:
-    """Drawings of 256 px, and every look of theirs."""
+    """Drawings of 256 px in every look."""
     folder = tmp_path_factory.mktemp("twins") / "data"
     make_data(folder)
     enlarge(folder)
@@ -40,7 +40,7 @@ def test_twins_show_the_same_picture(catalog, medium):
 
 def test_grain_is_equally_strong_and_aligned_in_twins(catalog):
     fine, coarse = (picture.astype(float) for picture in picture_pair(catalog, of_medium(catalog, "film")))
-    corner = (slice(0, 24), slice(0, 24))  # nothing but ground
+    corner = (slice(0, 24), slice(0, 24))  # only ground
     small = halve_resolution(fine)[corner].mean(-1)
 
     assert coarse[corner].mean(-1).std() == pytest.approx(fine[:48, :48].mean(-1).std(), rel=0.15)
@@ -48,7 +48,7 @@ def test_grain_is_equally_strong_and_aligned_in_twins(catalog):
 
 
 def test_looks_keep_their_statistics_at_both_sizes(catalog):
-    """Lines as wide and as bright: mean and spread of a picture do not change with its size."""
+    """Lines are as wide and as bright: a picture's mean and spread do not change with its size."""
     small = Catalog(catalog.folder)
     for medium in ("neon", "hatching", "watercolour"):
         item = of_medium(catalog, medium)
@@ -73,7 +73,7 @@ def teacher() -> QwenImageVAE:
 
 @pytest.mark.parametrize("top", [1, 2])
 def test_grown_network_starts_as_its_teacher(top, monkeypatch):
-    """What the teacher's inner scales make of a coarse picture's features, the grown one's do too, exactly."""
+    """The grown network's inner scales turn a coarse picture's features into exactly what the teacher's do."""
     monkeypatch.setattr(finer, "NEW_SCALE_WIDTH", top)
     old = teacher()
     new = grow(old)
@@ -82,7 +82,7 @@ def test_grown_network_starts_as_its_teacher(top, monkeypatch):
     assert (old.factor, new.factor) == (8, 16)
     with torch.no_grad():
         silent = torch.zeros(2, 8 * (top - 1), 32, 32)
-        expected, found = coarse, torch.cat((coarse, silent), 1)  # the new channels say nothing yet
+        expected, found = coarse, torch.cat((coarse, silent), 1)  # the new channels carry nothing yet
         for index, layer in enumerate(old.encoder.down_blocks):
             expected, found = layer(expected), new.encoder.down_blocks[index + 2](found)
         torch.testing.assert_close(found, expected)
@@ -103,7 +103,7 @@ def test_both_halves_learn(catalog, tmp_path):
     first = stage.batch(0)
     assert first["fine"].shape == (2, 3, 64, 64) and first["coarse"].shape == (2, 3, 32, 32)
     apart = torch.nn.functional.avg_pool2d(first["fine"], 2) - first["coarse"]
-    assert apart.abs().mean() < 0.15  # the same place of both twins
+    assert apart.abs().mean() < 0.15  # the same crop of both twins
     _, before = stage.loss(stage.batch(100))
     run = loop.train(loop.Run(stage, tmp_path / "run"), lambda line: None)
 

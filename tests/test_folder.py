@@ -1,4 +1,4 @@
-"""A project's folder: made whole or not at all, in an empty place, over nothing."""
+"""A project's folder: created completely or not at all, without overwriting anything."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def test_empty_mount_gets_all_files_or_none(fake, tmp_path, monkeypatch, stuck):
 
 
 def test_existing_files_stay_when_a_project_is_created(fake, tmp_path):
-    """As by `git init`: reference pictures, styles and notes stay, and what git is to ignore is left to who said it."""
+    """As with `git init`: reference pictures, styles and notes stay, and so does an existing .gitignore."""
     folder = tmp_path / "moody"
     for name in ("refs/fox.png", "styles/dusk.toml", ".gitignore", ".git/HEAD", "notes.txt"):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
@@ -95,7 +95,7 @@ def test_existing_files_stay_when_a_project_is_created(fake, tmp_path):
     ],
 )
 def test_warns_if_git_would_track_outputs(fake, k2, tmp_path, ignored, told):
-    """The file of whoever said what git is to ignore stays as it is."""
+    """An existing .gitignore stays as it is."""
     folder = tmp_path / "moody"
     folder.mkdir()
     if ignored is not None:
@@ -108,7 +108,7 @@ def test_warns_if_git_would_track_outputs(fake, k2, tmp_path, ignored, told):
 
 
 def test_hints_for_generated_folders_name_the_project(moody, k2, monkeypatch):
-    """Whatever way their folder is named."""
+    """However the folder is written."""
     run = Path(k2("render", "--only", "fox", "--batch", "1").stdout.strip()).absolute().parent
     assert "the project itself is .\n" in k2("render", "outputs", code=1).stderr
     monkeypatch.chdir(run)
@@ -117,7 +117,7 @@ def test_hints_for_generated_folders_name_the_project(moody, k2, monkeypatch):
 
 
 def test_root_path_is_shown_without_detours(moody, k2, tmp_path, monkeypatch):
-    """Behind a link ".." may lead elsewhere: then the path stays as it was typed."""
+    """After a link, ".." may lead elsewhere; then the path stays as typed."""
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")
     (moody / "bad.safetensors").write_bytes(b"hello")

@@ -1,4 +1,4 @@
-"""What stands in outputs, read back: quickly, exactly, and without trusting it."""
+"""What is in outputs, read back: quickly, exactly, and without trusting it."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def test_prompts_are_found_by_name(tmp_path):
     ],
 )
 def test_prompts_are_found_by_word_prefixes(word, found, tmp_path):
-    """A bowl is no owl. Languages that do not part their words are searched as they are written."""
+    """A bowl is not an owl. Languages written without spaces are searched for substrings."""
     many_pictures(tmp_path, 1, text="owls, 白雪, école, рыжий кот")
 
     assert len(list(history.read(tmp_path, Selection(prompt=word)))) == found
@@ -77,7 +77,7 @@ def test_prompts_are_found_by_word_prefixes(word, found, tmp_path):
 @pytest.mark.parametrize("form", ["NFC", "NFD"])
 @pytest.mark.parametrize(("word", "found"), [("école", True), ("ÉCOLE", True), ("cole", False), ("strasse", True)])
 def test_composed_and_decomposed_accents_match(word, found, form, tmp_path):
-    """Systems and keyboards write é in one sign or in two: prompts, runs and styles are found by either."""
+    """Systems and keyboards write é as one character or as two: prompts, runs and styles are found by either."""
     text, word = (unicodedata.normalize(form, each) for each in ("une école, Straße", word))
     other = unicodedata.normalize({"NFC": "NFD", "NFD": "NFC"}[form], word)
     many_pictures(tmp_path, 1, text=text)
@@ -95,7 +95,7 @@ def test_composed_and_decomposed_accents_match(word, found, form, tmp_path):
     [("замок", True), ("за\u0301мок", True), ("ЗАМО\u0301К", True), ("мок", False), ("istanbul", True), ("кои", False)],
 )
 def test_stress_marks_are_ignored_in_searches(word, found, tmp_path):
-    """Dictionaries set the stress of Russian words so; й is a letter of its own."""
+    """Dictionaries mark the stress of Russian words with them; й is a letter of its own."""
     many_pictures(tmp_path, 1, text="за\u0301мок у озера, кои\u0306, İstanbul")
     (tmp_path / "0001-fox").rename(tmp_path / "0001-за\u0301мок-İstanbul")
 
@@ -153,7 +153,7 @@ def test_damaged_and_foreign_files_are_skipped(tmp_path):
 
 
 def test_run_may_vanish_while_being_read(tmp_path, monkeypatch):
-    """One that has only just begun gets its name, and one that came to nothing is removed."""
+    """A run that has just started is given its name, and one that produced nothing is removed."""
     many_pictures(tmp_path, 2, per_run=1)
     runs = history.run_folders(tmp_path)
     (tmp_path / "0001-fox").rename(tmp_path / "0001-vixen")
@@ -171,7 +171,7 @@ def test_run_may_vanish_while_being_read(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("number", ["nan", "-inf", "1e999"])
 def test_record_with_nan_or_inf_is_skipped(tmp_path, number):
-    """JSON, of which the gallery and the log are made, has none."""
+    """JSON, which the gallery and the log are made of, has no such numbers."""
     many_pictures(tmp_path, 80)
     odd = tmp_path / "0002-owl" / "owl-40.toml"
     odd.write_text(odd.read_text().replace("strength = 0.6", f"strength = {number}"))
@@ -235,7 +235,7 @@ def test_unreadable_run_does_not_hide_others(tmp_path, monkeypatch):
 
 
 def test_time_outside_the_local_range_is_shown_in_utc():
-    """On Windows it begins in 1970, and pictures may come with any date."""
+    """On Windows local time begins in 1970, and pictures may carry any date."""
 
     class Early(datetime):
         def astimezone(self, zone=None):

@@ -1,4 +1,4 @@
-"""Latents to tokens and back, positions, and the noise that a seed stands for."""
+"""Latents to tokens and back, positions, and the noise of a seed."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def test_patchify_round_trip(shape, patch):
 
 
 def test_order_inside_and_between_tokens():
-    """Channel, patch row, patch column inside a token; tokens row by row."""
+    """Channel, patch row and patch column within a token; tokens row by row."""
     latents = torch.arange(2 * 4 * 6).view(1, 2, 4, 6)
     tokens = patchify(latents, 2)
 
@@ -41,12 +41,12 @@ def test_noise_depends_only_on_the_seed():
     assert first.shape == (1, 16, 4, 6) and first.dtype == torch.float32
     assert torch.equal(draw_noise(7, 16, 4, 6), first)
     assert not torch.equal(draw_noise(8, 16, 4, 6), first)
-    assert torch.equal(torch.get_rng_state(), state)  # nobody else's numbers are used up
+    assert torch.equal(torch.get_rng_state(), state)  # the global generator is untouched
     assert torch.equal(first, torch.randn(1, 16, 4, 6, generator=torch.Generator().manual_seed(7)))
 
 
 def test_grid_is_centred_on_the_square():
-    """A scale between that of equal areas and that of a square within the picture; beyond it, rows come close."""
+    """The scale lies between that of equal areas and that of an inner square; outside the square, rows lie closer."""
     places = position_ids(0, 16, 4)[:, 1:].double()
 
     there = centre_on_square(places, (16, 4), 8).view(16, 4, 2)

@@ -1,4 +1,4 @@
-"""The training loop: it learns, and it resumes to the last bit."""
+"""Pretraining: it learns, and it resumes to the last bit."""
 
 import threading
 from collections import Counter
@@ -116,7 +116,7 @@ def test_orthogonalised_matrices_have_singular_values_near_one():
 
 
 def test_most_singular_values_of_a_square_matrix_approach_one():
-    """Its least are nearly nothing, and would take many steps more."""
+    """The smallest are nearly zero and would take many more steps."""
     square = torch.randn(1, 384, 384, generator=torch.Generator().manual_seed(0))
     values = torch.linalg.svdvals(optim.orthogonalise(square))
 
@@ -132,7 +132,7 @@ def test_muon_updates_have_the_size_of_adamws():
 
 
 def test_muon_looks_ahead_of_its_momentum(monkeypatch):
-    """As Nesterov's: orthogonal becomes the gradient and the momentum that already holds it."""
+    """As in Nesterov's method: the gradient plus the momentum that already contains it is orthogonalised."""
     monkeypatch.setattr(optim, "native_bf16", lambda device: False)
     weight, (first, second) = torch.nn.Parameter(torch.zeros(4, 8)), torch.randn(2, 4, 8)
     muon = optim.Muon([weight], lr=1.0)
@@ -180,7 +180,7 @@ def test_learning_rate_warms_up_holds_and_decays():
 
 
 def test_recipe_can_ask_for_8_bit_products(recipe):
-    """The same course, but for the rounding; state dicts are those of any run."""
+    """The course is the same apart from rounding, and the state dict is that of any run."""
     wide = begin(replace(recipe, name="wide"))
     small = begin(replace(recipe, name="small", products="int8-rowwise"))
     losses = [[run.advance(make_batch(0, references=False))["loss"] for _ in range(20)] for run in (wide, small)]
@@ -199,7 +199,7 @@ def test_captions_of_several_lengths_are_padded_and_masked():
 
 
 def test_two_threads_share_one_training_set(recipe, workshop):  # noqa: F811
-    """They encode one after the other, each caption once, and forget no more than is to be forgotten."""
+    """They encode in turn, each caption once, and evict no more than necessary."""
     data, encoded, busy = load_training_set(recipe, "cpu"), Counter(), threading.Lock()
     data.max_cached, encode = 8, data.text.encode
 
@@ -253,7 +253,7 @@ def test_teacher_is_the_average_of_the_trained_weights(recipe):
     run.advance(aligned(0))
     teacher = run.stage.current_teacher(aligned(1))
 
-    assert len(teacher.dit.blocks) == 1  # of two: cut after two thirds of them
+    assert len(teacher.dit.blocks) == 1  # of two blocks: cut after two thirds of them
     for name, param in teacher.dit.named_parameters():
         assert torch.equal(param, run.ema[f"dit.{name}"]) and not param.requires_grad
 
@@ -277,7 +277,7 @@ def test_teacher_is_updated_once_per_step(recipe, monkeypatch):
     for step in range(2):
         run.advance(*(aligned(3 * step + part) for part in range(3)))
 
-    assert len(followed) == 3  # when it began, and after each
+    assert len(followed) == 3  # at the start, and after each step
 
 
 def test_only_the_first_epoch_is_aligned(recipe):

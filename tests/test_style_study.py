@@ -1,4 +1,4 @@
-"""The study of style control, on painters whose style control is known: perfect, deaf, or a copier's."""
+"""The study of style control, on painters whose style control is known: perfect, deaf, or copying."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ SUBJECTS = ("cat", "fox", "car", "tree", "house", "rose")
 
 @cache
 def colour(name: object) -> np.ndarray:
-    """Of a subject or a look, from its name."""
+    """The colour of a subject or a look, derived from its name."""
     return 20 + 200 * np.random.default_rng(list(repr(name).encode())).random(3)
 
 
 def draw(rim: np.ndarray, middle: np.ndarray) -> np.ndarray:
-    """A picture whose look is the colour of its rim, and whose subject is the colour of its middle."""
+    """A picture whose rim's colour is its look and whose middle's colour is its subject."""
     picture = np.empty((128, 128, 3), np.uint8)
     picture[:] = rim.round()
     picture[32:96, 32:96] = middle.round()
@@ -52,7 +52,7 @@ class Drawings(Catalog):
 
 
 class Rims:
-    """A judge that reads such pictures without fail."""
+    """A judge that always reads such pictures correctly."""
 
     def __call__(self, pictures):
         x = pictures.double() * 127.5 + 127.5
@@ -65,7 +65,7 @@ class Rims:
 
 @dataclass
 class Painter:
-    """Paints a prompt; `hears` is how much of a reference's rim it takes over, `copies` whether its middle too."""
+    """Paints a prompt; `hears` is how much of a reference's rim it adopts, `copies` whether it copies the middle."""
 
     hears: float = 1.0
     copies: bool = False
@@ -93,7 +93,7 @@ class Painter:
                 rim = rim + self.hears * min(style.strength, 1) * (reference[0, 0] - 128)
                 middle = reference[64, 64] if self.copies else middle
             picture = draw(rim.clip(0, 255), middle)
-            if not self.exact:  # one pixel tells which style came first, and that there is one at all
+            if not self.exact:  # one pixel reveals which style came first, and whether there is one at all
                 picture[0, 0] = [round(50 * style.strength + 100) for style in (*spec.styles, *[Style("", -2)] * 3)[:3]]
             made.append(Picture(Image.fromarray(picture), {"pixels": hashlib.sha256(picture.tobytes()).hexdigest()}))
         return made
@@ -143,7 +143,7 @@ def test_intervals_contain_the_mean_and_narrow():
 
 
 def test_dependent_trials_are_resampled_as_groups():
-    """Twenty of each of ten kinds, alike within a kind: as uncertain as ten."""
+    """Twenty each of ten kinds, identical within a kind, are as uncertain as ten."""
     kinds = np.random.default_rng(3).normal(size=10)
     alone, alike = figure(mean, kinds), figure(mean, kinds.repeat(20), groups=np.arange(10).repeat(20).tolist())
     apart = figure(mean, kinds.repeat(20))
@@ -200,7 +200,7 @@ def test_pictures_are_cached_within_and_between_runs(study):
 
 @pytest.mark.parametrize("taken", [style_study.agreement, style_study.strength, style_study.mixing])
 def test_intervals_are_over_looks(study, monkeypatch, taken):
-    """Trials of one look are no independent ones: their references are alike."""
+    """Trials of one look are not independent: their references are alike."""
     grouped = []
 
     def figure_of(statistic, *columns, groups=()):
@@ -208,7 +208,7 @@ def test_intervals_are_over_looks(study, monkeypatch, taken):
         return figure(statistic, *columns, groups=groups, draws=2)
 
     monkeypatch.setattr(style_study, "figure", figure_of)
-    monkeypatch.setattr(style_study, "mix_of_five", lambda *_: {})  # of trials of five looks each
+    monkeypatch.setattr(style_study, "mix_of_five", lambda *_: {})  # its trials have five looks each
     small = study(Painter(), 24)
     taken(small, ["tokens"])
 
@@ -222,7 +222,7 @@ def test_differing_bits_are_detected(study):
 
 
 def test_from_the_command_line(tmp_path, monkeypatch):
-    """Figures and sheets land in the folder, each as it is done, and the table names all that are there."""
+    """Figures and sheets are written to the folder as they are finished, and the table lists all that are there."""
 
     class Loaded(Painter):
         variant = "raw"

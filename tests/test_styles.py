@@ -1,4 +1,4 @@
-"""Style files: what they hold, how they mix, what they may not reach."""
+"""Style files: what they contain, how they mix, and what they cannot reach."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from model.errors import K2Error
 
 @pytest.fixture
 def styled(moody: Path) -> Path:
-    """moody with three styles: dusk and riso of their own, blend mixed from them."""
+    """moody with three styles: dusk, riso, and blend, a mix of the two."""
     (moody / "styles").mkdir()
     for name, colour in (("a", "navy"), ("b", "black"), ("c", "red")):
         (moody / "refs" / name).mkdir(parents=True)
@@ -68,11 +68,11 @@ def test_lora_joins_at_style_strength_with_its_triggers(styled):
     assert (up.styles[0].lora, up.styles[0].strength) == ((styled / "ink.safetensors").resolve(), 0.8)
     assert down.prompt == "a red fox" and down.styles[0].lora
     write(styled, "ink", 'lora = "ink.safetensors"\ntriggers = ["Red", "ink"]\n')
-    assert resolve(styled, ink=0.8).prompt == "a red fox, ink"  # as training joins it: no word of it twice
+    assert resolve(styled, ink=0.8).prompt == "a red fox, ink"  # joined as in training: no word twice
 
 
 def test_style_may_be_just_a_lora(styled):
-    """And a mix brings it along."""
+    """A mix carries it along."""
     write_weights(styled / "ink.safetensors", {})
     write(styled, "ink", 'lora = "ink.safetensors"\n')
     write(styled, "half", "[mix]\nink = 0.5\n")
@@ -83,7 +83,7 @@ def test_style_may_be_just_a_lora(styled):
 
 
 def test_only_toml_files_are_styles(styled):
-    """A board has its colours beside it, and editors leave copies there."""
+    """A moodboard's palette lies beside its style, and editors leave backups there."""
     for file in ("board.png", "dusk.toml~", "dusk.toml.orig"):
         (styled / "styles" / file).touch()
 
@@ -167,7 +167,7 @@ def test_mix_may_have_avoids_of_its_own(styled):
 
 
 def test_nested_mixes_are_resolved_once(styled):
-    """Every level doubles the ways to the bottom; only the names may be walked, not the ways."""
+    """Every level doubles the paths to the bottom, so each name must be visited only once."""
     for level in range(14):
         write(styled, f"l{level}", f"[mix]\nl{level + 1} = 0.5\nm{level + 1} = 0.5\n")
         write(styled, f"m{level}", f"[mix]\nl{level + 1} = 0.5\nm{level + 1} = 0.5\n")
@@ -240,7 +240,7 @@ def test_unreadable_lora_is_blamed_on_its_line(styled):
 
 
 def test_style_file_is_found_with_any_accent_form(styled, k2):
-    """Some systems and archives write them apart, and the hint named the very style that was not found."""
+    """Some systems and archives decompose accents; the hint then named the very style that was not found."""
     apart, joined = (unicodedata.normalize(form, "Süß") for form in ("NFD", "NFC"))
     write(styled, apart, 'keywords = ["sweet"]\n')
     write(styled, "x", f'[mix]\n"{apart}" = 1\n')
@@ -313,7 +313,7 @@ def test_huge_glob_is_stopped(styled):
 def test_image_bomb_is_refused_undecoded(styled):
     buffer = io.BytesIO()
     Image.new("L", (1, 1)).save(buffer, "PNG")
-    start = bytearray(buffer.getvalue())  # the size stands at byte 16 of every PNG, its checksum at 29
+    start = bytearray(buffer.getvalue())  # every PNG has its size at byte 16 and the checksum at 29
     start[16:24] = struct.pack(">II", 30_000, 30_000)
     start[29:33] = struct.pack(">I", zlib.crc32(start[12:29]))
     (styled / "refs" / "a" / "bomb.png").write_bytes(start)

@@ -1,4 +1,4 @@
-"""Other words for what captions say: what they mean stays."""
+"""Captions in other words keep their meaning."""
 
 import re
 
@@ -77,11 +77,11 @@ def test_empty_and_plain_captions_stay_unchanged(thesaurus):
     assert said == "a fox"
 
 
-def test_alternative_names_are_no_strange_words(thesaurus):
+def test_alternative_names_are_not_strange_words(thesaurus):
     wording = CaptionWording(SUBJECTS)
     assert {"kitten", "cottage", "risograph", "azure"} <= thesaurus.words()
     assert not thesaurus.words() & set(wording.strange_words.words)
-    assert "at night" not in wording.strange_words.places  # it stands for a ground of the data
+    assert "at night" not in wording.strange_words.places  # it means one of the data's grounds
 
 
 def dice(seed):

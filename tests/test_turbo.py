@@ -1,4 +1,4 @@
-"""The Turbo stage: what is trained, what is not, and that it resumes."""
+"""The Turbo stage: what is trained, what is frozen, and resuming."""
 
 import pytest
 import torch
@@ -47,7 +47,7 @@ def batch(step: int, part: int = 0, references: bool = True) -> dict:
 
 @pytest.mark.parametrize("method", ["guidance", "trajectory"])
 def test_student_learns_and_teacher_stays_frozen(method):
-    """In bf16 too, where a weight that was first cast without gradient would stay so."""
+    """Also in bf16, where a weight first cast without gradients would stay without."""
     turbo = stage(method)
 
     with torch.autocast("cpu", torch.bfloat16):
@@ -169,7 +169,7 @@ def test_resume_with_another_teacher_or_data_says_so(tmp_path):
     begun = stage("trajectory")
     begun.data = "one"
     first = loop.Run(begun, tmp_path)
-    first.step = 1  # one of step 0 would begin anew
+    first.step = 1  # a run at step 0 would start over
     first.save()
     same, other = stage("trajectory"), stage("trajectory")
     same.data = other.data = "one"
@@ -180,7 +180,7 @@ def test_resume_with_another_teacher_or_data_says_so(tmp_path):
 
 
 def test_teacher_needs_a_trained_style_encoder(tmp_path, monkeypatch):
-    """A Turbo run holds a transformer alone: styles would be noise, and nothing would tell."""
+    """A Turbo run holds only a transformer: styles would be noise, and nobody would notice."""
     monkeypatch.chdir(tmp_path)
     weights = {f"ema.dit.{name}": tensor for name, tensor in Krea2(TINY).state_dict().items()}
     states.write_state(states.RUNS / "distilled", weights, {}, {})

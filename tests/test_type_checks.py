@@ -1,4 +1,4 @@
-"""Specs of the wrong kinds: one sentence that names the field, before anything is rendered."""
+"""Specs with values of the wrong type: one sentence names the field, before anything is rendered."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def test_long_values_are_shortened():
 
 
 def test_compatible_types_are_accepted():
-    """Whole numbers where any will do, lists for tuples, and every field left alone."""
+    """Integers for floats, lists for tuples, and every field at its default."""
     look = Style("dusk", 1, references=[Reference(Path("a.png"), 1)], keywords=["film"])
     leader = Leader("a fox", 7)
     for spec in (

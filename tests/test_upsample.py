@@ -1,4 +1,4 @@
-"""The way to the next finer scale, as one product."""
+"""Upsampling to the next finer scale as a single product."""
 
 from __future__ import annotations
 

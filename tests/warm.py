@@ -1,6 +1,6 @@
-"""`k2` on a shell's path that starts at once: every command is a fork of one process, which has imported torch before.
+"""A `k2` for a shell's path that starts at once: every command is a fork of one process that has imported torch.
 
-`python warm.py` serves the folder that it runs in; `k2_in` writes the program that asks it, with its own streams,
+`python warm.py` serves the folder it runs in; `k2_in` writes the program that calls it, passing on its own streams,
 folder and arguments.
 """
 
@@ -53,12 +53,12 @@ class Command(BaseRequestHandler):
 
 
 class Server(ForkingMixIn, UnixStreamServer):
-    """A process a command."""
+    """Forks a process per command."""
 
 
 @contextmanager
 def k2_in(folder: Path) -> Iterator[None]:
-    """A program `k2` in a folder, as long as it is asked."""
+    """Provide a program `k2` in a folder for the duration of the context."""
     (caller := folder / "caller.py").write_text(CALLER.format(folder=str(folder), name=SOCKET))
     (script := folder / "k2").write_text(f'#!/bin/sh\nexec "{sys.executable}" -IS "{caller}" "$@"\n')
     script.chmod(0o755)

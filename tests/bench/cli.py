@@ -61,7 +61,7 @@ ROWS = [
         what="megabytes",
     ),
     Row(
-        "peak memory of 128 prompts / of 64",  # what a run keeps (contexts, a page of the sheet) is full by then
+        "peak memory of 128 prompts / of 64",  # by then, what a run keeps (contexts, a page of the sheet) is full
         [K2, "render", "--quiet", "--steps", "1", *MANY_PROMPTS],
         [K2, "render", "--quiet", "--steps", "1", *MANY_PROMPTS[:128]],
         1.05,
@@ -71,7 +71,7 @@ ROWS = [
 
 
 def measure(command: list[str], folder: Path) -> dict[str, float]:
-    """Seconds and peak megabytes of a process."""
+    """Seconds and peak megabytes that a command takes in a process of its own."""
     start = time.perf_counter()
     process = subprocess.Popen(command, cwd=folder, stdout=subprocess.DEVNULL)
     _, status, usage = os.wait4(process.pid, 0)

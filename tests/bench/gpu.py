@@ -1,8 +1,8 @@
-"""A picture on a GPU: 1024², Turbo, 8 steps, random weights of the true size, as a whole and part by part.
+"""A picture on a GPU, as a whole and part by part: 1024², Turbo, 8 steps, random weights of the true size.
 
 `python tests/bench/gpu.py [--size 1024] [--steps 8] [--rounds 5] [--out .cache/bench/gpu] [--smoke]`. Ours in bf16 and
 fp8, plain and compiled, against diffusers on the same tensors in the same run; also the bf16 rate that a large product
-reaches. `speed.py --device cuda` has the rows of the other benchmark. `--smoke` also runs without a GPU. Results are
+reaches. `speed.py --device cuda` runs the other benchmark. `--smoke` also runs without a GPU. Results are
 printed and written row by row; a row that fails says why, and the others continue.
 """
 
@@ -120,7 +120,7 @@ def main() -> None:
     mask = (torch.arange(PADDED, device=device) < PROMPT)[None]
 
     def diffusers_picture() -> None:
-        """Without its text encoding, in diffusers' favour: `speed.py` compares that."""
+        """Without text encoding, which favours diffusers; `speed.py` compares that."""
         pipe(
             prompt_embeds=embeds, prompt_embeds_mask=mask, height=size, width=size,
             num_inference_steps=steps, guidance_scale=0.0, output_type="pt",
@@ -131,7 +131,7 @@ def main() -> None:
     failed = []
 
     def attempt(name: str, work: Callable[[], None]) -> None:
-        """One row of many: if it fails, the others are still worth having."""
+        """Run one row; if it fails, the others are still worth having."""
         try:
             work()
         except Exception as error:
@@ -168,12 +168,12 @@ def main() -> None:
         print(f"  compiled and run in {time.perf_counter() - began:.0f} s", flush=True)
 
     def check_network(network: Krea2, label: str) -> None:
-        """Whether the result is correct, and its memory in addition to the weights."""
+        """Check the result, and measure its memory in addition to the weights."""
         far = ((sample(network, embedded) - exact).float().norm() / exact.float().norm()).item()
         weights = sum(tensor.nbytes for part in (network, tower, vae) for tensor in part.state_dict().values())
         facts[label] = {"latents_off": far, "gigabytes": weights / 1e9 + peak_megabytes(lambda: picture(network)) / 1e3}
         print(f"  latents off by {far:.2%}, {facts[label]['gigabytes']:.1f} GB", flush=True)
-        if not far < 1:  # nor NaN, which a GPU multiplies faster
+        if not far < 1:  # NaN fails too; a GPU multiplies it faster
             raise ArithmeticError(f"{label} is not the same network")
 
     for compiled in (False, True) if device == "cuda" else (False,):
@@ -204,7 +204,7 @@ def main() -> None:
         return vae.decode(latents)
 
     def compare_option(name: str, better: Callable[[], Tensor], plain: Callable[[], Tensor]) -> None:
-        """A possible further saving, against the current way."""
+        """A possible further saving against the current way."""
         far = ((better() - plain()).float().norm() / plain().float().norm()).item()
         compare(f"  {name}, against as is", better, plain)
         print(f"  off by {far:.2%}", flush=True)
@@ -231,7 +231,7 @@ def main() -> None:
 
 
 def recorded_tower(tower: TextTower, prefix: Cache, ids: Tensor) -> Callable[[], Tensor]:
-    """The text tower as one launch: its time is spent on launches, not in kernels."""
+    """The text tower as a single launch: it spends its time on launches, not in kernels."""
     graph = Graph(lambda ids: tower(ids, prefix)[0], (ids,))
     return lambda: graph(ids)
 
@@ -245,7 +245,7 @@ def compiled_decoder(vae: QwenImageVAE, latents: Tensor) -> Callable[[], Tensor]
 def compare_attention(
     config: Any, grid: tuple[int, int], dtype: torch.dtype, steps: int, compare: Callable[..., None]
 ) -> None:
-    """All attention of a picture, with the chosen kernel against each alternative."""
+    """All the attention of a picture, with the chosen kernel against each alternative."""
     tokens, wide = PROMPT + grid[0] * grid[1], config.head_dim
     q, k, v = (
         random_tensor((1, tokens, heads, wide), 1, dtype, "cuda").transpose(1, 2)
@@ -265,7 +265,7 @@ def compare_attention(
 
 
 def print_kernels(name: str, work: Callable[[], Any], limit: int = 12) -> None:
-    """Print where a GPU spends its time."""
+    """Print where the GPU spends its time."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as seen:
         work()
         torch.cuda.synchronize()

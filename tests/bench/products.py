@@ -3,8 +3,8 @@
 `python tests/bench/products.py [--rounds 5] [--steps 500] [--batch 32] [--blocks 8] [--compile] [--smoke]`.
 A step is two blocks of the transformer, forward, backward and AdamW, on 4,096 tokens; bf16 is autocast as in training
 (fp32 if the processor has no bf16). The curves are pretraining at 64 px from one seed on the data set in `.data`, made
-by `python -m model.train.data` and `python -m model.train.encode 64`; the toy of `--smoke` needs none. A ratio above 1
-pays off; below, a recipe should leave `products` at "wide".
+by `python -m model.train.data` and `python -m model.train.encode 64`; `--smoke` uses a toy that needs none. Above a
+ratio of 1, 8-bit products pay off; below, a recipe should leave `products` at "wide".
 """
 
 from __future__ import annotations
@@ -31,14 +31,14 @@ from model.train.pretrain import PretrainStage, Recipe
 from model.train.products import PRODUCT_NAMES, WIDE, parse_products, supports_fp8, use_8_bit_products
 from model.train.training_set import TrainingSet
 
-WIDTHS, BLOCKS, TOKENS = (384, 1024, 2048), 2, 4096  # tokens as in a step of pretraining
+WIDTHS, BLOCKS, TOKENS = (384, 1024, 2048), 2, 4096  # as many tokens as in a step of pretraining
 AIM = 1.15  # from width 2048 up
 COLOURS = {WIDE: "#1d1d1f", "int8-tensorwise": "#c9722f", "int8-rowwise": "#2f6f5e", "fp8-tensorwise": "#8250df"}
-SMOOTHING_STEPS = 25  # steps averaged for a point of a curve
+SMOOTHING_STEPS = 25  # steps averaged per point of a curve
 
 
 def make_step(config: DiTConfig, name: str, tokens: int, device: str, compiled: bool) -> Callable[[], None]:
-    """One training step of a stack of blocks, on four pictures with `tokens` tokens in total."""
+    """A training step of a stack of blocks, on four pictures with `tokens` tokens in total."""
     torch.manual_seed(0)
     blocks = nn.ModuleList(SingleStreamBlock(config) for _ in range(BLOCKS)).to(device)
     use_8_bit_products(blocks, parse_products(name, device))
@@ -49,7 +49,7 @@ def make_step(config: DiTConfig, name: str, tokens: int, device: str, compiled: 
     side, width = tokens // 4, config.width
     with torch.device("meta"):
         network = Krea2(config)
-    network.first = nn.Linear(1, 1, device=device)  # device and dtype of the angles
+    network.first = nn.Linear(1, 1, device=device)  # sets the device and dtype of the angles
     rope = network.rope(0, (side // 16, 16))
     x = torch.randn(4, side, width, device=device)
     time = torch.randn(4, 1, 6 * width, device=device)
@@ -69,7 +69,7 @@ def make_step(config: DiTConfig, name: str, tokens: int, device: str, compiled: 
 def time_steps(
     names: list[str], widths: tuple[int, ...], tokens: int, rounds: int, device: str, compiled: bool
 ) -> list[Row]:
-    """A row for each kind of products at each width, alternating with wide products."""
+    """A row for each kind of product at each width, timed in turn with wide products."""
     rows = []
     print(HEAD)
     for width in widths:
@@ -93,7 +93,7 @@ def loss_curve(name: str, recipe: Recipe, data: TrainingSet | None, device: str)
 
 
 def toy_batch(step: int) -> loop.Batch:
-    """Noise instead of pictures and words."""
+    """A batch of noise in place of pictures and words."""
     generator = torch.Generator().manual_seed(step)
     c = PRESETS["mini"]
     embeds = torch.randn(4, 8, c.text_taps, c.text_width, generator=generator)

@@ -1,7 +1,7 @@
-"""The screenshots beside the README: `python tests/bench/screens.py PROJECT [FOLDER]`.
+"""Take the README's screenshots: `python tests/bench/screens.py PROJECT [FOLDER]`.
 
 PROJECT must have been rendered. Needs Playwright and the system's Chromium. Each command runs on its own terminal, so
-that it shows what people see; the gallery is built in a temporary folder.
+that it prints what people see; the gallery is built in a temporary folder.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ pre {{ margin: 0; padding: 18px 22px; width: max-content; font: 14px "DejaVu San
 
 
 def run_in_terminal(arguments: list[str], project: Path) -> str:
-    """What a command writes if its three streams are a terminal."""
+    """What a command prints when its three streams are a terminal."""
     leader, follower = os.openpty()
     fcntl.ioctl(follower, termios.TIOCSWINSZ, struct.pack("HHHH", LINES, COLUMNS, 0, 0))
     terminal_env = {"TERM": "xterm-256color", "COLORTERM": "truecolor", "K2_PREVIEW": "blocks"}

@@ -1,9 +1,9 @@
-"""Speed against diffusers and against the arithmetic limit, and what every exact saving saves.
+"""Speed against diffusers and against the arithmetic limit, and what each exact saving saves.
 
 `python tests/bench/speed.py [--rounds 5] [--device cuda] [--only WORD …] [--out .cache/bench/speed] [--smoke]`. The two
 sides of a row take turns in one process; figures are medians, ratios medians of the rounds' ratios (above one: ours is
 faster or smaller). A step of the open weights is timed with one and with three blocks of their width and extrapolated
-to 28, in the dtype that a pipeline would choose: bf16, or fp32 on a processor without it. `--smoke` runs every row once
+to 28, in the dtype a pipeline would choose: bf16, or fp32 on a processor without it. `--smoke` runs every row once
 at toy size, which shows only that the script works.
 """
 
@@ -61,12 +61,12 @@ from model.text_encoder import QWEN3_VL_4B, TextTower
 from model.upsample import upsample_conv
 from model.vae import QwenImageVAE, VAEConfig
 
-PROMPT, PADDED, TEMPLATE = 45, 512, 34  # tokens of the prompt, of diffusers' padded prompt, and before the prompt
+PROMPT, PADDED, TEMPLATE = 45, 512, 34  # tokens of the prompt, of diffusers' padded prompt, and ahead of the prompt
 PROMPTS = ("a red fox", "an owl on a night blue background", "a sailboat at sunset, paper cut", "a green apple")
 
 
 class Bench:
-    """What rows need, built on demand; `rows` gives name -> function in the table's order."""
+    """What the rows need, built on demand; `rows` maps names to functions in the table's order."""
 
     def __init__(self, rounds: int, device: str, smoke: bool, scratch: Path):
         self.rounds, self.device, self.smoke, self.scratch = rounds, device, smoke, scratch
@@ -75,7 +75,7 @@ class Bench:
         self.dtype = getattr(torch, self.dtype_name)
         self.sides = (128, 256) if smoke else (512, 1024)
         if device == "cpu":
-            keep_freed_memory()  # as loading a pipeline does; here it applies to the other side too
+            keep_freed_memory()  # as loading a pipeline does; here it benefits the other side too
 
     def rows(self) -> dict[str, Callable[[], Iterator[Row]]]:
         return {
@@ -100,7 +100,7 @@ class Bench:
 
     @cached_property
     def theirs(self) -> nn.Module:
-        """diffusers' network on the same tensors, without copies."""
+        """diffusers' network on the same tensors, not copies."""
         with torch.device("meta"):
             network = diffusers.Krea2Transformer2DModel(
                 **{k: v for k, v in transformer_config(self.config).items() if not k.startswith("_")}
@@ -114,7 +114,7 @@ class Bench:
         return product_rate(self.dtype, self.device, 512 if self.smoke else 4096)
 
     def stream(self, side: int, text: int = PROMPT) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """What a sampler passes to `velocity`, with guidance off."""
+        """What a sampler without guidance passes to `velocity`."""
         grid = (side // 16, side // 16)
         tokens = random_tensor((1, grid[0] * grid[1], self.config.token_dim), 1.0, self.dtype, self.device)
         context = random_tensor((1, text, self.config.width), 1.0, self.dtype, self.device)
@@ -122,7 +122,7 @@ class Bench:
         return tokens, context, mods, self.dit.rope(text, grid)
 
     def step(self) -> Iterator[Row]:
-        """Theirs gets the text padded to 512 and runs text fusion at every step, as its pipeline does."""
+        """Theirs gets the text padded to 512 tokens and runs text fusion at every step, as its pipeline does."""
         for side, aim in zip(self.sides, (1.45, 1.12), strict=True):
             tokens, context, mods, rope = self.stream(side)
             embeds = random_tensor(
@@ -169,7 +169,7 @@ class Bench:
         yield self.likeness("int4")
 
     def likeness(self, precision: str, aim: float | None = None) -> Row:
-        """Mini's pictures with weights and products in few bits, against those in fp32: in decibels, not seconds."""
+        """Mini's pictures with few-bit weights and products against those in fp32, in decibels instead of seconds."""
         specs = [RenderSpec(text, seed=seed) for seed, text in enumerate(PROMPTS[: 1 if self.smoke else None])]
         specs = [replace(spec, steps=2, width=64, height=64) for spec in specs] if self.smoke else specs
         plain, small = (
@@ -185,7 +185,7 @@ class Bench:
     # ---- the other parts --------------------------------------------------------------------------------------
 
     def prompt(self) -> Iterator[Row]:
-        """Qwen3-VL's width, one and three layers, extrapolated to the number that each side needs."""
+        """One and three layers of Qwen3-VL's width, extrapolated to the number each side needs."""
         from diffusers import Krea2Pipeline
         from transformers import Qwen3VLConfig, Qwen3VLModel
 
@@ -237,7 +237,7 @@ class Bench:
             stub.text_encoder, stub.text_encoder_select_layers = others[count], config.taps[:count]
             Krea2Pipeline.get_text_hidden_states(stub, "", device=torch.device(self.device))
 
-        # our tower stacks its taps: with one layer there is only the first
+        # our tower stacks the layers it taps: with one layer there is only the first
         tower.config = replace(config, taps=(1,))
         one, three, their_one, their_three = interleaved(
             [lambda: ours(1), lambda: ours(3), lambda: theirs(1), lambda: theirs(3)], self.rounds
@@ -264,7 +264,7 @@ class Bench:
         return ours.to(self.dtype), theirs.to(device=self.device, dtype=self.dtype).requires_grad_(False).eval()
 
     def autoencoder(self) -> Iterator[Row]:
-        """Qwen-Image's, at full size: theirs is the video network that was published."""
+        """Qwen-Image's at full size; theirs is the video network as published."""
         ours, theirs = self.autoencoders
         side, dtype = self.sides[0], next(ours.parameters()).dtype
         latents = random_tensor((1, 16, side // 8, side // 8), 1, dtype, self.device)
@@ -320,7 +320,7 @@ class Bench:
             yield make_row(name, *interleaved([ours, theirs], self.rounds), limit=limit)
 
     def turbo(self) -> Iterator[Row]:
-        """Turbo's own settings against Raw's full 52 guided steps: both ours."""
+        """Turbo's own settings against Raw's full 52 guided steps, both ours."""
         raw, turbo = (Pipeline.load("mini", variant=variant, device=self.device) for variant in ("raw", "turbo"))
         few = {"width": 64, "height": 64} if self.smoke else {}
         short = [RenderSpec(text, seed=i, **few) for i, text in enumerate(2 * PROMPTS)]
@@ -331,7 +331,7 @@ class Bench:
             yield make_row(name, *interleaved(sides, self.rounds), aim=10.0)
 
     def start(self) -> Iterator[Row]:
-        """From process start to a picture in one step, one process each."""
+        """From process start to a one-step picture, each in a process of its own."""
         mine = (
             "from model.pipeline import Pipeline; from model.spec import RenderSpec;"
             f"Pipeline.load('mini', device='{self.device}').render([RenderSpec('a red fox', 64, 64, steps=1)])"
@@ -345,7 +345,7 @@ class Bench:
 
         def process(code: str) -> None:
             if self.smoke:
-                exec(code, {})  # shows that the code works; a start is not measured
+                exec(code, {})  # only shows that the code works; no start-up is measured
             else:
                 subprocess.run([sys.executable, "-c", code], check=True, stderr=subprocess.DEVNULL)
 
@@ -354,10 +354,10 @@ class Bench:
             *interleaved([lambda: process(mine), lambda: process(their)], self.rounds),
         )
 
-    # ---- every exact saving by itself -------------------------------------------------------------------------
+    # ---- each exact saving by itself --------------------------------------------------------------------------
 
     def savings(self) -> Iterator[Row]:
-        """With and without each saving, all ours: the same result, apart from rounding, for less work."""
+        """With and without each saving, all ours: less work for the same result, apart from rounding."""
         side, c = self.sides[0], self.config
         tokens, context, mods, rope = self.stream(side)
         dit, rounds = self.dit, self.rounds
@@ -409,7 +409,7 @@ class Bench:
             lambda: F.scaled_dot_product_attention(q, k, v, enable_gqa=True),
             lambda: F.scaled_dot_product_attention(q, k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)),
         )
-        spec = RenderSpec(PROMPTS[0], steps=2, seed=7, negative=PROMPTS[0])  # one length, so one batch
+        spec = RenderSpec(PROMPTS[0], steps=2, seed=7, negative=PROMPTS[0])  # prompts of one length make one batch
         spec = self.mini.resolve(replace(spec, width=64, height=64) if self.smoke else spec)
         net, unit = self.mini.dit, self.mini._unit
         grid = ((spec.height or 64) // unit, (spec.width or 64) // unit)
@@ -487,7 +487,7 @@ class Tokens(SimpleNamespace):
 
 
 class fewer_blocks:
-    """Within the context a network has only its first few blocks."""
+    """A context in which a network has only its first few blocks."""
 
     def __init__(self, network: nn.Module, stem: str, count: int):
         self.network, self.stem, self.count = network, stem, count
@@ -501,7 +501,7 @@ class fewer_blocks:
 
 
 def extrapolate(one: list[float], three: list[float], blocks: int = EXTRAPOLATED_BLOCKS) -> list[float]:
-    """Seconds with `blocks` blocks, from those with one and with three, round by round."""
+    """Seconds with `blocks` blocks, extrapolated from one and three, round by round."""
     return [a + (blocks - 1) * (b - a) / 2 for a, b in zip(one, three, strict=True)]
 
 
