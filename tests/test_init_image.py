@@ -1,4 +1,4 @@
-"""Pictures that begin with a picture: how much of it stays, where it comes from, and what is told of it."""
+"""Pictures that start from a picture: how much of it stays, where it comes from, and what is reported about it."""
 
 from __future__ import annotations
 
@@ -57,9 +57,9 @@ def as_array(picture: Picture) -> np.ndarray:
 
 @pytest.mark.parametrize(("denoise", "taken"), [(0.5, 4), (0.3, 2), (0.01, 1), (0.99, 8)])
 def test_denoise_takes_the_last_steps_from_the_noised_image(pipeline, sketch, denoise, taken):
-    """Beside diffusers' own scheduler, which noises and steps by itself; to the nearest whole step, and at least one.
+    """Against diffusers' own scheduler, which noises and steps by itself; to the nearest whole step, and at least one.
 
-    Where guidance ends is counted over the steps that are taken.
+    The end of guidance is counted over the steps that are taken.
     """
     from diffusers import FlowMatchEulerDiscreteScheduler
 
@@ -90,14 +90,14 @@ def test_denoise_takes_the_last_steps_from_the_noised_image(pipeline, sketch, de
 
 
 def test_denoise_1_equals_no_init_image(pipeline, sketch):
-    """Bit for bit; and less is something else."""
+    """Bit for bit; less gives another picture."""
     whole, less = replace(FOX, init_image=sketch, denoise=1.0), replace(FOX, init_image=sketch, denoise=0.9)
     assert made(pipeline, whole) == made(pipeline, FOX) != made(pipeline, less)
 
 
 @pytest.mark.parametrize("sampler", ["euler", "ab2"])
 def test_batches_share_denoise_and_pictures_are_independent(pipeline, sketch, tmp_path, sampler):
-    """Two beginnings share a batch, another share has its own; none depends on the others. A changed file is read."""
+    """Two init images share a batch, another denoise has its own; all are independent. A changed file is read again."""
     other = tmp_path / "other.png"
     Image.new("RGB", (50, 50), "teal").save(other)
     spec = replace(FOX, sampler=sampler)
@@ -123,7 +123,7 @@ def test_one_init_image_serves_several_sizes(pipeline, sketch):
 
 
 def test_lead_picture_is_what_it_would_be_alone(pipeline, sketch):
-    """And the leader of the others begins as they do."""
+    """And the lead picture that the others follow starts from the init image, as they do."""
     spec = replace(FOX, init_image=sketch, denoise=0.6)
     alone = [as_array(pipeline.render([each])[0]) for each in (spec, replace(spec, seed=8))]
     first, second = (as_array(each) for each in pipeline.render(tie_to_lead([spec, replace(spec, seed=8)], 1.0)))
@@ -158,7 +158,7 @@ def test_invalid_init_images_are_refused(pipeline, sketch, tmp_path):
 
 @pytest.fixture
 def noisy(pipeline, tmp_path) -> Path:
-    """A picture of the model's own size, of which every pixel is another."""
+    """A picture of the model's own size in which every pixel differs."""
     side = pipeline.native
     Image.effect_noise((side, side), 90).convert("RGB").save(tmp_path / "noisy.png")
     return tmp_path / "noisy.png"
@@ -174,7 +174,7 @@ def masked(path: Path, box: tuple[int, int, int, int], size: tuple[int, int]) ->
 @pytest.mark.parametrize("denoise", [None, 0.5])
 @pytest.mark.parametrize("sampler", ["euler", "ab2"])
 def test_pixels_outside_the_mask_stay(pipeline, noisy, denoise, sampler):
-    """And within it, but for a margin that leads over, none does; by another seed it is another."""
+    """Inside it, all pixels but a blended margin change, and another seed gives another result."""
     side = pipeline.native
     spec = replace(
         FOX, init_image=noisy, mask=f"{side // 2}x{side // 4}+8+{side // 4}", denoise=denoise, sampler=sampler
@@ -196,7 +196,7 @@ def test_pixels_outside_the_mask_stay_in_bf16(tiny, noisy):  # noqa: F811
 
 
 def test_kept_tokens_follow_the_straight_path(pipeline, noisy, monkeypatch):
-    """The network sees both at one noise level: the kept tokens lie on the straight way from picture to noise."""
+    """The network sees both at one noise level: the kept tokens lie on the straight line from picture to noise."""
     side, cell = pipeline.native, pipeline.vae.factor * pipeline.dit.config.patch
     spec = replace(FOX, init_image=noisy, mask=f"{cell}x{cell}+0+0")
     seen = []
@@ -219,7 +219,7 @@ def test_kept_tokens_follow_the_straight_path(pipeline, noisy, monkeypatch):
 
 
 def test_mask_picture_equals_its_region(pipeline, noisy, tmp_path):
-    """White is made anew, black stays, as the region of the same pixels has it; pictures of a batch have their own."""
+    """White is repainted and black stays, as with a region of the same pixels; each picture of a batch has its own."""
     side = pipeline.native
     box = (side // 4, 0, side // 2, side // 2)
     region = replace(FOX, init_image=noisy, mask=f"{side // 4}x{side // 2}+{side // 4}+0")
@@ -246,7 +246,7 @@ def test_mask_of_other_proportions_is_refused_first(pipeline, noisy, tmp_path):
 
 
 def test_transparent_mask_areas_are_kept(tmp_path):
-    """Painted white on a layer of its own, as it comes out of a drawing program."""
+    """Painted white on a separate layer, as drawing programs export it."""
     layer = Image.new("RGBA", (32, 32), (255, 255, 255, 0))
     layer.paste("white", (8, 0, 16, 32))
     layer.save(tmp_path / "layer.png")
@@ -278,11 +278,11 @@ def test_region_may_touch_every_edge(pipeline, noisy):
 
 
 def test_mask_edge_is_half_a_latent_cell_wide(pipeline, noisy):
-    """So far, within the mask, the initial picture and what is painted run into each other."""
+    """So far, inside the mask, the init image and what is painted blend into each other."""
     side, half = pipeline.native, pipeline.init_images.vae.factor // 2
     spec = pipeline.resolve(replace(FOX, init_image=noisy, mask=f"{side // 2}x{side}+0+0"))
 
-    found = pipeline.init_images.kept_pixels(spec).composite(torch.full((3, side, side), 3.0))  # as no picture is
+    found = pipeline.init_images.kept_pixels(spec).composite(torch.full((3, side, side), 3.0))  # not a picture's value
 
     soft = side // 2 - half
     assert (found[..., :soft] == 3).all() and (found[..., soft] < 3).all()
@@ -301,7 +301,7 @@ def test_partly_masked_cell_is_repainted_in_part(pipeline, noisy):
 
 
 def test_files_may_change_once_rendering_has_started(pipeline, noisy, tmp_path):
-    """What stays is what was there then, as the record's hash says."""
+    """What stays is what was there at the start, as the record's hash says."""
     part = Image.new("L", Image.open(noisy).size)
     part.paste(255, (0, 0, part.width // 2, part.height))
     part.save(tmp_path / "part.png")
@@ -337,7 +337,7 @@ def test_light_greys_blend_kept_and_repainted_areas():
 
 @pytest.fixture
 def begun(moody):
-    """A project whose fox begins with a wide picture that lies in it."""
+    """A project whose fox starts from a wide picture inside the project."""
     (moody / "refs").mkdir()
     Image.new("RGB", (300, 200), "orange").save(moody / "refs" / "wide.png")
     text = (moody / "k2.toml").read_text()
@@ -363,10 +363,10 @@ def test_prompt_uses_its_own_init_image_and_shape(begun, k2):
 @pytest.mark.parametrize(
     ("sides", "rendered"),
     [
-        ((160, 96), (160, 96)),  # as the model knows them
-        ((160, 100), (160, 96)),  # no multiples of its tokens
-        ((480, 320), (160, 112)),  # more than it knows
-        ((64, 64), (128, 128)),  # less
+        ((160, 96), (160, 96)),  # supported as they are
+        ((160, 100), (160, 96)),  # not multiples of a token's side
+        ((480, 320), (160, 112)),  # larger than supported
+        ((64, 64), (128, 128)),  # smaller
         ((3000, 100), (256, 64)),
     ],
 )
@@ -388,7 +388,7 @@ def test_exif_orientation_is_applied(begun, k2):
 
 
 def test_option_paths_are_relative_to_the_current_folder(begun, k2, monkeypatch, tmp_path):
-    """Anywhere: whoever types a path may use it. A record that leads out of the project asks first."""
+    """They may lead anywhere: whoever types a path may use it. Records that leave the project need permission."""
     elsewhere = tmp_path / "elsewhere"
     elsewhere.mkdir()
     Image.new("RGB", (64, 64), "navy").save(elsewhere / "dot.png")
@@ -409,7 +409,7 @@ def test_option_paths_are_relative_to_the_current_folder(begun, k2, monkeypatch,
 
 @pytest.mark.parametrize("what", ["init_image", "reference", "model"])
 def test_printed_command_resumes_a_run_with_outside_files(begun, k2, fake, tmp_path, what):
-    """Whose files are named in the run's plan: copies of them would be others."""
+    """The run's plan names the files themselves: copies of them would be other files."""
     Image.new("RGB", (64, 64), "navy").save(tmp_path / "dot.png")
     options: tuple[str, ...] = ("--init-image", str(tmp_path / "dot.png"))
     if what == "model":
@@ -426,7 +426,7 @@ def test_printed_command_resumes_a_run_with_outside_files(begun, k2, fake, tmp_p
     line = "k2 render --resume --allow-outside"
     assert line in k2("render", "--only", "fox", *options, code=130).stderr
     fake.stop = staticmethod(lambda at: None)
-    assert "  k2 render --resume  " in k2().stdout  # unasked, a project from anywhere is let reach for nothing
+    assert "  k2 render --resume  " in k2().stdout  # no project is allowed outside files unasked
     assert k2("log").stderr == "No pictures yet. Make some: k2 render --resume\n"
     assert "Hint:  Allow it: --allow-outside\n" in k2("render", "--resume", code=1).stderr
     assert k2("render", "--resume", "--allow-outside").stdout
@@ -434,7 +434,7 @@ def test_printed_command_resumes_a_run_with_outside_files(begun, k2, fake, tmp_p
 
 @pytest.mark.parametrize("said", ["../dot.png", "refs/link.png", "refs/loop.png"])
 def test_outside_files_are_recorded_by_real_path(begun, k2, said):
-    """However the shell calls it, so that a rerun and the way to go on ask for what they need."""
+    """However they are given, so that a rerun and the resume command ask for what they need."""
     Image.new("RGB", (64, 64), "navy").save(begun.parent / "dot.png")
     (begun / "refs" / "link.png").symlink_to(begun.parent / "dot.png")
     (begun / "refs" / "loop.png").symlink_to("loop.png")
@@ -451,7 +451,7 @@ def test_outside_files_are_recorded_by_real_path(begun, k2, said):
 
 
 def test_project_may_be_a_link(begun, k2, tmp_path, monkeypatch):
-    """What it is made with is named from where the link leads: ".." goes up from there."""
+    """Files are named relative to the link's target: ".." goes up from there."""
     (tmp_path / "deep").mkdir()
     (tmp_path / "deep" / "link").symlink_to(begun)
     monkeypatch.chdir(tmp_path)
@@ -496,7 +496,7 @@ def test_invalid_project_init_image_is_blamed_on_its_line(begun, k2, said, messa
 def test_mask_is_recorded_and_found_again(begun, k2):
     (region,) = k2("render", "--only", "fox", "--batch", "1", "--mask", "40x30+8+16").stdout.splitlines()
     assert "40x30+8+16" in k2("show", region).stdout
-    masked(begun / "refs" / "mask.png", (0, 0, 50, 50), (150, 100))  # half as large, of the same proportions
+    masked(begun / "refs" / "mask.png", (0, 0, 50, 50), (150, 100))  # half the size, the same proportions
     (drawn,) = k2("render", "--only", "fox", "--batch", "1", "--mask", "refs/mask.png").stdout.splitlines()
     first, second = (json.loads(line) for line in k2("log", "--json").stdout.splitlines())
     assert first["mask"] == {"region": "40x30+8+16"}
@@ -511,7 +511,7 @@ def test_mask_is_recorded_and_found_again(begun, k2):
 
 @pytest.mark.parametrize("said", ["", 'image = ""', 'region = ""', 'region = "8x8+0+0"\nimage = "refs/wide.png"'])
 def test_record_with_an_invalid_mask_is_refused(begun, k2, said):
-    """And not read as if all of the picture had been made anew."""
+    """And not read as if the whole picture had been repainted."""
     (made,) = k2("render", "--only", "fox", "--batch", "1", "--mask", "40x30+8+16", "--no-embed").stdout.split()
     record = Path(made).with_suffix(".toml")
     record.write_text(record.read_text().replace('region = "40x30+8+16"', said))
@@ -540,13 +540,13 @@ def test_record_with_an_invalid_mask_is_refused(begun, k2, said):
 def test_unusable_masks_are_usage_errors(begun, k2, options, message):
     masked(begun / "refs" / "square.png", (0, 0, 50, 50), (100, 100))
     masked(begun / "refs" / "dark.png", (0, 0, 0, 0), (300, 200))
-    Image.new("RGB", (300, 200), "lime").save(begun / "refs" / "green.png")  # of three colours one: a third of white
+    Image.new("RGB", (300, 200), "lime").save(begun / "refs" / "green.png")  # one of three channels: a third of white
     assert message in k2("render", *options, code=2).stderr
     assert not (begun / "outputs").exists()
 
 
 def test_none_unsets_an_init_image(begun, k2):
-    """And what hung on the picture goes with it; what was said of no picture is still told to change nothing."""
+    """And whatever belongs to the picture goes with it; settings given without any picture still warn of no effect."""
     text = (begun / "k2.toml").read_text().replace('name = "fox"\n', 'name = "fox"\ndenoise = 0.3\nmask = "8x8+0+0"\n')
     (begun / "k2.toml").write_text(text.replace("[render]", '[render]\ninit_image = "refs/wide.png"'))
     fox, owl = plan(k2)
@@ -566,7 +566,7 @@ def test_none_unsets_an_init_image(begun, k2):
 
 
 def test_none_unsets_only_what_belongs_to_the_init_image(begun, k2):
-    """One prompt may say it, and a command line the rest of all; a picture named over it brings all of it back."""
+    """A prompt may say it and the command line the rest for all; a picture that overrides it brings everything back."""
     said = '[render]\ninit_image = "refs/wide.png"\ndenoise = 0.4\nmask = "64x64+8+8"\n'
     text = (begun / "k2.toml").read_text().replace("[render]\n", said)
     (begun / "k2.toml").write_text(text + 'init_image = "none"\n')
@@ -593,7 +593,7 @@ def test_none_unsets_only_what_belongs_to_the_init_image(begun, k2):
 
 
 def test_mix_preview_uses_one_init_image(begun, k2):
-    """The same without a style, in the parts and in the mix, whatever the project's own prompts begin with."""
+    """The same without a style, in the parts and in the mix, whatever the project's own prompts start from."""
     (begun / "styles").mkdir()
     for name in ("dusk", "ink"):
         (begun / "styles" / f"{name}.toml").write_text(f'keywords = ["{name}"]\n')
@@ -607,8 +607,8 @@ def test_denoise_without_init_image_warns(begun, k2):
     told = "No picture has an init image, so denoise has no effect."
     assert told in k2("render", "-p", "tea", "--denoise", "0.5", "--dry-run").stderr
     assert told in k2("render", "--only", "an-owl-at-night", "--matrix", "denoise=0.5,1", "--dry-run").stderr
-    assert told not in k2("render", "--denoise", "0.5", "--dry-run").stderr  # the fox begins with one
-    line = '{"prompt": "tea", "denoise": 0.5}'  # goes before the command line, which the project's prompts do not
+    assert told not in k2("render", "--denoise", "0.5", "--dry-run").stderr  # the fox starts from one
+    line = '{"prompt": "tea", "denoise": 0.5}'  # overrides the command line, unlike the project's prompts
     assert told in k2("render", "-", "--init-image", "none", "--dry-run", input=line).stderr
 
 
@@ -638,7 +638,7 @@ def test_equal_step_counts_warn(begun, k2):
     assert told("--matrix", "guidance_until=0.4,1", "--steps", "1", "--only", "an-owl-at-night") == guided
     guided = "With guidance_until 0.4 and 0.5, 2 of 4 steps are guided: these pictures are the same.\n"
     assert told("--matrix", "guidance_until=0.4,0.5,1", "--steps", "4", "--only", "an-owl-at-night") == guided
-    begins = ("--denoise", "0.5", "--steps", "8", "--only", "fox")  # with a picture, of whose steps half are taken
+    begins = ("--denoise", "0.5", "--steps", "8", "--only", "fox")  # from a picture, with half of the steps taken
     assert told("--matrix", "guidance_until=0.4,0.5,1", *begins) == guided
     assert told("--matrix", "guidance_until=0.4,0.5", "--steps", "4", "--guidance", "0") == ""
     assert told("--matrix", "guidance_until=0.4,0.6", "--steps", "10", "--only", "an-owl-at-night") == ""
@@ -649,9 +649,9 @@ def test_equal_step_counts_warn(begun, k2):
     (begun / "k2.toml").write_text(toml + "guidance = 0\n")
     for axis, what in (("denoise=0.3,0.6", "an init image"), ("guidance_until=0.25,0.75", "guidance")):
         assert told("--matrix", axis, "--steps", "8") == void.format("an owl at night", axis.partition("=")[0], what)
-        assert told("--matrix", axis, "--steps", "8", "--only", "an-owl-at-night") == ""  # of no picture is said more
+        assert told("--matrix", axis, "--steps", "8", "--only", "an-owl-at-night") == ""  # that has its own warning
     lines = '{"prompt": "a fox", "init_image": "refs/wide.png", "guidance": 3}\n' + '{"prompt": "an owl"}\n' * 2
-    for axis in ("denoise=0.3", "guidance_until=0.25"):  # nothing is compared: they are the same as they were asked for
+    for axis in ("denoise=0.3", "guidance_until=0.25"):  # nothing is compared: the lines themselves are the same
         assert "are the same" not in k2("render", "-", "--matrix", axis, "--dry-run", input=lines).stderr
     for first, second in (
         ('denoise = [0.4, 0.7]\nsize = ["256x256"]', 'denoise = [0.42, 0.8]\nsize = ["320x192"]'),
@@ -662,7 +662,7 @@ def test_equal_step_counts_warn(begun, k2):
 
 
 def test_heavy_cropping_warns(begun, k2):
-    """A strip longer than pictures may be, and what a size that was said otherwise leaves of a picture."""
+    """A strip longer than pictures may be, and what an explicit size or shape leaves of a picture."""
 
     def told(sides: tuple[int, int], *options: str) -> str:
         Image.new("RGB", sides).save(begun / "refs" / "wide.png")
@@ -682,7 +682,7 @@ def test_denoise_in_the_metadata_of_other_tools(begun, k2, tmp_path):
     assert ": its init image refs/wide.png" in k2("new", tmp_path / "anew", "--from", made).stderr
     said = "a fox\nSteps: 20, Sampler: Euler, CFG scale: 7, Seed: 1, Size: 64x64, Denoising strength: 0.6"
     assert origins.of_a1111(said).left_out == ("its init image", "denoising strength 0.6")
-    second = origins.of_a1111(said + ", Hires upscale: 2")  # over a picture of its own
+    second = origins.of_a1111(said + ", Hires upscale: 2")  # which starts from its own picture
     assert second.left_out == ("hires upscale 2", "denoising strength 0.6")
     (mflux,) = origins.of_mflux({"prompt": "a fox", "image_path": "a.png", "mflux_version": "1"})
     assert mflux.left_out == ("its init image",)
@@ -698,7 +698,7 @@ def test_cluster_receives_the_init_image(tmp_path):
 
 
 def test_watch_notices_a_changed_init_image(begun, k2):
-    """What a picture is known by holds the hash of what it begins with."""
+    """A picture's key contains the hash of its init image."""
     settings = dict.fromkeys(("variant", "batch", "steps", "size", "device"))
     _, before, _ = plan_missing(Project.open(begun), ["fox"], settings, {}, {})
     Image.new("RGB", (300, 200), "teal").save(begun / "refs" / "wide.png")

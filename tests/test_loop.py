@@ -1,4 +1,4 @@
-"""The loop by itself, on a line to be fitted: kill and resume, parts of a step, snapshots, log and record."""
+"""The training loop by itself, fitting a line: kill and resume, accumulation, snapshots, log and record."""
 
 import csv
 import json
@@ -28,7 +28,7 @@ RECIPE = Recipe(name="line", steps=12, lr=0.05, muon_lr=0.05, warmup_steps=2, de
 
 
 class Line(Stage):
-    """y = 2a - b + noise, from eight points a step."""
+    """y = 2a - b + noise, from eight points per step."""
 
     def __init__(self, recipe, size=8, die_at=None):
         torch.manual_seed(recipe.seed)
@@ -68,7 +68,7 @@ def columns(folder):
 
 
 def test_averages_follow_closely_early_in_a_run(tmp_path):
-    """Of five steps at 0.998 they would else be where they began: what a run leaves behind are they."""
+    """At 0.998 they would otherwise hardly have moved after five steps, and they are what a run leaves behind."""
     young = run(replace(RECIPE, steps=5, average=0.998), tmp_path)
     wanted = young.model["out"].weight.detach().clone()
     for step in range(5):
@@ -97,14 +97,14 @@ def test_killed_run_ends_like_an_uninterrupted_one(tmp_path, die_at):
 
 
 class Watched(Line):
-    """Something is measured for every line of the log."""
+    """Measures something for every line of the log."""
 
     def figures(self):
         return {"weight": float(self.model["out"].weight.detach().sum())}
 
 
 def test_log_covers_the_last_step(tmp_path):
-    """Whatever is left since the last full line has one of its own, and the record says what was found in the end."""
+    """Steps left over since the last full line get a line of their own, and the record holds the final figures."""
     recipe = Recipe(**{**RECIPE.__dict__, "steps": 5})
     done = train(Run(Watched(recipe), tmp_path), lambda line: None)
 
@@ -131,7 +131,7 @@ def test_log_line_holds_means_and_the_last_rate(tmp_path):
 
 
 class Pressed(Line):
-    """Ctrl-C comes in the middle of steps."""
+    """Ctrl-C arrives in the middle of steps."""
 
     at = ()
 
@@ -143,7 +143,7 @@ class Pressed(Line):
 
 @pytest.mark.parametrize(("at", "saved"), [((4,), 6), ((5,), 6), ((4, 5), None)])
 def test_interrupted_run_is_saved_and_resumes_exactly(tmp_path, monkeypatch, at, saved):
-    """It stops where a line of the log is full; Ctrl-C pressed again stops it at once."""
+    """It stops once a line of the log is complete; pressing Ctrl-C again stops it at once."""
     monkeypatch.setattr(loop, "SAVE_EVERY", 1e9)
     train(run(RECIPE, tmp_path / "straight"), lambda line: None)
     stage, said = Pressed(RECIPE), []
@@ -169,7 +169,7 @@ def test_interrupted_run_is_saved_and_resumes_exactly(tmp_path, monkeypatch, at,
     ],
 )
 def test_interrupt_near_the_end_lets_the_run_finish(tmp_path, steps, at, told):
-    """It is not cut short then: nothing is raised."""
+    """It is not cut short, so nothing is raised."""
     stage, said = Pressed(Recipe(**{**RECIPE.__dict__, "steps": steps, "every": 6})), []
     stage.at = (at,)
 
@@ -178,7 +178,7 @@ def test_interrupt_near_the_end_lets_the_run_finish(tmp_path, steps, at, told):
 
 
 class Picture(Stage):
-    """Convolutions whose channels lie innermost in memory, as the autoencoder's do; AdamW has them."""
+    """Convolutions whose channels are innermost in memory, as in the autoencoder; AdamW trains them."""
 
     def __init__(self, recipe):
         torch.manual_seed(recipe.seed)
@@ -192,7 +192,7 @@ class Picture(Stage):
 
 
 def test_resume_is_exact_for_any_memory_layout(tmp_path):
-    """Files hold numbers in the order of their axes; AdamW takes its moments in the order of memory."""
+    """Files store numbers in the order of the axes; AdamW takes its moments in memory order."""
     straight, halved = Run(Picture(RECIPE), tmp_path / "a"), Run(Picture(RECIPE), tmp_path / "b")
     for step in range(8):
         straight.advance(straight.stage.batch(step))
@@ -224,7 +224,7 @@ def test_late_figures_get_their_own_columns(tmp_path):
 
 
 def test_log_is_intact_whenever_a_run_is_killed(tmp_path, monkeypatch):
-    """Lines are added to it; where a figure joins, another takes its place once that is written."""
+    """Lines are appended; when a figure is added, a new file replaces the log once it is written."""
     log = Journal(tmp_path / "log.csv")
     log.add({"step": 1, "loss": 2.0})
     before = log.path.read_bytes()
@@ -257,8 +257,8 @@ def test_nan_gradient_ends_the_run_and_keeps_the_state(tmp_path):
 
 
 @pytest.mark.parametrize("at", [6, 12])
-def test_nan_weights_end_the_run_and_keep_the_state(tmp_path, at):
-    """Of the last step no gradient is looked at any more."""
+def test_non_finite_weights_end_the_run_and_keep_the_state(tmp_path, at):
+    """After the last step there is no further gradient to check."""
     one = run(RECIPE, tmp_path)
     step = one.optimisers["adamw"].step
 
@@ -275,14 +275,14 @@ def test_nan_weights_end_the_run_and_keep_the_state(tmp_path, at):
 
 
 class Narrower(Line):
-    """A recipe that was edited so that fewer parameters learn: those of the optimisers move up."""
+    """A recipe edited so that fewer parameters learn: the optimisers' parameters move up."""
 
     def rate(self, name):
         return float(name != "blocks.0.bias")
 
 
 class Wider(Line):
-    """One that was edited so that there are more weights."""
+    """A recipe edited so that there are more weights."""
 
     def __init__(self, recipe):
         super().__init__(recipe)
@@ -291,7 +291,7 @@ class Wider(Line):
 
 @pytest.mark.parametrize(("before", "now"), [(Line, Narrower), (Narrower, Line), (Line, Wider), (Wider, Line)])
 def test_state_of_another_recipe_is_refused(tmp_path, before, now):
-    """An optimiser's states are saved by number: they would be taken for those of other parameters."""
+    """Optimiser states are saved by number and would be taken for those of other parameters."""
     train(Run(before(RECIPE), tmp_path), lambda line: None)
     kept = (tmp_path / "state.safetensors").read_bytes()
 
@@ -338,7 +338,7 @@ def test_two_processes_cannot_train_in_one_folder(tmp_path):
 
 
 def test_run_advanced_by_another_process_is_not_overwritten(tmp_path):
-    """Between its reading and its lock another may come and go."""
+    """Another process may come and go between reading the state and locking the folder."""
     late = run(RECIPE, tmp_path)
     train(run(RECIPE, tmp_path), lambda line: None)
     kept = (tmp_path / "state.safetensors").read_bytes()
@@ -356,7 +356,7 @@ def test_accumulated_gradient_equals_the_whole(tmp_path):
     whole.advance(batch)
     halves.advance(*({k: v[i : i + 4] for k, v in batch.items()} for i in (0, 4)))
 
-    for name in ("muon", "adamw"):  # first moments are the gradient's; the updates amplify its rounding
+    for name in ("muon", "adamw"):  # first moments are the gradient's own; updates amplify its rounding
         states = [each.optimisers[name].state_dict()["state"] for each in (whole, halves)]
         for one, other in zip(states[0].values(), states[1].values(), strict=True):
             key = "momentum" if name == "muon" else "exp_avg"
@@ -396,7 +396,7 @@ def test_rate_factor_freezes_or_scales(tmp_path):
 
 
 def test_warmup_scales_the_first_steps(tmp_path):
-    """Both optimisers' first updates have the size of the rate, whatever the gradient's."""
+    """Both optimisers' first updates have the size of the rate, whatever the size of the gradient."""
     moved = []
     for warmup in (1, 4):
         one = run(Recipe(**{**RECIPE.__dict__, "warmup_steps": warmup}), tmp_path / str(warmup))
@@ -409,7 +409,7 @@ def test_warmup_scales_the_first_steps(tmp_path):
 
 
 def test_gradient_is_clipped_to_the_recipes_norm(tmp_path):
-    """What the optimisers were given is told by their first moments: a twentieth of it, and a tenth."""
+    """First moments show what the optimisers were given: a twentieth of it in Muon, a tenth in AdamW."""
     one = run(Recipe(**{**RECIPE.__dict__, "clip": 0.01}), tmp_path)
     norm = one.advance(one.stage.batch(0))["norm"]
 
@@ -443,7 +443,7 @@ def test_snapshots_are_limited_and_only_from_the_stable_phase(tmp_path):
 
 @pytest.mark.parametrize("result", [True, False])
 def test_remains_of_a_run_without_a_state_are_left_alone(tmp_path, result):
-    """A state that cannot be read is to be removed: its snapshots, and what it came to, are worth all the more."""
+    """An unreadable state has to be removed, which makes the snapshots and the result all the more valuable."""
     recipe = Recipe(**{**RECIPE.__dict__, "keep": 2, "keep_every": 2})
     train(run(recipe, tmp_path / "a"), lambda line: None)
     (tmp_path / "a" / "state.safetensors").unlink()
@@ -537,7 +537,7 @@ def test_progress_messages(tmp_path):
 
 @pytest.mark.parametrize("compiler", [True, False])
 def test_long_run_continues_without_a_compiler(tmp_path, monkeypatch, compiler):
-    """The first compiled block would end it, deep inside PyTorch."""
+    """The first compiled block would end the run, deep inside PyTorch."""
     compiled, lines = [], []
 
     class Compiled(Line):
@@ -552,7 +552,7 @@ def test_long_run_continues_without_a_compiler(tmp_path, monkeypatch, compiler):
 
 
 def test_curves_match_the_log(tmp_path):
-    """A figure that falls is a line that falls: the curve's own colour, higher on the left than on the right."""
+    """A falling figure is a falling line: the curve's colour is higher on the left than on the right."""
     log = Journal(tmp_path / "log.csv")
     for step in range(1, 6):
         log.add({"step": step, "seconds": step, "loss": 6 - step, "lr": 1.0, "low": math.nan})
@@ -578,7 +578,7 @@ def test_every_figure_gets_a_curve(tmp_path):
 
 
 def test_commit_is_that_of_the_codes_repository(tmp_path, monkeypatch):
-    """Installed in a folder of somebody's project, it would name their commit."""
+    """Installed inside somebody else's project, it would report their commit."""
     installed = tmp_path / ".venv" / "model" / "train" / "states.py"
     installed.parent.mkdir(parents=True)
     installed.touch()

@@ -1,4 +1,4 @@
-"""Adapters beyond plain low-rank pairs: whole matrices, biases, Kronecker products, norms, queries to values as one."""
+"""Adapters beyond plain low-rank pairs: full matrices, biases, Kronecker products, norms, fused QKV."""
 
 from __future__ import annotations
 
@@ -50,11 +50,11 @@ def adapter(tmp_path, model, pairs) -> Adapter:
     return read_lora(write(tmp_path, LAYOUTS["ComfyUI"](pairs)), model)
 
 
-# ---- whole matrices -----------------------------------------------------------------------------
+# ---- full matrices ------------------------------------------------------------------------------
 
 
 def differences(model: Krea2) -> dict[str, Tensor]:
-    """For every linear layer a whole matrix, and something to its bias where it has one."""
+    """A full matrix for every linear layer, and a difference for its bias where it has one."""
     generator = torch.Generator().manual_seed(3)
     found = {}
     for name, layer in linears(model).items():
@@ -96,7 +96,7 @@ def test_full_matrices_and_biases_are_added_as_is(tmp_path, model, called):
 
 
 def test_text_fusion_projector_alone(tmp_path, model):
-    """The widespread little files of one row, how much each layer of the text encoder is heard."""
+    """The widespread tiny files of a single row: how much each layer of the text encoder counts."""
     row = torch.randn(1, TINY.text_taps)
     adapter = read_lora(write(tmp_path, {"diffusion_model.txtfusion.projector.diff": row}), model)
 
@@ -106,7 +106,7 @@ def test_text_fusion_projector_alone(tmp_path, model):
 
 
 def test_full_matrices_combine_with_pairs(tmp_path, model, pairs):
-    """In one file, and laid over one another."""
+    """In one file, and applied on top of one another."""
     row, bias = torch.randn(1, TINY.text_taps), torch.randn(TINY.width)
     few = {name: pair for name, pair in pairs.items() if name != "txtfusion.projector"}
     whole = {"txtfusion.projector.diff": row, "first.diff_b": bias}
@@ -130,7 +130,7 @@ def in_their_shape(name: str, tensor: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("called", ["native", "diffusers", "kohya"])
 def test_parameters_outside_linear_layers_are_changed(tmp_path, model, called):
-    """As full fine-tunes that are published as differences change it, and turbo's distillations."""
+    """As in full fine-tunes published as differences, and in Turbo's distillations."""
     found = {name: torch.randn(each.shape) * 0.3 for name, each in bare_ones(model).items()}
     theirs = diffusers_names(TINY.blocks)
     state = {
@@ -148,14 +148,14 @@ def test_parameters_outside_linear_layers_are_changed(tmp_path, model, called):
     changed = dense(model)
     changed.load_state_dict({n: t + 0.5 * found[n] if n in found else t for n, t in model.state_dict().items()})
     assert relative_error(velocity(model, (adapter, 0.5)), velocity(changed)) < 1e-5
-    with applied(model, [(adapter, 0.2)]):  # one within the other
+    with applied(model, [(adapter, 0.2)]):  # one nested inside the other
         assert relative_error(velocity(model, (adapter, 0.3)), velocity(changed)) < 1e-5
     assert torch.equal(velocity(model), before)
     assert {name: id(each) for name, each in model.named_parameters()} == weights
 
 
 def test_pairs_for_parameters_outside_linear_layers(tmp_path, model):
-    """The last layer's modulation is two rows: a rank of 2 is all there is. A block's is one row, told by a product."""
+    """The last layer's modulation is two rows, so rank 2 is its maximum. A block's is one row, given by a product."""
     last = torch.randn(2, 2), torch.randn(2, TINY.width)
     block = torch.randn(6, 3), torch.randn(3, TINY.width)
     state = {}
@@ -214,7 +214,7 @@ def test_invalid_changes_outside_linear_layers_are_refused(tmp_path, model, stat
 
 
 def test_unmatched_parts_are_named(tmp_path, model):
-    """A bias of a layer that has none; what is added to a norm that is not there."""
+    """A bias for a layer without one, and a difference for a norm that does not exist."""
     state = {
         "diffusion_model.first.diff": torch.zeros(TINY.width, 16),
         "diffusion_model.blocks.0.norm9.diff": torch.ones(4),
@@ -245,9 +245,9 @@ def test_full_matrices_of_another_size_are_refused(tmp_path, model, key, shape):
 def factors(
     model: Krea2, halves: str, layers: dict[str, tuple[int, int]] | None = None, most: int = 4
 ) -> dict[str, dict[str, Tensor]]:
-    """For every linear layer (or for those of the shapes given) the factors of a LoKr, the left one of 4 rows at most.
+    """LoKr factors for every linear layer (or for the shapes given), the left one with 4 rows at most.
 
-    halves: which of the two factors are of rank 2 themselves.
+    halves: which of the two factors are themselves of rank 2.
     """
     generator = torch.Generator().manual_seed(4)
     shapes = layers or {name: tuple(layer.weight.shape) for name, layer in linears(model).items()}
@@ -286,7 +286,7 @@ def written(found: dict[str, dict[str, Tensor]], called: Callable[[str], str], a
     ids=["ai-toolkit", "LyCORIS"],
 )
 def test_kronecker_products(tmp_path, model, halves, scale, called):
-    """Alpha over the rank where there is one; where both factors are whole it means nothing."""
+    """The scale is alpha over the rank; if both factors are full, there is no rank and alpha means nothing."""
     found = factors(model, halves)
     adapter = read_lora(write(tmp_path, written(found, called, alpha=6.0)), model)
 
@@ -325,7 +325,7 @@ def test_kronecker_products_combine_with_pairs(tmp_path, model, pairs, adapter):
 
 @pytest.mark.parametrize("halves", ["", "w2"])
 def test_fused_qkv_as_one_kronecker_product(tmp_path, model, halves):
-    """Its rows need not part where a factor's do: SimpleTuner's 9216 of 6144, 1536 and 1536 do not."""
+    """Its rows need not split where a factor's do: SimpleTuner's 9216 of 6144, 1536 and 1536 do not."""
     sizes = [getattr(model.blocks[0].attn, each).weight.shape[0] for each in ("wq", "wk", "wv")]
     found = factors(model, halves, {"transformer_blocks.0.attn.to_qkv": (sum(sizes), TINY.width)}, most=2)
     part = found["transformer_blocks.0.attn.to_qkv"]
@@ -359,11 +359,11 @@ def test_invalid_factors_are_refused(tmp_path, model, shapes, what):
     assert what in refused(tmp_path, model, state)
 
 
-# ---- queries, keys and values as one ------------------------------------------------------------
+# ---- fused queries, keys and values -------------------------------------------------------------
 
 
 def fuse(pairs: Pairs, stem: str) -> Pairs:
-    """Queries, keys and values of one attention as one matrix, as exactly as three of that rank are."""
+    """One attention's queries, keys and values fused into one pair, as exact as the three low-rank pairs."""
     three = [pairs[f"{stem}.{each}"] for each in ("wq", "wk", "wv")]
     down = torch.cat([down for down, _ in three])
     return {f"{stem}.qkv": (down, torch.block_diag(*(up for _, up in three)))}
@@ -406,7 +406,7 @@ def test_alpha_of_fused_qkv(tmp_path, model, pairs):
 
 @pytest.mark.parametrize("rank", [0, -1, None, "many", float("inf")])
 def test_peft_lokr_without_a_rank(tmp_path, model, rank):
-    """It is divided by it where both factors are whole, too."""
+    """PEFT divides alpha by the rank even if both factors are full."""
     state = written({"blocks.0.attn.wq": factors(model, "")["blocks.0.attn.wq"]}, native, 1.0)
     del state["blocks.0.attn.wq.alpha"]
     stated = {"peft_type": "LOKR", "alpha": 3, "r": rank}

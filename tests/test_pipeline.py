@@ -1,4 +1,4 @@
-"""From specs to pictures: the same again, the same in company, and what cannot be made is refused in one sentence."""
+"""From specs to pictures: reproducible, independent of the batch, and impossible requests refused in one sentence."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ def test_picture_does_not_depend_on_its_batch(pipeline):
 
 @pytest.mark.parametrize("cohesion", [0.0, 0.6])
 def test_prompts_of_several_lengths_run_as_one_stream(pipeline, monkeypatch, cohesion):
-    """One stream while that is small, a leader among them or not; the groups one by one give the same."""
+    """One stream while it is small, with or without a lead picture; separate groups give the same."""
     specs = [FOX, replace(FOX, prompt="an owl in flight over a dark forest at night", seed=8)]
     specs = tie_to_lead(specs, cohesion)
     streams = []
@@ -125,16 +125,16 @@ def test_prompts_are_encoded_once_and_evicted(pipeline, monkeypatch):
 
     for _ in pipeline.stream(replace(FOX, prompt=f"fox {i}", steps=1) for i in range(100)):
         assert len(pipeline.conditioning._contexts.values) <= MAX_CONTEXTS
-    assert encoded.count("") == 1  # the negative one stays, being asked for all the time
+    assert encoded.count("") == 1  # the negative prompt stays, as it is always in use
 
     encoded.clear()
     pipeline.render([replace(FOX, prompt=f"{what} fox", guidance=0.0, negative="fog, ink") for what in ("an", "one")])
-    assert len(encoded) == len(set(encoded)) == 9  # each prompt, with either phrase, the phrases, what says nothing
+    assert len(encoded) == len(set(encoded)) == 9  # each prompt, with either phrase, the phrases, the neutral one
 
     encoded.clear()
     avoided = ", ".join(f"fault {i}" for i in range(12))
     pipeline.render([replace(FOX, prompt=f"{i} foxes", guidance=0.0, negative=avoided) for i in range(3)])
-    assert len(encoded) == len(set(encoded)) == 3 * 13 + 12  # what says nothing is known
+    assert len(encoded) == len(set(encoded)) == 3 * 13 + 12  # the neutral prompt is cached
 
 
 def test_reference_is_read_once(pipeline, red, monkeypatch):
@@ -163,7 +163,7 @@ def test_style_with_many_references_is_read_once(pipeline, tmp_path, monkeypatch
 
 
 def test_stream_consumes_specs_lazily(pipeline):
-    """Memory cannot grow with the number of prompts, nor must there be an end to them."""
+    """Memory cannot grow with the number of prompts, which need not even be finite."""
     count = itertools.count()
     pictures = list(itertools.islice(pipeline.stream(replace(FOX, seed=i, steps=1) for i in count), 3))
     assert len(pictures) == 3
@@ -190,12 +190,12 @@ def test_checkpoint_defaults_are_used(tiny, pipeline):  # noqa: F811
 
 
 def test_guidance(pipeline):
-    """The negative prompt counts, in another way where guidance is off (tests/test_avoid.py)."""
+    """The negative prompt counts, and in another way when guidance is off (tests/test_avoid.py)."""
     off = [pipeline.render([replace(FOX, guidance=0.0, negative=n)])[0] for n in ("", "blue")]
     on = [pipeline.render([replace(FOX, guidance=4.0, negative=n)])[0] for n in ("", "blue", "a red fox")]
     assert pixels(off[0]) != pixels(off[1])
     assert pixels(on[0]) != pixels(on[1]) != pixels(off[0])
-    assert difference(on[2], off[0]) <= 1  # away from itself leads nowhere else
+    assert difference(on[2], off[0]) <= 1  # guiding away from itself changes nothing
 
 
 def test_record_is_complete(tiny, pipeline, red):  # noqa: F811
@@ -220,7 +220,7 @@ def test_record_is_complete(tiny, pipeline, red):  # noqa: F811
     assert record["versions"]["torch"] == torch.__version__
 
 
-def test_unpickling_a_record_imports_no_torch(pipeline):
+def test_unpickling_a_record_imports_nothing(pipeline):
     class Plain(pickle.Unpickler):
         def find_class(self, module: str, name: str) -> object:
             raise AssertionError(f"{name} of {module}")
@@ -231,7 +231,7 @@ def test_unpickling_a_record_imports_no_torch(pipeline):
 
 
 def test_styles(pipeline, red, tmp_path):
-    """Strength 0 is the picture without; the order never matters; a changed file is read again."""
+    """Strength 0 is the picture without the style; order never matters; a changed file is read again."""
     Image.new("RGB", (30, 30), "blue").save(tmp_path / "blue.png")
 
     def render(*styles: tuple[Path, float]) -> Picture:
@@ -251,7 +251,7 @@ def test_styles(pipeline, red, tmp_path):
     "settings", [{}, {"guidance": 0.0}, {"style_guidance": 1.5}, {"guidance_until": 0.5, "sampler": "ab2"}], ids=str
 )
 def test_style_strength_starts_continuously(pipeline, red, settings):
-    """Rows that say nothing are rows all the same: next to 0 they must count for next to nothing."""
+    """Neutral rows are still rows: near strength 0 they must count for next to nothing."""
 
     def made(strength: float) -> np.ndarray:
         spec = replace(FOX, styles=(Style("red", strength, (Reference(red),)),), **settings)
@@ -267,7 +267,7 @@ def test_style_strength_starts_continuously(pipeline, red, settings):
 
 
 def test_guidance_may_end_before_the_last_step(pipeline, monkeypatch):
-    """The steps after it are the prompt's own, by its branch alone: half the work."""
+    """The steps after it use only the prompt's own branch: half the work."""
     spec = replace(FOX, steps=5, guidance=3.0)
     rows = []
     velocity = pipeline.dit.velocity
@@ -312,7 +312,7 @@ def test_guidance_may_end_before_the_last_step(pipeline, monkeypatch):
 
 
 class Talker:
-    """A network whose velocity is the number that its context is made of, and 100 more where a splice is in it."""
+    """A network whose velocity is the number its context consists of, plus 100 if a splice takes part."""
 
     def rope(self, text_tokens: int, grid: tuple[int, int]) -> torch.Tensor:
         return torch.zeros(text_tokens)
@@ -325,11 +325,11 @@ class Talker:
 @pytest.mark.parametrize("presence", [1.0, 0.25])
 @pytest.mark.parametrize("spliced", [True, False])
 def test_branches_follow_the_guidance_formulas(style_guidance, presence, spliced):
-    """Of two pictures, whose prompts differ in length, two wordings each and two negative ones. A splice enters every
-    branch; where styles have a guidance of their own, those that have the style alone."""
+    """For two pictures with prompts of different lengths, two wordings each and two negative ones. A splice enters
+    every branch; if styles have a guidance of their own, only those with the style."""
     ways = ("styled", "lasting", *(("plain",) if style_guidance is not None else ()))
     shares, against, guidance = (0.7, 0.3), (0.4, 0.6), 3.0
-    numbers = torch.tensor([3.0, 1.0, 4.0, 1.5, 9.0, 2.0, 6.0, 5.0]).view(4, 2)  # of each way, and the negative one
+    numbers = torch.tensor([3.0, 1.0, 4.0, 1.5, 9.0, 2.0, 6.0, 5.0]).view(4, 2)  # of each branch, the negative one last
     told = [
         [
             WeightedContexts(share, [torch.full((1, 3 + p, 2), row[w] + 10 * p) for p in (0, 1)])
@@ -357,7 +357,7 @@ def test_branches_follow_the_guidance_formulas(style_guidance, presence, spliced
 
 
 def test_ab2_restarts_where_the_field_changes(pipeline, red, tmp_path, monkeypatch):
-    """Where guidance ends, and after pure noise, which holds nothing of a spliced reference."""
+    """Where guidance ends, and after pure noise, which contains nothing of a spliced reference."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     changes = []
 
@@ -388,7 +388,7 @@ def test_guidance_until_is_validated(pipeline, until):
 
 
 def worded(*styles: tuple[str, float, tuple[str, ...]], **changes) -> RenderSpec:
-    """FOX in styles of words, joined as the command line joins them."""
+    """FOX in keyword styles, whose words join as on the command line."""
     made = tuple(Style(name, strength, keywords=words) for name, strength, words in styles)
     said = dict.fromkeys(word for style in made if style.strength > 0 for word in style.keywords)
     return replace(FOX, prompt=", ".join((FOX.prompt, *said)), styles=made, **changes)
@@ -411,7 +411,7 @@ def test_keyword_style_counts_by_its_strength():
         ("", 0.3),
     ]
     halves = [(name, 0.5, ("watercolour",)) for name in "ab"]
-    assert found(*halves) == found(("whole", 1.0, ("watercolour",)))  # as of pictures
+    assert found(*halves) == found(("whole", 1.0, ("watercolour",)))  # as with pictures
     assert len(found(("a", 0.1, ("wet",)), ("b", 0.2, ("wet",)), ("c", 0.3, ("dry",)))) == 2  # 0.1 + 0.2 is 0.3
     assert found(wet, ("like", 0.7, ("soft light",))) == [(", watercolour, soft light", 0.7), (", soft light", 0.3)]
     assert found(wet, ("less", 0.2, ("soft light", "grain"))) == [
@@ -420,7 +420,7 @@ def test_keyword_style_counts_by_its_strength():
         (", soft light", 0.2),
         ("", pytest.approx(0.1)),
     ]
-    assert found(("wet", 2.0, ("watercolour",))) == [(", watercolour", 1.5), ("", -0.5)]  # beyond 1 half as fast
+    assert found(("wet", 2.0, ("watercolour",))) == [(", watercolour", 1.5), ("", -0.5)]  # beyond 1, half as fast
     unsaid = replace(FOX, styles=(Style("wet", 0.5, keywords=("watercolour",)),))
     assert weighted_prompts(unsaid) == [(FOX.prompt, 0.5), (FOX.prompt, 0.5)]  # nothing to take away
 
@@ -439,17 +439,17 @@ def test_references_and_loras_carry_the_strength():
         Style("film", 0.5, lora=Path("a.safetensors"), triggers=("grain",)),
         Style("red", -0.5, (Reference(Path("a.png")),), avoids=("grain",)),
     ],
-    ids=["pictures", "LoRA", "turned around"],
+    ids=["pictures", "LoRA", "negative"],
 )
 def test_shared_words_join_in_full(other):
-    """The command line joins what two styles say once: turned up from nothing, one must not turn the other down."""
+    """The command line adds shared words once: turning one style up from zero must not turn the other down."""
     spec = worded(("wet", 0.2, ("grain", "soft light")))
     said = weighted_prompts(replace(spec, styles=(*spec.styles, other)))
     assert [prompt for prompt, _ in said] == [f"{FOX.prompt}, grain, soft light", f"{FOX.prompt}, grain"]
 
 
 def test_negative_keyword_style_swaps_its_words():
-    """What it avoids joins the prompt, what it wants the negative one; and what is avoided weighs as its style does."""
+    """Its avoids join the prompt and its keywords the negative one; avoided words weigh as much as their style."""
     turned = Style("wet", -0.3, keywords=("watercolour, wet",), avoids=("grain",))
     spec = replace(FOX, prompt=f"{FOX.prompt}, grain", negative="rain, watercolour, wet", styles=(turned,))
     assert weighted_prompts(spec) == [(f"{FOX.prompt}, grain", 0.3), (FOX.prompt, 0.7)]
@@ -492,7 +492,7 @@ def test_keywords_and_avoids_start_continuously(pipeline, red, settings, side, s
 @pytest.mark.parametrize("method", ["tokens", "splice"])
 @pytest.mark.parametrize("settings", [{}, {"guidance": 0.0}, {"style_guidance": 1.5}], ids=str)
 def test_keyword_strength_is_continuous(pipeline, red, settings, method, tmp_path, monkeypatch):
-    """From the picture without the words to the one with them, bit for bit at both ends, styles of pictures beside."""
+    """From the picture without the words to the one with them, bit for bit at both ends, beside a style of pictures."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     look = Style("red", 0.7, (Reference(red),), method=method)
 
@@ -510,7 +510,7 @@ def test_keyword_strength_is_continuous(pipeline, red, settings, method, tmp_pat
 
 
 def test_single_file_finds_its_other_parts(tiny, tmp_path, pipeline):  # noqa: F811
-    """A lone transformer file is joined by the box's helpers where it fits them."""
+    """A lone transformer file gets the bundled model's other parts if they fit."""
     for part in ("text", "vae"):
         shutil.copy(tiny / f"tiny-{part}.safetensors", tiny / f"mini-{part}.safetensors")
     shutil.copy(tiny / "tiny-tokenizer.json", tiny / "mini-tokenizer.json")
@@ -524,7 +524,7 @@ def test_single_file_finds_its_other_parts(tiny, tmp_path, pipeline):  # noqa: F
 
 
 def test_parts_from_a_release_are_named_and_found_again(tiny, tmp_path, monkeypatch):  # noqa: F811
-    """A transformer's folder by itself, and a pulled release: their files have the same names."""
+    """The files of a lone transformer folder and of a pulled release have the same names."""
     commit = "a" * 40
     snapshot = tmp_path / "hub" / "models--krea--Krea-2-Turbo" / "snapshots" / commit
     Pipeline.load("tiny", "turbo", device="cpu").export(snapshot)
@@ -543,7 +543,7 @@ def test_parts_from_a_release_are_named_and_found_again(tiny, tmp_path, monkeypa
 
 
 def test_bundled_parts_take_precedence_over_a_release(tiny, tmp_path, monkeypatch):  # noqa: F811
-    """A checkpoint of the box's kind goes on rendering when another, larger model is pulled."""
+    """A checkpoint of the bundled kind keeps rendering after another, larger model is pulled."""
     snapshot = tmp_path / "hub" / "models--krea--Krea-2-Raw" / "snapshots" / ("a" * 40)
     Pipeline.load("tiny", device="cpu").export(snapshot)
     (snapshot.parent.parent / "refs").mkdir()
@@ -560,15 +560,15 @@ def test_bundled_parts_take_precedence_over_a_release(tiny, tmp_path, monkeypatc
     monkeypatch.setattr(library, "BUNDLED", tmp_path / "box")
     assert lent() == tmp_path / "box" / "mini-text.safetensors"
 
-    file = tmp_path / "box" / "mini-text.safetensors"  # and one of another kind is the release's
+    file = tmp_path / "box" / "mini-text.safetensors"  # one of another kind comes from the release
     state, about = read(file)
     save(file, state, about | {"config": about["config"] | {"taps": (1, 2)}})
     assert lent() == snapshot
 
 
 def test_stated_side_centres_other_shapes(tiny, tmp_path):  # noqa: F811
-    """The open weights name none: theirs begin at the corner, as everywhere."""
-    assert Pipeline.load("tiny", device="cpu").dit.side == 4  # 64 px, of 16 a token
+    """The open weights state none: their grids start at the corner, as everywhere."""
+    assert Pipeline.load("tiny", device="cpu").dit.side == 4  # 64 px, 16 per token
 
     state, about = read(tiny / "tiny-raw.safetensors")
     for name, facts, side in (
@@ -582,7 +582,7 @@ def test_stated_side_centres_other_shapes(tiny, tmp_path):  # noqa: F811
 
 
 def test_references_are_read_at_the_style_encoders_size(tiny, tmp_path, red):  # noqa: F811
-    """Whatever size the transformer is made for."""
+    """Whatever size the transformer was made for."""
     shutil.copytree(tiny, tmp_path / "box")
     state, about = read(tiny / "tiny-raw.safetensors")
     save(tmp_path / "box" / "tiny-raw.safetensors", state, about | {"native": 96})
@@ -620,7 +620,7 @@ def test_truncated_tokens_are_recorded(pipeline):
 
 
 def test_flux_latents(tiny, tmp_path, pipeline):  # noqa: F811
-    """FLUX.2's autoencoder in the other's place: its packed cells are the transformer's patches."""
+    """FLUX.2's autoencoder in place of the other: its packed cells are the transformer's patches."""
     pipeline.export(tmp_path / "model")
     torch.manual_seed(0)
     config = {"latent_channels": 4, "block_out_channels": [8, 8, 8, 8], "layers_per_block": 1, "norm_num_groups": 4}
@@ -649,7 +649,7 @@ def test_blocked_picture_is_black(tiny):  # noqa: F811
 
 
 def test_rendering_imports_no_heavy_library(tiny):  # noqa: F811
-    """Each of them costs as much as the picture."""
+    """Each of them takes as long as the picture."""
     code = """
 import sys
 from pathlib import Path
@@ -674,7 +674,7 @@ def test_impossible_size_suggests_the_nearest_one(pipeline, width, height):
     sides = [int(side) for side in re.search(r"such as (\d+)x(\d+)", error.value.hint).groups()]
     made = pipeline.resolve(replace(FOX, width=sides[0], height=sides[1]))
     for side, asked in ((made.width, width), (made.height, height)):
-        assert abs(side - min(max(asked, SIDES[0]), SIDES[1])) <= 8  # half of a token's side
+        assert abs(side - min(max(asked, SIDES[0]), SIDES[1])) <= 8  # half a token's side
 
 
 @pytest.mark.parametrize(
@@ -701,7 +701,7 @@ def test_impossible_size_suggests_the_nearest_one(pipeline, width, height):
     ids=str,
 )
 def test_invalid_specs_are_refused(pipeline, wrong):
-    """Refused before anything is rendered, wherever in the list it stands."""
+    """Refused before anything is rendered, wherever in the list they stand."""
     seen = []
     with pytest.raises(K2Error) as error:
         pipeline.render([FOX, replace(FOX, **wrong)], on_step=lambda *step: seen.append(step))
@@ -727,7 +727,7 @@ def test_invalid_models_are_refused(tiny, asked, what):  # noqa: F811
 
 
 def test_batch_is_halved_when_memory_is_short(pipeline, monkeypatch):
-    """In the same order, and in the look of the same leader."""
+    """In the same order, and following the same lead picture."""
     specs = tie_to_lead([replace(FOX, seed=seed) for seed in range(5)], 0.5)
     whole, tried, render = pipeline.render(specs), [], pipeline._render
 
@@ -744,7 +744,7 @@ def test_batch_is_halved_when_memory_is_short(pipeline, monkeypatch):
     assert max(map(difference, parts, whole)) <= 1
     tried.clear()
     pipeline.render(specs)
-    assert tried == [2, 1, 2]  # what was too much is not tried again
+    assert tried == [2, 1, 2]  # a batch that was too large is not tried again
 
 
 def test_out_of_memory_is_reported(pipeline, monkeypatch):
@@ -758,7 +758,7 @@ def test_out_of_memory_is_reported(pipeline, monkeypatch):
 
 
 def test_out_of_memory_while_loading_is_reported(tiny, monkeypatch):  # noqa: F811
-    """What was free when it was asked may be taken since, and what somebody chose may never have fitted."""
+    """Memory that was free when checked may since be taken, and what the user chose may never have fitted."""
 
     def allocate(*_, **__):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 72.00 MiB.")
@@ -770,7 +770,7 @@ def test_out_of_memory_while_loading_is_reported(tiny, monkeypatch):  # noqa: F8
 
 
 def test_weights_without_recommendations_use_the_open_ones(tiny, tmp_path, monkeypatch):  # noqa: F811
-    """To say nothing, a file may also say `null`."""
+    """A file may also write `null` to state nothing."""
     monkeypatch.setattr(library, "BUNDLED", Path(shutil.copytree(tiny, tmp_path / "box")))
     state, about = read(tiny / "tiny-turbo.safetensors")
     save(library.BUNDLED / "tiny-turbo.safetensors", state, about | {"recommended": None, "native": None})
@@ -831,7 +831,7 @@ def test_misfitting_parts_are_refused(tiny, tmp_path, monkeypatch, part, config,
     monkeypatch.setattr(library, "BUNDLED", tmp_path / "box")
     with pytest.raises(K2Error, match=what) as refused:
         Pipeline.load("tiny", device="cpu")
-    assert "models pull" not in refused.value.hint  # it brought its own
+    assert "models pull" not in refused.value.hint  # it came with its own parts
 
 
 def test_misfit_with_the_bundled_text_encoder_has_a_hint(tiny, tmp_path, monkeypatch):  # noqa: F811

@@ -1,4 +1,4 @@
-"""Several projects in one command: all that is planned can be finished, and one that fails keeps no other."""
+"""Several projects in one command: whatever is planned can be finished, and one failure does not hold up the others."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ PLAIN = (
 
 @pytest.fixture
 def three(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fake: Any) -> Path:
-    """The folder, which is the current one, of three projects alike."""
+    """The current folder, with three identical projects."""
     folder = tmp_path / "all"
     for name in NAMES:
         (folder / name).mkdir(parents=True)
@@ -40,7 +40,7 @@ def three(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fake: Any) -> Path:
 
 
 def test_missing_device_is_reported_once_before_rendering(three, k2, fake):
-    """Also where one project alone names it: what is known to be wrong keeps all from being rendered."""
+    """Also if only one project names it: known errors keep all projects from being rendered."""
     before = tree(three)
 
     told = k2("render", *NAMES, "--device", "cuda:99", code=1).stderr
@@ -59,7 +59,7 @@ def test_missing_device_is_reported_once_before_rendering(three, k2, fake):
 
 
 def stop_at(fake: Any, turn: int, act: Callable[[], object]) -> None:
-    """Do something before the picture of this number, of all that are made from now on."""
+    """Do something before the picture with this number, counted over all rendered from now on."""
     made: list[int] = []
 
     def stop(index: int) -> None:
@@ -88,7 +88,7 @@ def made_in(folder: Path) -> list[str]:
 @pytest.mark.parametrize(
     ("said", "whole"),
     [
-        ('Style "dusk": refs/a.png is not a readable picture.', False),  # which ends as the project's folder
+        ('Style "dusk": refs/a.png is not a readable picture.', False),  # ends like the project's folder
         ("s/k2.toml, line 3: unknown key.", True),
         ('"s/k2.toml" is not valid TOML.', True),
         ("s has no run to resume.", True),
@@ -144,7 +144,7 @@ def test_option_invalid_for_all_is_reported_once(three, k2):
 
 
 def test_same_error_in_each_project_is_reported_for_each(three, k2):
-    """As of a project and its copies, whose references are named alike."""
+    """As with a project and its copies, whose references have the same names."""
     for name in NAMES:
         (three / name / "styles").mkdir()
         (three / name / "refs").mkdir()
@@ -160,7 +160,7 @@ def test_same_error_in_each_project_is_reported_for_each(three, k2):
 
 
 def test_projects_are_named_by_their_folders(three, k2):
-    """What is copied, or renamed, keeps the name in its k2.toml; of folders called alike the path stands in front."""
+    """A copied or renamed project keeps the name in its k2.toml; folders of the same name are shown with their path."""
     (three / "two" / "k2.toml").write_text('[project]\nname = "one"\n\n' + PLAIN)
     (three / "old").mkdir()
     shutil.copytree(three / "three", three / "old" / "three")
@@ -174,7 +174,7 @@ def test_projects_are_named_by_their_folders(three, k2):
 
 
 def test_killed_command_is_resumed_in_all_projects(three, k2, fake):
-    """Those whose turn had not come, too, and not by the runs that they had before."""
+    """Including those whose turn had not come, and without touching the runs they had before."""
     k2("render", "two", "three", "--only", "fox", "-q")
     stop_at(fake, 1, fail(KeyboardInterrupt()))
 
@@ -220,7 +220,7 @@ def test_dry_and_refused_runs_claim_nothing(three, k2, monkeypatch):
 
 
 def test_many_runs_are_locked_only_at_their_turn(three, k2, fake, monkeypatch):
-    """Each lock is an open file. One that another process took up meanwhile is left to it, and told."""
+    """Each lock is an open file. A run that another process has taken meanwhile is left to it, and reported."""
     monkeypatch.setattr(several, "MAX_LOCKED", 1)
     taken = Run(three / "two" / "outputs" / "0001-fox-and-1-more")
     stop_at(fake, 0, taken.lock)
@@ -246,7 +246,7 @@ def test_project_without_a_run_to_resume_is_reported(three, k2, fake):
 
 @pytest.mark.parametrize("more", [(), ("--json",)])
 def test_picture_deleted_meanwhile_is_left_for_the_next_command(three, k2, fake, more):
-    """Those that were left are numbered; none of the others has its turn without one, or with another's."""
+    """Only the remaining pictures are numbered; no other project gets a turn without a picture, or another's."""
     for name in NAMES:
         stop_at(fake, 1, fail(KeyboardInterrupt()))
         k2("render", name, code=130)
@@ -312,7 +312,7 @@ def test_unwritable_project_is_reported_and_skipped(three, k2):
 
 
 def test_stream_renders_every_project(three, k2):
-    """And whoever reads its objects alone hears what is wrong with one, and what helps."""
+    """And whoever reads only its objects learns what is wrong with a project, and what helps."""
     (three / "one" / "outputs").write_text("in the way")
 
     result = k2("render", "one", "two", "--stream", "--json", input="a\nb\n", code=1)
@@ -326,7 +326,7 @@ def test_stream_renders_every_project(three, k2):
 
 
 def test_unplannable_line_reports_all_errors_in_its_object(three, k2):
-    """What is the same is said once."""
+    """Identical errors are reported once."""
     (three / "two" / "styles").mkdir()
     (three / "two" / "styles" / "dusk.toml").write_text("keywords = 1\n")
     line = '{"prompt": "a", "styles": {"dusk": 1}}\n{"prompt": ""}\n'
@@ -352,11 +352,11 @@ def test_full_disk_ends_all_and_they_can_be_resumed(three, k2, monkeypatch, whol
         said = k2("render", *NAMES, "-q", code=1).stderr
 
     assert said.count("The disk is full") == 1 and "projects" not in said
-    if not whole:  # there is nothing to go on with
+    if not whole:  # there is nothing to resume
         assert tree(three) == before and "Free some space, and try again." in said
         return
     line = said.partition("then resume with: ")[2].strip()
-    assert line == "k2 render --resume one two three"  # the first's sheet is missing
+    assert line == "k2 render --resume one two three"  # the first project's sheet is missing
     k2(*shlex.split(line)[1:])
     assert len(made_in(three)) == 6
 
@@ -402,7 +402,7 @@ def test_all_errors_are_reported_before_rendering(three, k2):
 
 @pytest.mark.parametrize("more", [("--dry-run",), ()])
 def test_warning_names_its_project(three, k2, more):
-    """Whether the plan is doubted, or what is made by it; of one project there is no question."""
+    """Whether it is about the plan or about a picture; with a single project no name is needed."""
     two = PLAIN.replace("seed = 7", "seed = 7\ndenoise = 0.5").replace("a red fox", "a ((red)) fox")
     (three / "two" / "k2.toml").write_text(two)
     idle, signs = "No picture has an init image, so denoise has no effect.\n", "Read as words: ((red)) ("
@@ -427,7 +427,7 @@ def test_unchanged_pictures_are_reported_with_their_project(three, k2):
 @pytest.fixture
 def spoilt(three: Path) -> Callable[[str], None]:
     def spoil(what: str) -> None:
-        """Give the last project a style of a picture that is cut off, or of a LoRA that is none, or FLUX's."""
+        """Give the last project a style with a truncated picture, or with a LoRA that is not one, or is FLUX's."""
         project = three / "three"
         (project / "styles").mkdir()
         Image.effect_noise((64, 64), 50).save(project / "a.png")
@@ -463,7 +463,7 @@ def test_style_files_are_checked_before_the_first_run(three, k2, spoilt, what, s
         said in result.stderr and "three" in result.stderr and 'Style "dusk": ' in result.stderr and result.stdout == ""
     )
     assert tree(three) == before
-    k2("render", "three", "--style", "dusk=0", *more)  # what is off is not looked at
+    k2("render", "three", "--style", "dusk=0", *more)  # a style that is off is not checked
 
 
 def test_reference_is_decoded_once(three, k2, spoilt, monkeypatch):

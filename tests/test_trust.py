@@ -1,4 +1,4 @@
-"""A project from a stranger: whatever it holds, there is one clear sentence, soon, and nothing else."""
+"""A project from a stranger: whatever it contains, there is one clear sentence, soon, and nothing else."""
 
 from __future__ import annotations
 
@@ -30,12 +30,12 @@ from model.headers import read_header, read_json
 from model.references import to_pixels
 
 ROOT = Path(__file__).parents[1]
-PATIENCE = 5.0  # seconds, of the processor: others may be at work too
+PATIENCE = 5.0  # seconds of processor time: others may be at work too
 
 
 @pytest.fixture
 def refused(moody, k2, tmp_path) -> Callable[..., str]:
-    """A command that ends with one sentence and a hint, soon, leaving everything as it was -> the sentence."""
+    """A command that soon ends with one sentence and at most one hint, and writes no outputs -> the sentence."""
 
     def run(*arguments: object) -> str:
         started = time.process_time()
@@ -51,7 +51,7 @@ def refused(moody, k2, tmp_path) -> Callable[..., str]:
 
 
 def style(moody: Path, text: str) -> None:
-    """The project's one style, in use."""
+    """Write the project's only style and use it."""
     (moody / "styles").mkdir(exist_ok=True)
     (moody / "styles" / "x.toml").write_text(text)
     (moody / "k2.toml").write_text(PROJECT + "[style]\nx = 1.0\n")
@@ -59,7 +59,7 @@ def style(moody: Path, text: str) -> None:
 
 @pytest.fixture
 def secret(tmp_path) -> Path:
-    """A folder beside the project with what it must not see."""
+    """A folder beside the project that the project must not see."""
     (tmp_path / "secret").mkdir()
     Image.new("RGB", (64, 64), "red").save(tmp_path / "secret" / "a.png")
     return tmp_path / "secret"
@@ -67,14 +67,14 @@ def secret(tmp_path) -> Path:
 
 class TestPaths:
     @pytest.mark.parametrize("path", ["../secret/a.png", "../secret/*", "*/../../secret/*.png", "/etc/*", "refs/../.."])
-    def test_a_reference_stays_inside(self, moody, refused, secret, path):
+    def test_outside_references_are_refused(self, moody, refused, secret, path):
         (moody / "refs").mkdir()
         style(moody, f'[[reference]]\nimage = "{path}"\n')
 
         assert "outside the project" in refused()
 
     @pytest.mark.parametrize("key", ["model", "lora", "moodboard"])
-    def test_so_does_all_else(self, moody, refused, secret, key):
+    def test_other_outside_files_are_refused(self, moody, refused, secret, key):
         if key == "lora":
             style(moody, 'lora = "../secret/a.safetensors"\n')
         else:
@@ -85,7 +85,7 @@ class TestPaths:
         assert "outside the project" in refused()
 
     @pytest.mark.parametrize("name", ["n" * 300, "d/" * 1500 + "x", "*a" * 600])
-    def test_a_name_that_no_file_can_have(self, moody, refused, name):
+    def test_impossible_file_names_are_refused(self, moody, refused, name):
         style(moody, f'[[reference]]\nimage = "{name}"\n')
 
         assert "long" in refused() or "characters" in refused()
@@ -93,7 +93,7 @@ class TestPaths:
 
 class TestLinks:
     @pytest.mark.parametrize("what", ["file", "folder", "styles", "k2.toml", "lora"])
-    def test_they_count_as_where_they_lead(self, moody, refused, secret, what):
+    def test_links_count_as_their_targets(self, moody, refused, secret, what):
         (moody / "refs").mkdir()
         style(moody, '[[reference]]\nimage = "refs/**/*.png"\n' if what != "lora" else 'lora = "refs/l.safetensors"\n')
         if what == "file":
@@ -109,13 +109,13 @@ class TestLinks:
 
         assert "outside the project" in refused()
 
-    def test_one_that_leads_to_itself(self, moody, refused):
+    def test_link_to_itself_is_refused(self, moody, refused):
         (moody / "a.png").symlink_to(moody / "a.png")
         style(moody, '[[reference]]\nimage = "a.png"\n')
 
         assert "leads back to itself" in refused()
 
-    def test_a_record_is_written_over_a_link_and_not_through_it(self, moody, k2, secret):
+    def test_record_replaces_a_link_instead_of_following_it(self, moody, k2, secret):
         k2("render")
         folder = moody / "outputs" / "0001-fox-and-1-more"
         (secret / "precious").write_text("precious")
@@ -128,7 +128,7 @@ class TestLinks:
         assert (secret / "precious").read_text() == "precious" and not (folder / "fox-7.toml").is_symlink()
 
     @pytest.mark.parametrize("kind", ["link", "pipe", "postscript"])
-    def test_a_sheet_shows_no_picture_from_elsewhere(self, moody, k2, secret, kind):
+    def test_sheet_shows_no_picture_from_elsewhere(self, moody, k2, secret, kind):
         k2("render")
         folder = moody / "outputs" / "0001-fox-and-1-more"
         for name in ("fox-7.png", "sheet.png"):
@@ -149,8 +149,8 @@ class TestLinks:
 class TestCode:
     @pytest.mark.skipif("mini" not in library.bundled_models(), reason="the box holds no weights yet")
     @pytest.mark.parametrize("way", ["workers", "ray"])
-    def test_a_project_is_no_place_to_import_from(self, tmp_path, way):
-        """multiprocessing and Ray start interpreters that would look into the current folder first."""
+    def test_nothing_is_imported_from_a_project(self, tmp_path, way):
+        """multiprocessing and Ray start interpreters that would search the current folder first."""
         for name in ("multiprocessing", "random", "struct", "socket", "torch", "numpy", "model", "k2cli"):
             (tmp_path / f"{name}.py").write_text("raise SystemExit(open('ran', 'a').write(f'{__name__}\\n'))\n")
         (tmp_path / "k2.toml").write_text(PROJECT.replace("[render]", "[render]\nsize = '64x64'\nsteps = 1"))
@@ -185,8 +185,8 @@ def cluster() -> Iterator[str]:
 
 class TestGlobs:
     @pytest.mark.parametrize("pattern", ["refs/**/*.png", "refs/*/*/*/*/*/*/*/*/*/*/*/*/*/*/*/*/*/*/*/*/*.png"])
-    def test_links_in_circles_are_walked_once(self, moody, k2, refused, pattern):
-        """Two links to their own folder: as many ways through it as there are numbers of that many bits."""
+    def test_cyclic_links_are_followed_once(self, moody, k2, refused, pattern):
+        """Two links to their own folder: the number of paths through it doubles with every level."""
         (moody / "refs").mkdir()
         for name in ("a", "b"):
             (moody / "refs" / name).symlink_to(moody / "refs")
@@ -196,7 +196,7 @@ class TestGlobs:
         Image.new("RGB", (64, 64)).save(moody / "refs" / "x.png")
         k2("render", "--dry-run")
 
-    def test_everything_is_too_much(self, moody, refused, monkeypatch):
+    def test_glob_over_too_many_files_is_refused(self, moody, refused, monkeypatch):
         monkeypatch.setattr(pictures, "MOST_SEEN", 50)
         for number in range(60):
             (moody / f"{number}.txt").touch()
@@ -204,7 +204,7 @@ class TestGlobs:
 
         assert "looks at more than 50 files" in refused()
 
-    def test_too_many_pictures(self, moody, refused):
+    def test_glob_with_too_many_pictures_is_refused(self, moody, refused):
         for number in range(65):
             Image.new("RGB", (8, 8)).save(moody / f"{number}.png")
         style(moody, '[[reference]]\nimage = "*"\n')
@@ -214,7 +214,7 @@ class TestGlobs:
     @pytest.mark.parametrize(
         "pattern", ["*.png", "*/*.png", "**/*.png", "**", "a/**", "[ab]/?.png", "a/*/../*.png", "a"]
     )
-    def test_they_mean_what_they_mean_elsewhere(self, tmp_path, pattern):
+    def test_globs_match_like_pythons_glob(self, tmp_path, pattern):
         import glob
 
         for path in ("a/x.png", "a/y.PNG", "b/z.png", "a/deep/w.png", ".hidden/v.png", "u.png", "a/.t.png"):
@@ -234,14 +234,14 @@ class TestGlobs:
 
 class TestText:
     @pytest.mark.parametrize("name", ["k2.toml", "styles/x.toml"])
-    def test_a_hundred_megabytes(self, moody, refused, name):
+    def test_hundred_megabytes_are_refused(self, moody, refused, name):
         style(moody, 'keywords = ["a"]\n')
         with (moody / name).open("ab") as file:
             file.truncate(100 << 20)
 
         assert "is larger than 1 MB" in refused()
 
-    def test_what_never_ends(self, moody, refused):
+    def test_pipe_in_place_of_a_style_is_refused(self, moody, refused):
         style(moody, 'keywords = ["a"]\n')
         (moody / "styles" / "x.toml").unlink()
         os.mkfifo(moody / "styles" / "x.toml")
@@ -259,12 +259,12 @@ class TestText:
         ],
         ids=["key", "inline", "header", "lists", "tables"],
     )
-    def test_what_is_nested_absurdly(self, moody, refused, text):
+    def test_absurd_nesting_is_refused(self, moody, refused, text):
         (moody / "k2.toml").write_text(PROJECT + text)
 
         assert "k2.toml is n" in refused()  # … nested too deeply, or not valid
 
-    def test_a_record_of_that_kind_does_not_hold_up_the_log(self, moody, k2):
+    def test_absurdly_nested_record_does_not_stall_the_log(self, moody, k2):
         k2("render", "--no-embed")
         record = moody / "outputs" / "0001-fox-and-1-more" / "fox-7.toml"
         record.write_text(record.read_text() + "[x]\n" + "a." * 400_000 + "a = 1\n")
@@ -273,30 +273,30 @@ class TestText:
         assert "owl" in k2("log").stdout and "fox-7" not in k2("log").stdout
         assert time.process_time() - started < PATIENCE
 
-    def test_a_line_that_is_slow_to_search(self, moody, refused):
+    def test_long_line_is_searched_quickly(self, moody, refused):
         (moody / "k2.toml").write_text(PROJECT + "[x]\ny = [\n [ 1," + " " * 900_000 + "\n 2 ]\n]\n")
 
         assert 'line 13: unknown key "x"' in refused()
 
-    def test_a_million_pictures(self, moody, refused):
+    def test_too_many_pictures_and_prompts_are_refused(self, moody, refused):
         (moody / "k2.toml").write_text("[render]\nbatch = 1000\n" + '[[prompt]]\ntext="a"\n' * 30)
         assert "more than 10,000 pictures" in refused()
 
         (moody / "k2.toml").write_text('[[prompt]]\ntext="a"\n' * 40_000)
         assert "more than 20,000 prompts" in refused()
 
-    def test_a_prompt_without_end(self, moody, refused):
+    def test_overlong_prompt_is_refused(self, moody, refused):
         (moody / "k2.toml").write_text(f'[[prompt]]\nname = "a"\ntext = "{"word " * 150_000}"\n')
 
         assert "longer than 20,000 characters" in refused()
 
 
 class TestNumbers:
-    """TOML's whole numbers have 64 bits; Python's have as many as there is room for, and may then not be printed."""
+    """TOML's integers have 64 bits; Python's have no limit, and may then be too long to print."""
 
     @pytest.mark.parametrize("number", ["0x" + "f" * 5000, "9" * 400, "-" + "9" * 400])
     @pytest.mark.parametrize("key", ["seed", "guidance", "mu", "model"])
-    def test_without_end(self, moody, refused, number, key):
+    def test_huge_numbers_are_refused(self, moody, refused, number, key):
         (moody / "k2.toml").write_text(PROJECT.replace("seed = 7", f"{key} = {number}"))
 
         assert "more than 64 bits" in refused()
@@ -304,7 +304,7 @@ class TestNumbers:
     @pytest.mark.parametrize(
         "line", ["x = 0x" + "f" * 5000, "x = " + "9" * 400, "created = 0001-01-01T00:00:00+23:59", "created = 07:32:00"]
     )
-    def test_in_a_record(self, moody, k2, line):
+    def test_odd_values_in_a_record_do_not_break_commands(self, moody, k2, line):
         k2("render")
         record = moody / "outputs" / "0001-fox-and-1-more" / "fox-7.toml"
         text = "".join(each for each in record.read_text().splitlines(True) if not each.startswith("created"))
@@ -327,25 +327,25 @@ class TestChoices:
         ],
         ids=["many", "open", "deep", "long", "endless"],
     )
-    def test_in_a_prompt(self, moody, refused, text, message):
+    def test_absurd_choices_in_a_prompt_are_refused(self, moody, refused, text, message):
         (moody / "k2.toml").write_text(f'[[prompt]]\ntext = "{text}"\n')
 
         assert message in refused()
 
-    def test_in_many_prompts(self, moody, refused):
+    def test_choices_in_many_prompts_are_limited_together(self, moody, refused):
         text = "{" + "|".join("abcdefghijklmnopqrst") + "}" + "long " * 3900
         (moody / "k2.toml").write_text(f'[[prompt]]\ntext = "{text}"\n' * 45)
 
         assert "add up to more than 10,000,000 characters" in refused()
 
-    def test_in_a_matrix(self, moody, refused):
+    def test_huge_matrix_is_refused(self, moody, refused):
         axes = "".join(f"style.s{number} = [0, 1]\n" for number in range(40))
         (moody / "k2.toml").write_text(f"{PROJECT}[[matrix]]\n{axes}")
 
         assert "more than 10,000 pictures" in refused()
 
-    def test_more_than_a_plan_can_hold(self, moody, refused):
-        """Ten thousand pictures of a style with a thousand references: each by itself is allowed."""
+    def test_oversized_plan_is_refused(self, moody, refused):
+        """Thousands of pictures with a thousand references each: either by itself is allowed."""
         Image.new("RGB", (8, 8)).save(moody / "a.png")
         for number in range(16):
             (moody / "styles").mkdir(exist_ok=True)
@@ -368,15 +368,15 @@ class TestPlans:
         ["[[x]]\n" * 2_000_000, "x = [" + "{}," * 3_000_000 + "]\n", 'x = "' + "\\u0041" * 2_000_000 + '"\n'],
         ids=["tables", "list", "escapes"],
     )
-    def test_one_that_takes_long_to_read(self, plan, k2, more):
+    def test_slow_plan_is_refused_quickly(self, plan, k2, more):
         plan.write_text(plan.read_text() + more)
         started = time.process_time()
 
         assert "long, and not as k2 writes it" in k2("render", "--resume", code=1).stderr
         assert time.process_time() - started < PATIENCE
 
-    def test_a_long_one_of_k2s_own_is_read(self, plan):
-        """Lists, short tables in lists, quotes and escapes, many times over."""
+    def test_long_plan_written_by_k2_is_read(self, plan):
+        """Lists, short tables within lists, quotes and escapes, many times over."""
         table = Toml(plan.read_text(), "plan").table
         words = ["film grain", 'a "b" = {c}', "tab\there", "é", "[x]"]
         look = {"name": "x", "strength": -1e-7, "keywords": words, "avoids": [], "reference": [{"image": "a", "x": 1}]}
@@ -386,8 +386,8 @@ class TestPlans:
 
         assert len(text) > LIMIT and parse_long(text) == loads(text)
 
-    def test_a_sheet_is_not_mostly_blank(self, plan, k2):
-        """Sixty strips of one picture and one of sixty would be a sheet of 3,660 places."""
+    def test_sheet_is_not_mostly_blank(self, plan, k2):
+        """Sixty strips of one picture and one of sixty would make a sheet of 3,660 cells."""
         table = Toml(plan.read_text(), "plan").table
         shots = [
             {"prompt": {"name": f"p{i}", "text": f"p{i}", "expanded": "x"}, "settings": {"seed": i}} for i in range(60)
@@ -406,8 +406,8 @@ class TestPlans:
 
 class TestFolders:
     @pytest.mark.parametrize("name", ["outputs", "outputs/0001", "outputs/0001-fox"])
-    def test_a_pipe_in_their_place(self, moody, k2, name):
-        """In a process of its own, as it would wait for ever."""
+    def test_pipe_in_place_of_an_output_folder_is_left_alone(self, moody, k2, name):
+        """In a process of its own, as it might wait forever."""
         (moody / name).parent.mkdir(exist_ok=True)
         os.mkfifo(moody / name)
         code = "from k2cli.outputs import Run; from pathlib import Path; Run.claim(Path('outputs'), 'x')"
@@ -417,7 +417,7 @@ class TestFolders:
         assert done.returncode == 0 or "K2Error: outputs cannot be written: Not a directory" in done.stderr
         assert (moody / name).is_fifo()
 
-    def test_a_page_without_end_in_the_place_of_a_gallery(self, moody, k2):
+    def test_huge_page_in_place_of_a_gallery_is_refused(self, moody, k2):
         k2("render")
         (moody / "gallery").mkdir()
         with (moody / "gallery" / "index.html").open("wb") as file:
@@ -426,8 +426,8 @@ class TestFolders:
         assert "other than a k2 gallery" in k2("gallery", code=1).stderr
 
     @pytest.mark.parametrize("sign", ["\n", "\t", "\x1b[2J", "\udcff"])
-    def test_names_that_are_no_text(self, moody, k2, sign):
-        """A line break would make two lines of one: in a pipe the second might name anything."""
+    def test_unprintable_file_names_are_not_listed(self, moody, k2, sign):
+        """A line break would turn one line into two, and in a pipe the second might name anything."""
         k2("render")
         folder = moody / "outputs" / "0001-fox-and-1-more"
         for path in list(folder.glob("fox-7.*")):
@@ -440,14 +440,14 @@ class TestFolders:
         assert k2("gallery").stdout == "gallery/index.html\n"
         assert sign not in k2().stdout.replace("\n", "") or sign == "\n"
 
-    def test_where_one_stands(self, moody, k2, monkeypatch):
+    def test_current_folder_is_shown_without_control_characters(self, moody, k2, monkeypatch):
         hostile = moody.rename(moody.with_name(ESCAPE))
         monkeypatch.chdir(hostile)
 
         assert "evil" in k2().stdout and "\x1b" not in k2().stdout and "\x9b" not in k2().stdout
 
     @pytest.mark.parametrize("sign", ["\x1b[2J", "\udcff"])
-    def test_a_reference_whose_name_no_record_can_hold(self, moody, refused, sign):
+    def test_reference_with_an_unrecordable_name_is_refused(self, moody, refused, sign):
         Image.new("RGB", (64, 64)).save(moody / f"a{sign}.png")
         style(moody, '[[reference]]\nimage = "*.png"\n')
 
@@ -462,7 +462,7 @@ class TestStyles:
             (moody / "styles" / f"s{number}.toml").write_text(f'keywords = ["word {number}"]\n')
         return 10_000
 
-    def test_ten_thousand(self, moody, k2, refused, thousands):
+    def test_thousands_of_styles_may_exist_but_not_be_combined(self, moody, k2, refused, thousands):
         used = "".join(f"s{number} = 0.001\n" for number in range(thousands))
         (moody / "k2.toml").write_text(PROJECT + "[style]\n" + used)
         assert "more than 256 styles at once" in refused()
@@ -470,26 +470,26 @@ class TestStyles:
         (moody / "k2.toml").write_text(PROJECT + "[style]\ns17 = 1.0\n")
         assert k2("render", "--dry-run").stdout.count("word 17") == 2
 
-    def test_all_in_one_mix(self, moody, refused, thousands):
+    def test_mix_of_too_many_styles_is_refused(self, moody, refused, thousands):
         style(moody, "[mix]\n" + "".join(f"s{number} = 0.0001\n" for number in range(thousands)))
 
         assert "more than 256 styles at once" in refused()
 
 
 def chunk(kind: bytes, data: bytes) -> bytes:
-    """A part of a PNG."""
+    """A chunk of a PNG."""
     return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
 
 
 def bomb(width: int, height: int) -> bytes:
-    """A PNG that is small on disk."""
+    """A PNG of any size that is small on disk."""
     head = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 6, 0, 0, 0))
     data = chunk(b"IDAT", zlib.compress(bytes(1 << 20)))
     return b"\x89PNG\r\n\x1a\n" + head + data + chunk(b"IEND", b"")
 
 
 def stuffed(kind: str) -> bytes:
-    """A picture, and in its file a great many things that are none, or one large one."""
+    """A picture file that also holds very many things that are not pictures, or one large one."""
     buffer = io.BytesIO()
     image = Image.new("RGB", (64, 64))
     if kind in ("segments", "scans"):
@@ -520,13 +520,13 @@ class TestPictures:
         ],
         ids=["bomb", "large", "absurd", "postscript", "empty"],
     )
-    def test_what_no_reference_can_be(self, moody, refused, content, message):
+    def test_unusable_reference_files_are_refused(self, moody, refused, content, message):
         (moody / "a.png").write_bytes(content)
         style(moody, '[[reference]]\nimage = "a.png"\n')
 
         assert message in refused()
 
-    def test_a_pipe_is_not_waited_for(self, moody, refused):
+    def test_pipe_is_not_waited_for(self, moody, refused):
         os.mkfifo(moody / "a.png")
         style(moody, '[[reference]]\nimage = "a.png"\n')
         assert "not a readable picture" in refused()
@@ -535,7 +535,7 @@ class TestPictures:
         assert "is not a picture" in refused()
 
     @pytest.mark.parametrize("kind", ["size", "chunks", "segments", "scans", "metadata", "xmp"])
-    def test_what_would_keep_a_decoder_busy(self, moody, refused, kind):
+    def test_files_that_would_stall_a_decoder_are_refused(self, moody, refused, kind):
         """Each of them is small in an archive, and Pillow would open it."""
         (moody / "a.png").write_bytes(stuffed(kind))
         if kind == "size":
@@ -550,8 +550,8 @@ class TestPictures:
             with pytest.raises(K2Error):
                 read(moody / "a.png")
 
-    def test_whatever_a_camera_writes_is_a_picture(self, tmp_path):
-        """JPEGs with further ones behind them, progressive ones, animations, metadata of some size."""
+    def test_pictures_as_cameras_write_them_are_accepted(self, tmp_path):
+        """JPEGs followed by further ones, progressive ones, animations, sizeable metadata."""
         image = Image.effect_noise((300, 200), 50).convert("RGB")
         image.save(tmp_path / "mpo.jpg", "MPO", save_all=True, append_images=[image])
         image.save(tmp_path / "progressive.jpg", progressive=True, comment=b"x" * 60_000)
@@ -562,23 +562,23 @@ class TestPictures:
             assert pictures.check_picture(path, "here", path.name) == path.suffix[1:]
             assert to_pixels(path, 64, 64).std() > 0
 
-    def test_an_animation_is_not_played_for_its_record(self, moody, refused, monkeypatch):
-        """A thousand pictures of 64 megapixels each lie in a file of some megabytes."""
+    def test_animation_is_not_decoded_for_its_record(self, moody, refused, monkeypatch):
+        """A file of a few megabytes can hold a thousand frames of 64 megapixels each."""
         frames = [Image.new("L", (64, 64), number) for number in range(3)]
         frames[0].save(moody / "a.png", save_all=True, append_images=frames[1:])
         monkeypatch.setattr(PngImagePlugin.PngImageFile, "load", lambda image: pytest.fail("it was decoded"))
 
         assert "has no record" in refused("show", "a.png")
 
-    def test_a_bomb_is_not_decoded_for_its_record(self, moody, refused):
+    def test_bomb_is_not_decoded_for_its_record(self, moody, refused):
         (moody / "a.png").write_bytes(bomb(13_000, 13_000))
 
         assert "not a readable picture" in refused("show", "a.png")
 
     @pytest.mark.skipif(sys.platform != "linux", reason="the height of memory is Linux's to tell")
-    def test_a_large_one_takes_little_memory(self, tmp_path):
-        """In a process of its own, as memory once taken is not always given back. That begins with its parent's height,
-        and forgets it."""
+    def test_large_picture_takes_little_memory(self, tmp_path):
+        """In a process of its own, as memory once taken is not always returned. It starts with its parent's peak, and
+        resets it."""
         image = Image.new("RGBA", (5000, 5000), (255, 0, 0, 128))
         image.save(tmp_path / "a.png", compress_level=1)
         code = """if True:
@@ -596,7 +596,7 @@ class TestPictures:
         done = subprocess.run([sys.executable, "-c", code, tmp_path / "a.png"], capture_output=True, text=True)
 
         assert done.returncode == 0, done.stderr
-        assert int(done.stdout) < 280  # MiB, of a picture that is 95 decoded
+        assert int(done.stdout) < 280  # MiB, for a picture that takes 95 decoded
 
 
 def lora(header: dict | bytes, data: int = 0) -> bytes:
@@ -633,13 +633,13 @@ class TestWeights:
         ],
         ids=range(22),
     )
-    def test_absurd_headers(self, tmp_path, content):
+    def test_absurd_headers_are_refused(self, tmp_path, content):
         (tmp_path / "a.safetensors").write_bytes(content)
 
         with pytest.raises(K2Error):
             read_header(tmp_path / "a.safetensors")
 
-    def test_a_lora_of_absurd_shapes(self, moody, refused):
+    def test_lora_of_absurd_shapes_is_refused(self, moody, refused):
         absurd = {"dtype": "F32", "shape": [2**40, 2**40], "data_offsets": [0, 8]}
         (moody / "a.safetensors").write_bytes(lora({"blocks.0.attn.wq.lora_A.weight": absurd}, 8))
         style(moody, 'lora = "a.safetensors"\n')
@@ -649,9 +649,9 @@ class TestWeights:
         assert len(refused()) < 3000
 
     @pytest.mark.parametrize("name", ["a.safetensors", "a.gguf"])
-    def test_what_a_damaged_file_says_is_cut_short(self, tmp_path, name):
+    def test_names_from_a_damaged_file_are_truncated(self, tmp_path, name):
         path, long = tmp_path / name, "x" * 100_000
-        if name == "a.gguf":  # one tensor, of the shape [0]
+        if name == "a.gguf":  # one tensor of shape [0]
             path.write_bytes(
                 b"GGUF" + struct.pack("<IQQQ", 3, 1, 0, len(long)) + long.encode() + bytes([1]) + bytes(30)
             )
@@ -663,7 +663,7 @@ class TestWeights:
         assert len(str(error.value)) < len(str(path)) + 300
 
     @pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP"])
-    def test_a_picture_for_a_lora_is_told_what_is_taken(self, moody, k2, kind):
+    def test_picture_in_place_of_a_lora_gets_a_hint(self, moody, k2, kind):
         Image.new("RGB", (64, 64)).save(moody / "a.safetensors", kind)
         style(moody, 'lora = "a.safetensors"\n')
 
@@ -671,8 +671,8 @@ class TestWeights:
         assert ".safetensors and .gguf files only." in said and "incomplete" not in said
         assert kind == "WEBP" or "is a picture." in said
 
-    def test_a_lora_without_end(self, moody, refused):
-        """The file takes no room on the disk, and less in an archive; its header is right."""
+    def test_huge_lora_is_refused(self, moody, refused):
+        """The file takes no room on disk, and even less in an archive; its header is valid."""
         whole = {"dtype": "F32", "shape": [2**38], "data_offsets": [0, 2**40]}
         head = lora({"blocks.0.attn.wq.lora_A.weight": whole})
         (moody / "a.safetensors").write_bytes(head)
@@ -682,8 +682,8 @@ class TestWeights:
 
         assert "larger than 4 GB" in refused()
 
-    def test_absurd_configs(self):
-        """A network is built by its config before its tensors are compared."""
+    def test_absurd_configs_are_refused(self):
+        """A network is built from its config before its tensors are compared."""
         from model.flux_vae import FluxVAEConfig
         from model.text_encoder import QWEN3_VL_4B, TextConfig
         from model.vae import VAEConfig
@@ -718,7 +718,7 @@ class TestWeights:
             with pytest.raises(K2Error, match="config cannot be used"):
                 VisionConfig.from_dict({**seeing, key: value})
 
-    def test_a_pipe_in_the_place_of_a_record_is_not_waited_for(self, tmp_path):
+    def test_pipe_in_place_of_a_record_is_not_waited_for(self, tmp_path):
         os.mkfifo(tmp_path / "fox-7.toml")
         code = "import sys; from k2cli.history import load_record; from pathlib import Path; "
         code += "sys.exit(load_record(Path(sys.argv[1])))"
@@ -728,7 +728,7 @@ class TestWeights:
         assert (done.returncode, done.stderr) == (0, b"")
 
     @pytest.mark.parametrize("read", [read_header, read_json])
-    def test_a_pipe_is_not_waited_for(self, tmp_path, read):
+    def test_pipe_is_not_waited_for(self, tmp_path, read):
         os.mkfifo(tmp_path / "a")
 
         with pytest.raises(K2Error, match="cannot be read"):
@@ -740,7 +740,7 @@ ESCAPE = "\x1b[2J\x9b31m\u202eevil"
 
 class TestControlCharacters:
     @pytest.mark.parametrize("key", ["text", "name", "avoid"])
-    def test_in_a_prompt(self, moody, refused, key):
+    def test_prompt_with_control_characters_is_refused(self, moody, refused, key):
         table = {"text": "a fox", key: ESCAPE}
         lines = "".join(f"{name} = {json.dumps(value)}\n" for name, value in table.items())
         (moody / "k2.toml").write_text("[[prompt]]\n" + lines)
@@ -748,7 +748,7 @@ class TestControlCharacters:
         assert "contains a control character" in refused()
 
     @pytest.mark.parametrize("place", ["key", "table", "style", "keyword", "reference"])
-    def test_in_names(self, moody, refused, place):
+    def test_names_are_shown_without_control_characters(self, moody, refused, place):
         quoted = json.dumps(ESCAPE)
         if place in ("keyword", "reference"):
             style(moody, f"keywords = [{quoted}]\n" if place == "keyword" else f"[[reference]]\nimage = {quoted}\n")
@@ -762,7 +762,7 @@ class TestControlCharacters:
 
         refused()
 
-    def test_in_the_names_of_files(self, moody, k2, refused):
+    def test_file_names_are_shown_without_control_characters(self, moody, k2, refused):
         (moody / "styles").mkdir()
         (moody / "styles" / f"{ESCAPE}.toml").write_text('keywords = ["a"]\n')
         (moody / "refs").mkdir()
@@ -772,7 +772,7 @@ class TestControlCharacters:
         style(moody, '[[reference]]\nimage = "refs/*.png"\n')
         assert "?" in refused()
 
-    def test_in_the_name_of_the_project(self, moody, k2, monkeypatch):
+    def test_project_name_is_shown_without_control_characters(self, moody, k2, monkeypatch):
         hostile = moody.rename(moody.with_name(f"{ESCAPE}"))
         monkeypatch.chdir(hostile)
         (hostile / "k2.toml").write_text('[[prompt]]\ntext = "a"\n')
@@ -780,7 +780,7 @@ class TestControlCharacters:
 
         assert "\x1b" not in k2("render", "--resume").stderr
 
-    def test_in_what_is_said_and_in_json(self):
+    def test_messages_and_json_escape_control_characters(self):
         assert sanitize(f"a\tb\n{ESCAPE}") == "a\tb\n?[2J?31m?evil"
         text = to_json({"a": f"é {ESCAPE}\n"})
         assert json.loads(text) == {"a": f"é {ESCAPE}\n"}

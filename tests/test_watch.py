@@ -1,4 +1,4 @@
-"""`k2 watch`: what a change makes different is made again, and nothing else."""
+"""`k2 watch`: what a change affects is rendered again, and nothing else."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ K2 = Path(sys.executable).with_name("k2")
 
 @pytest.fixture
 def changes(monkeypatch):
-    """Edits that happen one after the other, each while k2 waits; after the last one somebody presses Ctrl-C."""
+    """Edits made one after the other, each while k2 waits; after the last one somebody presses Ctrl-C."""
     edits = []
 
     def wait(root, before):
@@ -175,7 +175,7 @@ cohesion = 0.5
 
 
 def saying(lines: str) -> str:
-    """The project with more below [render]."""
+    """The project with more lines in [render]."""
     return PROJECT.replace("seed = 7\n", f"seed = 7\n{lines}")
 
 
@@ -188,7 +188,7 @@ def saying(lines: str) -> str:
     ],
 )
 def test_stating_a_default_changes_nothing(moody, k2, changes, monkeypatch, before, after):
-    """What the model takes where nothing is said, and what has nothing to count for."""
+    """What the model uses by default, and settings that have nothing to act on."""
     monkeypatch.setattr("model.parts.pick_device", lambda name: name or "cpu")
     toml = moody / "k2.toml"
     toml.write_text(saying(before))
@@ -198,7 +198,7 @@ def test_stating_a_default_changes_nothing(moody, k2, changes, monkeypatch, befo
 
     assert result.stdout.splitlines() == ["outputs/0001-fox/fox-7.png"]
     assert result.stderr.count("No picture changes.") == 1
-    assert not k2("watch", "--only", "fox", code=130).stdout  # of what lies on the disk
+    assert not k2("watch", "--only", "fox", code=130).stdout  # compared with what is on disk
 
 
 def test_stating_the_default_mu_changes_nothing(moody, k2, changes, fake):
@@ -264,13 +264,13 @@ def test_own_outputs_are_no_change(tmp_path):
         assert watch.stamp(tmp_path) != before, name
     before, then = watch.stamp(tmp_path), (tmp_path / name).stat().st_mtime_ns
     (tmp_path / name).write_text("more")
-    os.utime(tmp_path / name, ns=(then, then))  # as clocks that tick seldom have it
+    os.utime(tmp_path / name, ns=(then, then))  # as with a clock that ticks rarely
     assert watch.stamp(tmp_path) != before
 
 
 @pytest.mark.parametrize("name", ["watch.log", "nohup.out", "4913", ".k2.toml.swp", ".#k2.toml", "k2.toml~", "a.psd"])
 def test_unrelated_files_are_no_change(tmp_path, name):
-    """What watch says may go to a log in the project: were that a change, it would say more, for ever."""
+    """Watch's messages may go to a log in the project: if that were a change, it would write more, forever."""
     (tmp_path / "k2.toml").touch()
     before = watch.stamp(tmp_path)
     (tmp_path / name).write_text("x")
@@ -279,7 +279,7 @@ def test_unrelated_files_are_no_change(tmp_path, name):
 
 
 def test_any_referenced_file_is_watched(moody, k2, monkeypatch):
-    """It does where a style names it, also if all is made; and once it is gone, that it comes back is a change, too."""
+    """If a style names it, even when everything is rendered; and if it disappears, its return is a change as well."""
     picture = moody.parent / "sketch"
     Image.new("RGB", (64, 64), "navy").save(picture, "PNG")
     (moody / "styles").mkdir()
@@ -304,7 +304,7 @@ def test_any_referenced_file_is_watched(moody, k2, monkeypatch):
 
 
 def test_new_picture_in_a_linked_folder_is_noticed(moody, k2, monkeypatch):
-    """What else comes to lie there does not, as in the project."""
+    """Other new files there are not, as in the project."""
     far = moody.parent / "far"
     far.mkdir()
     Image.new("RGB", (64, 64), "navy").save(far / "a.png")
@@ -341,7 +341,7 @@ def test_waits_until_writing_has_finished(monkeypatch, tmp_path):
 
 @pytest.mark.parametrize("terminal", [True, False])
 def test_ctrl_c_ends_the_terminal_line(moody, k2, changes, monkeypatch, terminal):
-    """The shell's prompt stood behind the ^C."""
+    """Otherwise the shell's prompt would follow the ^C."""
     monkeypatch.setattr(console, "console", Console(stderr=True, force_terminal=terminal))
 
     assert k2("watch", "--quiet", code=130).stderr == "\n" * terminal
@@ -349,7 +349,7 @@ def test_ctrl_c_ends_the_terminal_line(moody, k2, changes, monkeypatch, terminal
 
 @pytest.mark.skipif(os.name != "posix", reason="signals as POSIX has them")
 def test_real_process_ends_on_ctrl_c(moody):
-    """A mistake that is there at the start is waited out too."""
+    """An error that is there from the start is waited out as well."""
     (moody / "k2.toml").write_text("[render]\nsed = 1\n")
     process = subprocess.Popen([K2, "watch"], stderr=subprocess.PIPE, text=True)
     said = ""
