@@ -23,7 +23,7 @@ def catalog(tmp_path_factory) -> Catalog:
     return make_data(tmp_path_factory.mktemp("data") / "mini", subjects=30, drawings=2)
 
 
-def test_teaches_ten_subjects_without_naming_their_look(catalog, tmp_path):
+def test_teaches_up_to_ten_subjects_without_naming_their_look(catalog, tmp_path):
     look = choose_looks(catalog)[0]
     taught = write_pictures(catalog, look, tmp_path)
 
