@@ -41,12 +41,12 @@ def stream(network: nn.Module, stem: str, read: ReadTensors, device: torch.devic
 
     streamed = BlockStream(list(blocks.children()), read_block, device, keep and device.type == "cuda")
     loaders = {f"{stem}.{index}.": partial(streamed.loaded, index) for index in range(len(names))}
-    network.__dict__["at_hand"] = loaders  # not part of its state
+    network.__dict__["block_loaders"] = loaders  # not part of its state
 
 
 def block_loaded(network: nn.Module, name: str) -> AbstractContextManager[None]:
     """A context in which the block that contains the named layer has its weights, even if the network is streamed."""
-    streamed: dict[str, Callable[[], AbstractContextManager[None]]] = network.__dict__.get("at_hand", {})
+    streamed: dict[str, Callable[[], AbstractContextManager[None]]] = network.__dict__.get("block_loaders", {})
     return next((fill for block, fill in streamed.items() if name.startswith(block)), nullcontext)()
 
 
