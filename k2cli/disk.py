@@ -25,10 +25,8 @@ DRAFT_SUFFIX = ".draft"
 OWN_DRAFT = re.compile(rf"\.\d+-[0-9a-f]+{re.escape(DRAFT_SUFFIX)}")  # as `new_draft` names them
 O_DIRECTORY = getattr(os, "O_DIRECTORY", 0)  # else opening a named pipe in place of a folder would block for ever
 
-PERMISSION_HINT, NOT_A_FOLDER_HINT = (
-    "Check the folder's permissions.",
-    "A file is where a folder belongs: move it away.",
-)
+PERMISSION_HINT = "Check the folder's permissions."
+NOT_A_FOLDER_HINT = "A file is where a folder belongs: move it away."
 HINTS = {  # what to do about an error of the file system
     errno.EACCES: PERMISSION_HINT,
     errno.EPERM: PERMISSION_HINT,

@@ -93,9 +93,8 @@ class Folder:
         if folder.exists() and not folder.is_dir():
             raise K2Error(f"{folder} exists already and is not a folder.", hint="Choose another name.")
         exists = folder.exists()  # perhaps a mount, into which nothing can be moved from beside it
-        short = (
-            f".{os.getpid()}-{secrets.token_hex(4)}{DRAFT_SUFFIX}"  # the project's name may be as long as names can be
-        )
+        # the project's name may be as long as names can be
+        short = f".{os.getpid()}-{secrets.token_hex(4)}{DRAFT_SUFFIX}"
         draft = (folder if exists else folder.parent) / short
         try:
             with writing(folder):

@@ -24,9 +24,7 @@ from model.vocabulary import vocabulary
 
 MAX_CROP = 0.1  # share of an init image that may be lost without a warning: sides are rounded to multiples of a token
 MIN_AREA, MAX_AREA = 0.5, 1.5  # range that a model still paints coherently, relative to what it was trained for ...
-MAX_BEYOND = (
-    1.1  # ... and the limit above the largest of several areas: a model trained up to there hardly goes further
-)
+MAX_BEYOND = 1.1  # ... and the limit above the largest of several areas, beyond which a model hardly goes
 
 
 class JobWarnings:
@@ -62,29 +60,16 @@ class JobWarnings:
             yield syntax_warning
         if undrawable := list(dict.fromkeys(shot.given for shot in remaining if names_nothing(shot, job))):
             yield nothing_to_draw(undrawable)
-        if several_named := {
-            shot.given: None for shot in remaining if not names_nothing(shot, job) and names_several(shot, job)
-        }:
-            yield several_subjects(list(several_named))
+        if several_named := list(dict.fromkeys(shot.given for shot in remaining if names_several(shot, job))):
+            yield several_subjects(several_named)
 
     def about(self, shot: Shot) -> list[str]:
         """Those that concern one picture."""
-        syntax_warning = read_as_words([shot.given, shot.spec.negative])
-        undrawable = nothing_to_draw([shot.given]) if names_nothing(shot, self.job) else ""
-        several_named = several_subjects([shot.given]) if names_several(shot, self.job) else ""
-        return [
-            *filter(
-                None,
-                (
-                    self._unknown_variant,
-                    self._unusual_size(shot),
-                    self._guidance_off(shot),
-                    syntax_warning,
-                    undrawable,
-                    several_named,
-                ),
-            )
-        ]
+        found = [self._unknown_variant, self._unusual_size(shot), self._guidance_off(shot)]
+        found.append(read_as_words([shot.given, shot.spec.negative]))
+        found.append(nothing_to_draw([shot.given]) if names_nothing(shot, self.job) else "")
+        found.append(several_subjects([shot.given]) if names_several(shot, self.job) else "")
+        return [warning for warning in found if warning]
 
     @cached_property
     def _unknown_variant(self) -> str:

@@ -255,11 +255,8 @@ def report(made: Reproduction, file: Path, *, several: bool, as_json: bool, quie
     """Print a reproduced picture's line of results, and what the comparison found: if `quiet` only differences, as
     errors. If there are `several`, the caller counts the identical ones and reports them once."""
     path, off = made.saved.path, made.levels_off
-    gone, changed, unreadable = (
-        made.original == "gone",
-        made.original == "changed",
-        made.original in ("barred", "broken"),
-    )
+    gone, changed = (made.original == fate for fate in ("gone", "changed"))
+    unreadable = made.original in ("barred", "broken")
     if as_json:
         about = {"identical": made.identical, "levels_off": off}
         about |= {"gone": gone, "unreadable": unreadable, "changed": changed}

@@ -18,7 +18,7 @@ from torch import Tensor
 from model.spec import RenderSpec, Style
 from model.text_encoder import SUFFIX_TOKENS
 
-NEUTRAL_PROMPT = "a picture"  # the neutral prompt
+NEUTRAL_PROMPT = "a picture"
 MAX_WEIGHT = 2.0  # largest weight of one avoided phrase
 MEAN_SHARE = 0.5  # share of the avoided mean taken from unrelated rows: all of it would cost one subject in ten
 

@@ -37,18 +37,8 @@ OTHER_FORMATS = {  # other files mistaken for safetensors, by their first bytes
 }
 DTYPE_BITS = {"BOOL": 8, "U8": 8, "I8": 8, "F8_E4M3": 8, "F8_E5M2": 8, "F8_E8M0": 8, "F8_E4M3FNUZ": 8, "F8_E5M2FNUZ": 8}
 DTYPE_BITS |= {"F4": 4, "F6_E2M3": 6, "F6_E3M2": 6, "C64": 64}  # sizes are checked, though k2 reads none of these
-DTYPE_BITS |= {
-    "I16": 16,
-    "U16": 16,
-    "F16": 16,
-    "BF16": 16,
-    "I32": 32,
-    "U32": 32,
-    "F32": 32,
-    "I64": 64,
-    "U64": 64,
-    "F64": 64,
-}
+DTYPE_BITS |= {"I16": 16, "U16": 16, "F16": 16, "BF16": 16, "I32": 32, "U32": 32, "F32": 32}
+DTYPE_BITS |= {"I64": 64, "U64": 64, "F64": 64}
 MAX_DIMENSIONS = 8
 MAX_MARK = 1 << 16  # bytes
 MAX_HEADER = 16 << 20  # a network's is some 100 KB; the format allows 100 MB, which would take gigabytes in memory

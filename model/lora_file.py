@@ -143,7 +143,7 @@ class PeftSettings:
 
     alpha: float | None = None
     alphas: Mapping[re.Pattern[str], float] | None = None  # of single layers; the first match counts
-    rank_stabilised: bool = False  # rank-stabilised: alpha / √rank
+    rank_stabilised: bool = False  # scaled by alpha / √rank
     dora: bool = False  # every layer has a magnitude
     ranks: Mapping[re.Pattern[str], float] | None = None  # of a LoKr, to scale it by if its factors have none
 

@@ -32,7 +32,7 @@ def auto_method(has_style_encoder: bool) -> str:
 def resolve_auto(style: Style, model: str, *, has_style_encoder: bool, has_vision: bool) -> Style:
     """The style with `auto` resolved. Raises K2Error for a method that the model lacks the part for.
 
-    reads, sees  whether the model has a style encoder, and its text encoder a vision tower
+    has_vision: whether its text encoder has a vision tower
     """
     instead = f'Give "{style.name}" the method "splice".'
     if style.method == "tokens" and style.references and not has_style_encoder:

@@ -32,9 +32,7 @@ QWEN_STD = (2.8184, 1.4541, 2.3275, 2.6558, 1.2196, 1.7708, 2.6052, 2.0743,
 # fmt: on
 DIFFUSERS_KEY = "temperal_downsample"  # as diffusers' authors spell it
 
-SINGLE_KERNEL_LIMIT = (
-    20480  # numbers up to which PyTorch uses another convolution kernel for a single picture than for a batch
-)
+SINGLE_KERNEL_LIMIT = 20480  # numbers up to which PyTorch convolves a single picture by another kernel than a batch
 
 
 @dataclass(frozen=True)

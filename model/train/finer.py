@@ -31,9 +31,7 @@ from model.train.recipe import reject
 from model.train.states import RUNS
 from model.vae import QwenImageVAE
 
-NEW_SCALE_WIDTH = (
-    1  # the new scale's width, in `base_dim`s: only as wide as the next, as it works on four times as many pixels
-)
+NEW_SCALE_WIDTH = 1  # in `base_dim`s: only as wide as the next scale, as it works on four times as many pixels
 Pixels = NDArray[np.uint8]
 INPUT_LAYER, OUTPUT_LAYERS = "encoder.conv_in.", ("decoder.norm_out.", "decoder.conv_out.")
 DOWN_BLOCK = re.compile(r"(encoder\.down_blocks\.)(\d+)\.")
