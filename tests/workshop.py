@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import asdict, replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -118,3 +119,6 @@ class InThisProcess:
         return None
 
     map = staticmethod(map)
+
+    def submit(self, work, *args):
+        return SimpleNamespace(result=lambda: work(*args))

@@ -8,9 +8,10 @@ like 320x192, for those that come in it.
 from __future__ import annotations
 
 import argparse
-from concurrent.futures import ProcessPoolExecutor
+from collections import deque
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Executor, Future, ProcessPoolExecutor
 from functools import cache
-from itertools import repeat
 from pathlib import Path
 
 import numpy as np
@@ -25,6 +26,8 @@ from model.train.autoencoder import load as load_autoencoder
 from model.train.data import AUTOENCODER, DATA, Catalog, Item, latents_file
 from model.train.looks import resize
 from model.train.shapes import Shape, indices_in_shape
+
+PARTS_AHEAD = 32  # batches of pictures that wait to be encoded, at most
 
 
 def to_tensor(pictures: list[NDArray[np.uint8]], size: int) -> Tensor:
@@ -43,6 +46,17 @@ def compose_all(folder: Path, size: int | Shape, items: list[Item]) -> NDArray[n
     return np.stack([catalog.picture(item, None if isinstance(size, int) else size) for item in items])
 
 
+def compose_ahead(pool: Executor, size: int | Shape, parts: Sequence[list[Item]]) -> Iterator[NDArray[np.uint8]]:
+    """The pictures of each part in order, composed only a few parts ahead: all together take gigabytes."""
+    waiting: deque[Future[NDArray[np.uint8]]] = deque()
+    for part in parts:
+        waiting.append(pool.submit(compose_all, DATA, size, part))
+        if len(waiting) > PARTS_AHEAD:
+            yield waiting.popleft().result()
+    for future in waiting:
+        yield future.result()
+
+
 @torch.inference_mode()
 def main(size: int | Shape, device: str = "cpu", *, batch: int = 64) -> None:
     """Write the latents of the train split at a size. Pictures are composed on all cores."""
@@ -55,8 +69,8 @@ def main(size: int | Shape, device: str = "cpu", *, batch: int = 64) -> None:
     with atomic_write(latents_file(DATA, size)) as draft, ProcessPoolExecutor() as pool:
         out = np.lib.format.open_memmap(draft, "w+", np.float16, (len(items), vae.config.z_dim, *cells))
         starts = range(0, len(items), batch)
-        work = pool.map(compose_all, repeat(DATA), repeat(size), (items[start : start + batch] for start in starts))
-        for start, pictures in zip(starts, work, strict=True):
+        parts = compose_ahead(pool, size, [items[start : start + batch] for start in starts])
+        for start, pictures in zip(starts, parts, strict=True):
             latents = vae.encode(from_bytes(pictures).to(device))
             out[start : start + batch] = latents.half().cpu().numpy()
         out.flush()
