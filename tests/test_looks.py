@@ -2,12 +2,12 @@
 
 import numpy as np
 import pytest
-from workshop import make_data
+from workshop import compose, make_data
 
 from model.errors import K2Error
 from model.train import data
 from model.train.data import Catalog, Item, Pair, Subject, article, read_subjects, stable_seed
-from model.train.looks import DRAWINGS, MEDIA, PALETTES, Look, compose, resize, split_looks
+from model.train.looks import DRAWINGS, MEDIA, PALETTES, Look, resize, split_looks
 
 
 @pytest.fixture

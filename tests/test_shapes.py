@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from workshop import FACTOR, InThisProcess, make_data
+from workshop import FACTOR, InThisProcess, compose, make_data
 
 from model.errors import K2Error
 from model.latents import patchify, token_grid, unpatchify
@@ -14,7 +14,7 @@ from model.text_encoder import TextEncoder
 from model.train import data as train_data
 from model.train import encode, loop, pretrain, turbo
 from model.train.data import latents_file
-from model.train.looks import MEDIA, Look, compose, place_subject
+from model.train.looks import MEDIA, Look, place_subject
 from model.train.pretrain import Recipe
 from model.train.shapes import ONE_IN, Shape, indices_in_shape
 from model.train.training_set import TrainingSet, read_latents

@@ -19,6 +19,7 @@ from model.style import StyleConfig, StyleEncoder
 from model.text_encoder import TextTower, open_tower
 from model.train.autoencoder import load
 from model.train.data import DATA, DRAWINGS, Catalog, latents_file, read_subjects
+from model.train.looks import apply_medium, place_subject
 from model.vae import QwenImageVAE
 
 SIZES = (64, 128)
@@ -107,6 +108,11 @@ def workshop(tmp_path: Path, tmp_path_factory: pytest.TempPathFactory, monkeypat
     monkeypatch.setattr("model.train.rewards.REAL_PICTURES", 2)
     make_data(tmp_path / DATA)
     return tmp_path
+
+
+def compose(render, look, rng, shape=None):
+    """A subject on its ground in its medium: uint8 RGBA -> uint8 RGB [H, W, 3]."""
+    return apply_medium(place_subject(render, look, rng, shape), look, rng)
 
 
 class InThisProcess:

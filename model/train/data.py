@@ -15,7 +15,7 @@ import json
 import subprocess
 import tarfile
 import tomllib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import cache
@@ -32,7 +32,7 @@ from model.atomic import atomic_write
 from model.errors import K2Error, exit_on_error
 from model.hashes import sha256
 from model.library import BUNDLED
-from model.train.looks import DRAWINGS, MEDIA, Look, compose, resize, split_looks
+from model.train.looks import DRAWINGS, MEDIA, Array, Look, apply_medium, place_subject, resize, split_looks
 
 PACKAGES = {  # npm package -> version; licences of the art: NOTICE
     "noto": "1.2.9",
@@ -91,6 +91,24 @@ class Item:
         """Whether its pair is held out, or it is one of two in a hundred single pictures."""
         return self.pair.held_out or stable_seed("item", self.pair, self.look) % 50 == 0
 
+    @property
+    def seed(self) -> int:
+        """Of the generator that its picture is made with."""
+        return stable_seed("picture", self.pair, self.look)
+
+    def place(self, renders: NDArray[np.uint8], rng: np.random.Generator, shape: tuple[int, int] | None) -> Array:
+        """The picture before its medium; `renders` are those of all pairs."""
+        return place_subject(np.asarray(renders[self.row]), self.look, rng, shape)
+
+    def draw_name(self, subjects: Mapping[str, Subject], rng: np.random.Generator) -> str:
+        """One of the names for what it shows."""
+        words = subjects[self.pair.subject].words
+        return words[0] if rng.random() < 0.7 else str(rng.choice(words))
+
+    def with_article(self, name: str, rng: np.random.Generator) -> str:
+        """That name as captions say it: mostly with its article."""
+        return phrase(name) if rng.random() < 0.8 else name
+
 
 def read_subjects() -> list[Subject]:
     """The subjects in the order of the file."""
@@ -141,8 +159,8 @@ class Catalog:
 
     def picture(self, item: Item, shape: tuple[int, int] | None = None) -> NDArray[np.uint8]:
         """The picture of an item, uint8 RGB [H, W, 3], always the same; shape: (H, W), by default `size` both."""
-        rng = np.random.default_rng(stable_seed("picture", item.pair, item.look))
-        picture = compose(np.asarray(self.renders[item.row]), item.look, rng, shape)
+        rng = np.random.default_rng(item.seed)
+        picture = apply_medium(item.place(self.renders, rng, shape), item.look, rng)
         return resize(picture, self.size) if self.size < SIZE else picture
 
     def caption(self, item: Item, rng: np.random.Generator, form: str = "short", style: bool = True) -> str:
@@ -150,13 +168,12 @@ class Catalog:
 
         Some short captions have no style words either, so that a bare subject means any look.
         """
-        subject = self.subjects[item.pair.subject]
-        name = subject.words[0] if rng.random() < 0.7 else str(rng.choice(subject.words))
+        name = item.draw_name(self.subjects, rng)
         drawing, medium = DRAWINGS[item.pair.drawing], MEDIA[item.look.medium]
         words = [str(rng.choice(medium))] if medium else []
         if not words or rng.random() < 0.6:
             words.append(str(rng.choice(drawing)))
-        subject_words = phrase(name) if rng.random() < 0.8 else name
+        subject_words = item.with_article(name, rng)
         where = item.look.ground_words
         if not style:
             bare = form == "short" or item.look.medium != "plain"
@@ -174,9 +191,10 @@ def renders_path(folder: Path, size: int) -> Path:
     return folder / ("renders.npy" if size == SIZE else f"renders-{size}.npy")
 
 
-def latents_file(folder: Path, size: object) -> Path:
-    """The file with the latents of a size; those of other autoencoders, useless to this one, have other names."""
-    return folder / f"latents-{size}-{sha256(AUTOENCODER)[:8]}.npy"
+def latents_file(folder: Path, size: object, two: bool = False) -> Path:
+    """The file with the latents of a size, or of its pictures of two subjects; those of other autoencoders, useless to
+    this one, have other names."""
+    return folder / f"latents-{size}{'-two' if two else ''}-{sha256(AUTOENCODER)[:8]}.npy"
 
 
 def read_renders(folder: Path, size: int, count: int) -> NDArray[np.uint8]:

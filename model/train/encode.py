@@ -2,7 +2,7 @@
 
 `python -m model.train.encode SIZE [DEVICE]` writes `latents-SIZE-….npy`, float16 [pictures, C, H/f, W/f] for an
 autoencoder of factor f, in the order of the train split. SIZE is the side of a square, for all pictures, or a shape
-like 320x192, for those that come in it.
+like 320x192, for those that come in it. With `--two`, the pictures of two subjects instead (`two_subjects.py`).
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from model.train.autoencoder import load as load_autoencoder
 from model.train.data import AUTOENCODER, DATA, Catalog, Item, latents_file
 from model.train.looks import resize
 from model.train.shapes import Shape, indices_in_shape
+from model.train.two_subjects import pictures_of_two
 
 PARTS_AHEAD = 32  # batches of pictures that wait to be encoded, at most
 
@@ -58,15 +59,16 @@ def compose_ahead(pool: Executor, size: int | Shape, parts: Sequence[list[Item]]
 
 
 @torch.inference_mode()
-def main(size: int | Shape, device: str = "cpu", *, batch: int = 64) -> None:
-    """Write the latents of the train split at a size. Pictures are composed on all cores."""
+def main(size: int | Shape, device: str = "cpu", *, batch: int = 64, two: bool = False) -> None:
+    """Write the latents of the train split at a size, or of the pictures of two subjects. Pictures are composed on all
+    cores."""
     catalog = Catalog(DATA)
-    items = catalog.items("train")
+    items: list[Item] = [*pictures_of_two(catalog)] if two else catalog.items("train")
     if isinstance(size, Shape):
         items = [items[index] for index in indices_in_shape(items, size)]
     vae = load_autoencoder(AUTOENCODER).to(device)
     cells = [side // vae.factor for side in ((size, size) if isinstance(size, int) else size)]
-    with atomic_write(latents_file(DATA, size)) as draft, ProcessPoolExecutor() as pool:
+    with atomic_write(latents_file(DATA, size, two)) as draft, ProcessPoolExecutor() as pool:
         out = np.lib.format.open_memmap(draft, "w+", np.float16, (len(items), vae.config.z_dim, *cells))
         starts = range(0, len(items), batch)
         parts = compose_ahead(pool, size, [items[start : start + batch] for start in starts])
@@ -81,5 +83,7 @@ if __name__ == "__main__":
         parser = argparse.ArgumentParser(description="Encode the train split at a size.")
         parser.add_argument("size", help="side of a square, or a shape like 320x192")
         parser.add_argument("device", nargs="?", default="cpu")
+        parser.add_argument("--two", action="store_true", help="pictures of two subjects")
         options = parser.parse_args()
-        main(int(options.size) if options.size.isdecimal() else Shape.parse(options.size), options.device)
+        size = int(options.size) if options.size.isdecimal() else Shape.parse(options.size)
+        main(size, options.device, two=options.two)

@@ -9,7 +9,7 @@ middle, a medium's strokes and grain with the side of a square with as many pixe
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -102,8 +102,10 @@ def _grid(shape: tuple[int, ...], side: int) -> tuple[Array, Array]:
     return (x - left) * (128 / side), (y - top) * (128 / side)  # lengths below are for 128 px
 
 
-def draw_ground(look: Look, height: int, width: int, rng: Generator) -> Array:
-    """The background of the subject, [height, width, 3]."""
+def draw_ground(
+    look: Look, height: int, width: int, rng: Generator, shadows: Sequence[tuple[float, float]] = ((64, 34),)
+) -> Array:
+    """The background of subjects, [height, width, 3]; shadows: the middle and half width of each on a floor, of 128."""
     light, deep = (_colour(c) for c in PALETTES[look.palette])
     x, y = _grid((height, width), min(height, width))
     if look.ground == "white":
@@ -121,8 +123,10 @@ def draw_ground(look: Look, height: int, width: int, rng: Generator) -> Array:
     wall = np.broadcast_to(light, (height, width, 3)).copy()
     floor = deep * (1 - 0.3 * (y[..., None] - 92) / 36)
     wall[y > 92] = floor[y > 92]
-    shadow = np.exp(-((((x - 64) / 34) ** 2 + ((y - 114) / 7) ** 2) ** 2))
-    return wall * (1 - 0.45 * shadow[..., None])
+    for middle, half in shadows:
+        shadow = np.exp(-((((x - middle) / half) ** 2 + ((y - 114) / 7) ** 2) ** 2))
+        wall = wall * (1 - 0.45 * shadow[..., None])
+    return wall
 
 
 def _film(picture: Array, rng: Generator) -> Array:
@@ -230,29 +234,49 @@ def place_subject(render: NDArray[np.uint8], look: Look, rng: Generator, shape: 
     canvas, size = draw_ground(look, height, width, rng), min(height, width)
     side = round(size * rng.uniform(0.80, 0.88))
     left, top = (int((length - side) / 2 + rng.uniform(-0.03, 0.03) * size) for length in (width, height))
+    paste(canvas, render, look.drawing in MONOCHROME, left, top, side)
+    return canvas
+
+
+def place_two_subjects(
+    renders: tuple[NDArray[np.uint8], NDArray[np.uint8]],
+    look: Look,
+    rng: Generator,
+    beside: bool,
+    shape: tuple[int, int] | None = None,
+) -> Array:
+    """As `place_subject`, but two subjects: the first to the left of the second, or else above it."""
+    height, width = shape or renders[0].shape[:2]
+    size, on_ground = min(height, width), look.ground in ("scene", "floor")
+    apart, lower = (0.23 * size, 0.14 * size * on_ground) if beside else (0.225 * size, 0)
+    canvas = draw_ground(look, height, width, rng, ((34, 19), (94, 19)) if beside else ((64, 22),))
+    for render, sign in zip(renders, (-1, 1), strict=True):
+        side = round(size * rng.uniform(0.45, 0.53))
+        middle = (height / 2 + lower, width / 2 + sign * apart) if beside else (height / 2 + sign * apart, width / 2)
+        top, left = (
+            round(min(max(each + rng.uniform(-0.02, 0.02) * size - side / 2, 0), length - side))
+            for each, length in zip(middle, (height, width), strict=True)
+        )
+        paste(canvas, render, look.drawing in MONOCHROME, left, top, side)
+    return canvas
+
+
+def paste(canvas: Array, render: NDArray[np.uint8], monochrome: bool, left: int, top: int, side: int) -> None:
+    """Put a drawing on a canvas, scaled to a square of `side` pixels; a monochrome one in an ink that stands out."""
     subject = np.asarray(
         Image.fromarray(render).convert("RGBa").resize((side, side), Image.Resampling.LANCZOS), np.float32
     )
     alpha, colour = subject[..., 3:] / 255, subject[..., :3] / 255  # premultiplied
-    if look.drawing in MONOCHROME:
-        ink = _colour((244, 240, 230)) if _luminance(canvas).mean() < 0.4 else _colour((30, 30, 34))
-        colour = alpha * ink
+    if monochrome:
+        colour = alpha * (_colour((244, 240, 230)) if _luminance(canvas).mean() < 0.4 else _colour((30, 30, 34)))
     window = canvas[top : top + side, left : left + side]
     canvas[top : top + side, left : left + side] = window * (1 - alpha) + colour
-    return canvas
 
 
 def apply_medium(placed: Array, look: Look, rng: Generator) -> NDArray[np.uint8]:
     """Apply the medium to the result of `place_subject`: uint8 RGB [H, W, 3]."""
     picture = EFFECTS[look.medium](placed, rng)
     return (np.clip(picture, 0, 1) * 255 + 0.5).astype(np.uint8)
-
-
-def compose(
-    render: NDArray[np.uint8], look: Look, rng: Generator, shape: tuple[int, int] | None = None
-) -> NDArray[np.uint8]:
-    """Put a subject on its ground and apply its medium, see `place_subject`: uint8 RGBA -> uint8 RGB [H, W, 3]."""
-    return apply_medium(place_subject(render, look, rng, shape), look, rng)
 
 
 def resize(picture: NDArray[np.uint8], size: int) -> NDArray[np.uint8]:

@@ -41,6 +41,8 @@ def main(minutes: float, out: Path, device: str) -> None:
         for size in (stage.size, *map(Shape.parse, stage.shapes)):
             if not data.latents_file(DATA, size).exists():
                 encode.main(size, device, batch=256)
+        if stage.two and not data.latents_file(DATA, stage.size, two=True).exists():
+            encode.main(stage.size, device, batch=256, two=True)
         recipe.stage_module(stage.stage, name).main(stage, device)
         samples.main(name, device=device)
         shutil.copy(max((RUNS / name).glob("samples-*.png"), key=lambda path: path.stat().st_mtime), out)

@@ -46,7 +46,9 @@ def look_words() -> set[str]:
 class StrangeWords:
     """Words around captions that name nothing a picture could show."""
 
-    def __init__(self, subjects: Mapping[str, Subject], thesaurus: Thesaurus):
+    def __init__(self, subjects: Mapping[str, Subject], thesaurus: Thesaurus, second_things: bool = True):
+        """second_things: whether some phrases name another subject; not where captions may ask for two."""
+        self.second_things = second_things
         parts = {word for name in subjects for word in name.split() if len(word) > 2} - {"the"}
         known = look_words() | parts | {"background", "black", "dark"}
 
@@ -92,7 +94,7 @@ class StrangeWords:
         kind = rng.random()
         if kind < 0.3:
             return pick_one(self.places, rng)
-        if kind < 0.7:
+        if kind < 0.7 and self.second_things:
             return self.second_thing(names, rng)
         return " ".join(
             (pick_one(("in", "on", "at", "near", "with", "from", "of", "under"), rng), *self.several(1, 4, rng))
@@ -150,9 +152,9 @@ def fix_articles(text: str) -> str:
 class CaptionWording:
     """Captions as people might say them."""
 
-    def __init__(self, subjects: Mapping[str, Subject]):
+    def __init__(self, subjects: Mapping[str, Subject], second_things: bool = True):
         self.subjects, self.thesaurus = subjects, Thesaurus()
-        self.strange_words = StrangeWords(subjects, self.thesaurus)
+        self.strange_words = StrangeWords(subjects, self.thesaurus, second_things)
 
     def say(self, caption: str, subject: str, reworded: float, strangers: float, rng: np.random.Generator) -> str:
         """A caption of a subject, put in other words and among strange ones, each with a probability."""

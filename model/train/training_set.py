@@ -31,6 +31,7 @@ from model.train.loop import Batch
 from model.train.recipe import check_at_least, check_known, check_share
 from model.train.shapes import Shape, indices_in_shape
 from model.train.strangers import CaptionWording
+from model.train.two_subjects import pictures_of_two
 
 MAX_CAPTIONS = 20_000  # captions whose features are kept: most of a gigabyte; ten times as many on a GPU
 UNCAPTIONED = 0.1  # share of the pictures shown without their caption, for guidance
@@ -70,6 +71,7 @@ class Recipe(recipes.Recipe):
     align: float = 0.0  # weight of self-representation alignment, in the first epoch only
     shapes: tuple[str, ...] = ()  # other sizes of pictures, "320x192" ...
     shaped: float = 0.5  # ... and the share of the steps that use one of them, each as often
+    two: float = 0.0  # share of the square pictures that show two subjects
     sheets: float = 0.0  # minutes between sheets of samples, drawn as runs are saved; 0 draws none
     recompute: bool = False  # recompute blocks in the backward pass instead of keeping them: less memory, more work
     rows: int = 8  # prompts are padded to make a stream a multiple of this: fewer lengths, and less to compile
@@ -79,7 +81,7 @@ class Recipe(recipes.Recipe):
         super().__post_init__()
         check_at_least(self, 1, "batch", "repeats", "rows")
         check_at_least(self, 0, "white", "grounds", "later", "style_loss", "align", "sheets")
-        check_share(self, "references", "null", "said", "reworded", "strangers", "shaped")
+        check_share(self, "references", "null", "said", "reworded", "strangers", "shaped", "two")
         check_known(self, self.unasked, DRAWINGS, "drawing set")
         if min(self.forms) < 0 or not math.isclose(sum(self.forms), 1, abs_tol=1e-8):
             raise K2Error(f'Recipe "{self.name}": forms must be three shares that sum to 1.')
@@ -123,17 +125,22 @@ class TrainingSet:
 
     def __init__(self, catalog: Catalog, text: TextEncoder, recipe: Recipe):
         self.catalog = catalog
-        self.items = catalog.items("train")
+        single = catalog.items("train")
+        pairs = pictures_of_two(catalog) if recipe.two else []
+        self.items: list[Item] = [*single, *pairs]
         self.text, self.rows = text, recipe.rows
-        self.wording = CaptionWording(catalog.subjects)
+        self.wording = CaptionWording(catalog.subjects, second_things=not pairs)
         self.device = text.prefix_ids.device
         self.max_cached, self.encode_batch = (
             (MAX_CAPTIONS, 16) if self.device.type == "cpu" else (10 * MAX_CAPTIONS, 64)
         )
-        self.latents = torch.from_numpy(read_latents(catalog.folder, recipe.size, len(self.items))).to(self.device)
+        latents = read_latents(catalog.folder, recipe.size, len(single))
+        if pairs:
+            latents = np.concatenate((latents, read_latents(catalog.folder, recipe.size, len(pairs), two=True)))
+        self.latents = torch.from_numpy(latents).to(self.device)
         self.cells = self.latents.shape[-1]  # along a side
         self.side = self.cells // recipe.config.patch  # of the square, in tokens: other shapes are centred on it
-        self.shape_subsets = [self._read_shape(Shape.parse(shape)) for shape in recipe.shapes]
+        self.shape_subsets = [self._read_shape(single, Shape.parse(shape)) for shape in recipe.shapes]
         self.features: dict[str, Tensor] = {}
         self.embed_lock = Lock()  # batches are made in a thread of their own while a step validates in another
         self.by_look: dict[Any, list[int]] = defaultdict(list)
@@ -143,11 +150,12 @@ class TrainingSet:
         self.look_index = {look: i for i, look in enumerate(self.looks)}
         subjects = catalog.subjects
         weights = np.array([recipe.weight(item, subjects[item.pair.subject].later) for item in self.items])
-        self.weights = weights / weights.sum()
+        shares = [(weights[: len(single)], 1 - recipe.two), (weights[len(single) :], recipe.two)]
+        self.weights = np.concatenate([share * part / part.sum() for part, share in shares if len(part)])
 
-    def _read_shape(self, shape: Shape) -> ShapeSubset:
+    def _read_shape(self, items: Sequence[Item], shape: Shape) -> ShapeSubset:
         """The pictures that come in a shape."""
-        indices = indices_in_shape(self.items, shape)
+        indices = indices_in_shape(items, shape)
         latents = read_latents(self.catalog.folder, shape, len(indices))
         return ShapeSubset(np.array(indices), torch.from_numpy(latents).to(self.device))
 
@@ -261,11 +269,15 @@ def load_training_set(recipe: Recipe, device: str) -> TrainingSet:
     return TrainingSet(Catalog(DATA), TextEncoder.load(BUNDLED / "mini-text.safetensors", device), recipe)
 
 
-def read_latents(folder: Path, size: int | Shape, count: int) -> NDArray[np.float16]:
-    """The train split's latents at a size, float16 [count, C, H/f, W/f]."""
-    path, hint = latents_file(folder, size), f"Encode them with: python -m model.train.encode {size}"
+def read_latents(folder: Path, size: int | Shape, count: int, two: bool = False) -> NDArray[np.float16]:
+    """The train split's latents at a size, or those of the pictures of two subjects: float16 [count, C, H/f, W/f].
+
+    Raises K2Error if they are missing or too few.
+    """
+    kind, flag = (" of two subjects", " --two") if two else ("", "")
+    path, hint = latents_file(folder, size, two), f"Encode them with: python -m model.train.encode {size}{flag}"
     if not path.exists():
-        raise K2Error(f"There are no latents of {size} px by the bundled autoencoder in {folder}.", hint=hint)
+        raise K2Error(f"There are no latents of {size} px{kind} by the bundled autoencoder in {folder}.", hint=hint)
     latents = np.load(path)
     if len(latents) != count:
         raise K2Error(f"{path} holds {len(latents)} pictures, but the data set has {count}.", hint=hint)
