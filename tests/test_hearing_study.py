@@ -2,6 +2,7 @@
 
 import sys
 
+import numpy as np
 import pytest
 from PIL import Image
 from test_style_study import Drawings, Painter, Rims, colour, draw
@@ -98,3 +99,53 @@ def test_crowded_captions_expose_a_painter_of_the_last_subject(study, monkeypatc
     monkeypatch.setattr(sys.modules[__name__], "heard", last)
     found = hearing_study.strangers(study(True))
     assert found["crowded"]["value"] < 0.8 < found["plain"]["value"]
+
+
+class Company(Shown):
+    """Two subjects are two squares of their colours: side by side, or one above the other."""
+
+    def __init__(self):
+        super().__init__()
+        self.asked = {}
+
+    def picture(self, item):
+        return arrange(colour(item.pair.subject), colour(item.second.subject), item.beside)
+
+    def caption(self, item, *args):
+        caption = super().caption(item, *args)
+        self.asked[caption] = item
+        return caption
+
+
+def arrange(first, second, beside):
+    picture = np.full((128, 128, 3), 255, np.uint8)
+    for at, middle in enumerate((first, second)):
+        end = slice(64 * at + 10, 64 * at + 54)
+        picture[(slice(42, 86), end) if beside else (end, slice(42, 86))] = middle.round()
+    return picture
+
+
+@pytest.mark.parametrize(
+    ("paint", "both", "in_place"),
+    [
+        (lambda first, second, beside: arrange(first, second, beside), 1, 1),
+        (lambda first, second, beside: arrange(second, first, beside), 1, 0),
+        (lambda first, second, beside: arrange(first, first, beside), 0, 0),
+        (lambda first, second, beside: draw(first, (first + second) / 2), 0, 0),
+    ],
+    ids=["as asked", "the other way round", "one of them twice", "a mixture"],
+)
+def test_two_subjects_are_found_where_the_caption_has_them(paint, both, in_place):
+    catalog = Company()
+
+    class Pairs(Listener):
+        def painting(self, prompt):
+            item = catalog.asked[prompt]
+            return paint(*(colour(pair.subject) for pair in (item.pair, item.second)), item.beside)
+
+    found = hearing_study.two(Study(Pairs(False), Rims(), catalog, CaptionWording(catalog.subjects), None, 40))  # type: ignore[arg-type]
+    for kind in ("beside", "above"):
+        real, rendered = found[f"{kind}, real"], found[f"{kind}, rendered"]
+        assert real["both"]["value"] == real["both, in place"]["value"] == 1
+        assert rendered["both"]["value"] == pytest.approx(both, abs=0.2)  # the judge reads bare ground as some subject
+        assert rendered["both, in place"]["value"] == in_place

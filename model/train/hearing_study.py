@@ -6,6 +6,9 @@ looks      subjects in the look of a held-out picture, not described, in the dat
            judge's style embedding to that picture's
 strangers  captions of held-out pictures as is, in other words, among strange ones too, or with another subject beside
            theirs: is the subject the nearest of the first hundred
+two        captions of two subjects that never met in training, side by side or one above the other: is either's name
+           the nearest of the first hundred in some part of the picture, and is the first one left of the second or
+           above it; beside the same of real pictures
 
 Captions are the same for every checkpoint. Intervals are 95 %, by bootstrap: over subjects, looks, drawings.
 """
@@ -26,10 +29,13 @@ from model.train.evaluate import candidate_subjects, held_out_prompts, make_spec
 from model.train.judge import Judge
 from model.train.looks import DRAWINGS, MEDIA
 from model.train.strangers import CaptionWording
-from model.train.study import Floats, Pixels, embed, figure, mean, render_specs, run_study, study_parser
+from model.train.study import Floats, Pixels, embed, embed_names, figure, mean, render_specs, run_study, study_parser
 from model.train.thesaurus import pick_one, with_article
+from model.train.two_subjects import pictures_of_two
 from model.vocabulary import held_out
 
+PART = 0.54  # of a picture's side: one of two subjects with a little margin
+PARTS = ((0.5, 0), (0.5, 1), (0, 0.5), (1, 0.5), (0.85, 0), (0.85, 1))  # where they stand; the last on the ground
 WORDINGS = {"plain": (0.0, 0.0), "other words": (1.0, 0.0), "wrapped": (0.0, 1.0), "both": (1.0, 1.0)}
 
 
@@ -110,7 +116,61 @@ def strangers(study: Study) -> dict[str, Any]:
     return found
 
 
-FIGURES = {"names": names, "looks": looks, "strangers": strangers}
+def two(study: Study) -> dict[str, Any]:
+    """Shares of pictures that show both subjects, and show them where the caption says, by arrangement."""
+    rng, among = np.random.default_rng(6), candidate_subjects(study.catalog)
+    names = embed_names(study.judge, among)
+    every = [
+        item
+        for item in pictures_of_two(study.catalog, split="held-out")
+        if {item.pair.subject, item.second.subject} <= set(among)
+    ]
+    found: dict[str, Any] = {}
+    for kind, beside in (("beside", True), ("above", False)):
+        items = [item for item in every if item.beside == beside][: study.count]
+        wanted = np.array([[among.index(pair.subject) for pair in (item.pair, item.second)] for item in items])
+        captions = [study.catalog.caption(item, rng, "medium") for item in items]
+        real = [study.catalog.picture(item) for item in items]
+        for label, pictures in (("rendered", study.paint(captions, 4000)), ("real", real)):
+            shown, placed = find_both(study.judge, pictures, wanted, names, beside)
+            first, second = shown.T
+            found[f"{kind}, {label}"] = {
+                "first": figure(mean, first),
+                "second": figure(mean, second),
+                "both": figure(mean, first & second),
+                "both, in place": figure(mean, first & second & placed),
+            }
+    return found
+
+
+def find_both(
+    judge: Judge, pictures: Sequence[Pixels], wanted: NDArray[np.integer], names: Floats, beside: bool
+) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
+    """Which of two subjects pictures show, and whether they are in the order of the caption.
+
+    wanted   [N, 2] of the names
+    names    [S, 96] as the judge reads them
+    returns  whether the name of each is the nearest in some part of the picture [N, 2]; whether the first is left of
+             the second, or above it [N]
+    """
+    likeness = np.stack([embed(judge, [part(each, *at) for each in pictures])[0] @ names.T for at in PARTS])
+    best = likeness.argmax(-1)  # [parts, N]
+    shown = (best[:, :, None] == wanted).any(0)
+    axis = 1 if beside else 0
+    sides = [np.array([at[axis] == end for at in PARTS]) for end in (0, 1)]
+    one, other = (likeness[:, np.arange(len(wanted)), column] for column in wanted.T)
+    near, far = ([each[side].max(0) for each in (one, other)] for side in sides)
+    return shown, near[0] + far[1] > far[0] + near[1]
+
+
+def part(picture: Pixels, down: float, across: float) -> Pixels:
+    """A square part of a picture [H, W, 3] that holds one of two subjects; 0 … 1 from its one end to the other."""
+    side = round(PART * len(picture))
+    top, left = (round(each * (len(picture) - side)) for each in (down, across))
+    return picture[top : top + side, left : left + side]
+
+
+FIGURES = {"names": names, "looks": looks, "strangers": strangers, "two": two}
 
 
 def main() -> None:
