@@ -313,11 +313,11 @@ def render(
     from k2cli.execute import execute, say_if_unchanged, show_plan
     from k2cli.like import Example, note_on_project
     from k2cli.matrix import fixed_axes
+    from k2cli.multi_project import for_all, raise_all, try_each
     from k2cli.planning import Request
     from k2cli.prompts import typed
     from k2cli.runs import resume as last_run
-    from k2cli.several import for_all, raise_all, try_each
-    from k2cli.stream import prompts_given, render_each
+    from k2cli.stdin_prompts import prompts_given, render_each
     from k2cli.workers import ProcessPool, load_pipeline
 
     folders, from_stdin = [name for name in projects or [] if name != "-"], stream or "-" in (projects or [])

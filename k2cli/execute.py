@@ -14,12 +14,12 @@ from k2cli.expander import release_language_model
 from k2cli.facts import steps_and_guidance
 from k2cli.job_warnings import JobWarnings
 from k2cli.models import method_resolver, recommended
+from k2cli.multi_project import JobQueue, for_all, say_finished
 from k2cli.outputs import Run, number_of
 from k2cli.pictures import check_picture
 from k2cli.project import Shot
 from k2cli.records import planned_record, portable
 from k2cli.runs import Job, Saved, render
-from k2cli.several import JobQueue, for_all, say_finished
 from k2cli.texts import relative
 from k2cli.workers import WorkerPool, check_device
 from model import library

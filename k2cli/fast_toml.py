@@ -11,7 +11,7 @@ from datetime import datetime
 from functools import lru_cache
 from typing import Any
 
-from k2cli.tables import LIMIT, loads
+from k2cli.toml_tables import LIMIT, loads
 
 MAX_LINES, MAX_DISTINCT_LINES = 1_000_000, 200_000  # of a long text: lines, distinct lines
 MAX_ESCAPES = 1_000_000  # in its strings

@@ -20,7 +20,7 @@ from k2cli.pictures import in_folder
 from k2cli.prompts import slug
 from k2cli.settings import Settings
 from k2cli.sizes import fit_aspect, parse_size
-from k2cli.tables import LIMIT
+from k2cli.toml_tables import LIMIT
 from model import library
 from model.errors import K2Error, listed, pluralise
 from model.picture_file import describe_skipped

@@ -24,7 +24,7 @@ from k2cli.disk import DRAFT_SUFFIX, write_files, writing
 from k2cli.history import MadePicture
 from k2cli.outputs import PICTURES
 from k2cli.prompts import prompt_of
-from k2cli.tables import tables_in
+from k2cli.toml_tables import tables_in
 from model import picture_file
 from model.errors import K2Error, pluralise
 

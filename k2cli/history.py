@@ -21,8 +21,8 @@ from typing import Any
 from k2cli import fast_toml
 from k2cli.folder import list_names
 from k2cli.outputs import NUMBER, PICTURES, check_link, number_of
-from k2cli.tables import LIMIT, leaves, tables_in
 from k2cli.texts import MAX_PATH_PART, UNPRINTABLE, composed, masked, search_form
+from k2cli.toml_tables import LIMIT, leaves, tables_in
 from model import picture_file
 from model.errors import USAGE, K2Error
 from model.headers import open_file

@@ -19,8 +19,8 @@ from k2cli.prompts import Prompt, prompt_of
 from k2cli.records import SPEC_KEYS, Record
 from k2cli.settings import SIZE_KEYS, Settings
 from k2cli.styles import BOARD, Styles
-from k2cli.tables import Option
 from k2cli.texts import composed, quote
+from k2cli.toml_tables import Option
 from model.errors import USAGE, K2Error
 from model.hashes import identity, sha256
 from model.spec import Leader, Style

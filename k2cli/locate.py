@@ -74,8 +74,8 @@ def open_projects(
 
     prompts  those of -p, for a hint about words that name no folder
     """
+    from k2cli.multi_project import raise_all, try_each
     from k2cli.project import Project
-    from k2cli.several import raise_all, try_each
 
     missing = [name for name in folders if not os.path.exists(name)]  # what most people type first
     said = ((name, name if len(name) < 80 else f"{name[:80]}…") for name in missing)

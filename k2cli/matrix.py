@@ -15,8 +15,8 @@ from typing import Any
 
 from k2cli.settings import FOREIGN_NAMES, MISPLACED, check_setting
 from k2cli.sizes import parse_size
-from k2cli.tables import WEIGHT, Option, Place, check_keys, check_value, dotted, said_by
 from k2cli.texts import composed, plain
+from k2cli.toml_tables import WEIGHT, Option, Place, check_keys, check_value, dotted, said_by
 from model.errors import K2Error, nearest
 
 MAX_PICTURES = 10_000  # pictures in a run

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from k2cli.sizes import WIDEST
-from k2cli.tables import PATH, one_of
 from k2cli.texts import check_path, masked
+from k2cli.toml_tables import PATH, one_of
 from model import library, reference_weights
 from model.errors import K2Error, nearest
 from model.hashes import sha256

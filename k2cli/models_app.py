@@ -148,7 +148,7 @@ def export(
     from k2cli import licence, models
     from k2cli.console import meter, print_result, short_path
     from k2cli.settings import check_setting
-    from k2cli.tables import Option
+    from k2cli.toml_tables import Option
     from model import library
 
     name, variant = models.resolve(model), "turbo" if turbo else None

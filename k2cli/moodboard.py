@@ -23,8 +23,8 @@ from k2cli.fast_toml import dump
 from k2cli.new_style import copy_pictures, reference
 from k2cli.pictures import Inside, check_picture, find, nearly_called
 from k2cli.styles import BOARD
-from k2cli.tables import PATH, between
 from k2cli.texts import UNPRINTABLE, relative
+from k2cli.toml_tables import PATH, between
 from model import library, picture_file
 from model.errors import K2Error
 from model.hashes import cache_folder, sha256

@@ -26,8 +26,8 @@ from k2cli import comfy, history
 from k2cli.formats import record_from_xmp
 from k2cli.matrix import MAX_PROMPT_CHARS, escape
 from k2cli.prompts import prompt_of
-from k2cli.tables import loads, tables_in
 from k2cli.texts import UNPRINTABLE
+from k2cli.toml_tables import loads, tables_in
 from model import picture_file
 from model.errors import K2Error
 from model.expand import LEVELS

@@ -20,8 +20,8 @@ from k2cli.pictures import check_label, check_picture, is_dark, nearly_called, s
 from k2cli.prompts import Prompt, compare, name_files, read_prompts, spread
 from k2cli.settings import MISPLACED, NONE, SPEC_KEYS, Settings, check_size_keys, draw_seed
 from k2cli.styles import BOARD, Styles, words
-from k2cli.tables import Option, Place, Toml, check_keys, check_value, read_table, read_weights, said_by
 from k2cli.texts import fold_case, label_of, plain, relative
+from k2cli.toml_tables import Option, Place, Toml, check_keys, check_value, read_table, read_weights, said_by
 from model.errors import USAGE, K2Error, nearest
 from model.picture_file import same_shape
 from model.region import EXAMPLE, REGION_LIKE, Region

@@ -11,8 +11,8 @@ from typing import Any
 from k2cli.matrix import MAX_PICTURES, MAX_TOTAL_CHARS, Cell, Matrix, fixed_axes, variants
 from k2cli.settings import MISPLACED, NONE, PROMPT_KEYS, check_setting, check_size_keys
 from k2cli.sizes import parse_size
-from k2cli.tables import NO_KEY, Place, check_keys, read_table, read_weights, said_by
 from k2cli.texts import as_name, check_name, is_mark, plain
+from k2cli.toml_tables import NO_KEY, Place, check_keys, read_table, read_weights, said_by
 from model.errors import K2Error
 
 STEM = 50  # characters of a name made from a prompt's choices

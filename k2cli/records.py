@@ -21,8 +21,8 @@ from k2cli import formats, models
 from k2cli.outputs import row_label
 from k2cli.project import Shot
 from k2cli.settings import field_for
-from k2cli.tables import LIMIT, PATH, WEIGHT, Place, Toml, between, one_of, read_table
 from k2cli.texts import check_name, quote, relative
+from k2cli.toml_tables import LIMIT, PATH, WEIGHT, Place, Toml, between, one_of, read_table
 from model import picture_file
 from model.errors import K2Error
 from model.hashes import identity, sha256

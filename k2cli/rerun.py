@@ -21,7 +21,7 @@ from k2cli.folder import Folder
 from k2cli.formats import SUFFIXES, encode, format_of
 from k2cli.outputs import BLOCKED, RUN, Run, picture_of
 from k2cli.runs import Saved, read_plan
-from k2cli.tables import LIMIT, Toml
+from k2cli.toml_tables import LIMIT, Toml
 from k2cli.workers import OnStep, load_pipeline, wanted_groups
 from model import picture_file
 from model.errors import K2Error

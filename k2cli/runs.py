@@ -21,7 +21,7 @@ from k2cli.pictures import check_picture
 from k2cli.project import MAX_PLAN, Project, Shot
 from k2cli.prompts import prompt_of
 from k2cli.sheet import Entry, contact_sheets
-from k2cli.tables import Place, Toml, between, read_table
+from k2cli.toml_tables import Place, Toml, between, read_table
 from k2cli.workers import OnStep, WorkerPool, distribute, render_here
 from model.errors import K2Error
 from model.spec import Picture

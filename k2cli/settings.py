@@ -10,7 +10,7 @@ from typing import Any
 from k2cli import models
 from k2cli.formats import SUFFIXES
 from k2cli.sizes import fit_aspect, parse_resolution, parse_size, shape_of
-from k2cli.tables import NO_KEY, PATH, Option, between, check_value, hints_of, like, limited, one_of, said_by
+from k2cli.toml_tables import NO_KEY, PATH, Option, between, check_value, hints_of, like, limited, one_of, said_by
 from model.errors import USAGE, K2Error
 from model.expand import LEVELS
 from model.headers import VARIANTS

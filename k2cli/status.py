@@ -12,8 +12,8 @@ from k2cli.console import aligned, sanitize, screen_width
 from k2cli.outputs import RUN, SHEET, Run
 from k2cli.project import MAX_PLAN, Project
 from k2cli.prompts import name_files
-from k2cli.tables import Place
 from k2cli.texts import quote
+from k2cli.toml_tables import Place
 from model.errors import K2Error, listed, pluralise
 from model.headers import open_file
 

@@ -94,7 +94,7 @@ def add(
     from k2cli.folder import OutsideProject
     from k2cli.new_style import add_style
     from k2cli.pictures import without_sheets
-    from k2cli.tables import Option, check_value, said_by
+    from k2cli.toml_tables import Option, check_value, said_by
     from model.spec import METHODS
 
     if method is not None:
@@ -357,8 +357,8 @@ def analyze(
     from k2cli.console import meter, print_result, say, short_path, to_json
     from k2cli.disk import Exists
     from k2cli.pictures import without_sheets
-    from k2cli.tables import Option, said_by
     from k2cli.texts import masked
+    from k2cli.toml_tables import Option, said_by
     from model.picture_file import describe_skipped
 
     home = find_project(project, allow_outside)

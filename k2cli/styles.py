@@ -11,8 +11,8 @@ from typing import Any
 
 from k2cli.folder import list_names
 from k2cli.pictures import Inside, check_label, check_picture, find
-from k2cli.tables import PATH, WEIGHT, Place, Toml, check_keys, check_value, read_table, read_weights, said_by
 from k2cli.texts import UNPRINTABLE, check_name, composed, fold_case, label_of, relative
+from k2cli.toml_tables import PATH, WEIGHT, Place, Toml, check_keys, check_value, read_table, read_weights, said_by
 from model.errors import K2Error, nearest
 from model.headers import read_header
 from model.picture_file import describe_skipped

@@ -120,7 +120,7 @@ def check_options(settings: Mapping[str, Any]) -> None:
     """Refuse options that no change of a file could fix. Raises K2Error."""
     from k2cli.settings import Settings
     from k2cli.sizes import STEP, parse_size
-    from k2cli.tables import Option, said_by
+    from k2cli.toml_tables import Option, said_by
 
     Settings().override(**settings)
     if settings["size"] is not None:

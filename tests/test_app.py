@@ -37,8 +37,8 @@ from k2cli.execute import show_plan
 from k2cli.models_app import list_models
 from k2cli.planning import plan_job
 from k2cli.project import Project
-from k2cli.tables import Toml
 from k2cli.texts import quote
+from k2cli.toml_tables import Toml
 from model import library
 from model.errors import K2Error
 
@@ -1393,8 +1393,8 @@ def test_doctor_finds_a_filter_that_cannot_be_loaded(moody, k2, monkeypatch):
 
 def test_resume_command_allows_a_model_outside_the_project(moody):
     from k2cli.models import ModelSpec
+    from k2cli.multi_project import resume_commands
     from k2cli.outputs import Run
-    from k2cli.several import resume_commands
 
     def line(model: str) -> str:
         return resume_commands(

@@ -16,7 +16,7 @@ import pytest
 from PIL import Image
 from test_workers import PROJECT, made, needs_weights
 
-from k2cli import cluster, stream, workers
+from k2cli import cluster, stdin_prompts, workers
 from k2cli.cluster import pack_files, relocate, unpack_files
 from model.errors import K2Error
 from model.hashes import peft_settings_file, spec_files
@@ -168,7 +168,7 @@ def test_streaming_keeps_actors_between_lines(painted, k2, monkeypatch):
     """What the project brings is sent with each line."""
     ray = StandIn(2)
     monkeypatch.setitem(sys.modules, "ray", ray)
-    monkeypatch.setattr(stream, "lines", lambda: iter([b"a pear", b"a plum"]))
+    monkeypatch.setattr(stdin_prompts, "lines", lambda: iter([b"a pear", b"a plum"]))
 
     result = k2("render", "--stream", "--ray", "here", "--batch", "2", "--style", "dusk=0.5", "--json")
 

@@ -19,7 +19,7 @@ from PIL import Image
 
 from k2cli import records
 from k2cli.app import app
-from k2cli.tables import Toml
+from k2cli.toml_tables import Toml
 from model import library
 
 OPERATIONS = ("mkdir", "rename", "replace", "unlink", "rmdir", "fsync", "open")

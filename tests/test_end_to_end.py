@@ -16,7 +16,7 @@ from tiny import tiny, tiny_box  # noqa: F401
 
 from k2cli import workers
 from k2cli.models import grid
-from k2cli.tables import Toml
+from k2cli.toml_tables import Toml
 from model import library
 from model.headers import read_header
 from model.text_encoder import MAX_PROMPT_TOKENS

@@ -14,7 +14,7 @@ from k2cli.fast_toml import dump
 from k2cli.history import MadePicture
 from k2cli.project import Shot
 from k2cli.records import SPEC_KEYS, Record
-from k2cli.tables import Toml
+from k2cli.toml_tables import Toml
 from model.spec import Leader, Picture, Reference, RenderSpec, Style
 
 OTHERWISE = {  # settings that are neither the defaults nor those of the record they are compared with

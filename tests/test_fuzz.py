@@ -27,7 +27,7 @@ from k2cli.fast_toml import dump
 from k2cli.pictures import check_picture
 from k2cli.project import Project
 from k2cli.runs import resume
-from k2cli.tables import Toml
+from k2cli.toml_tables import Toml
 from model.errors import K2Error
 from model.headers import read_header
 from model.library import describe

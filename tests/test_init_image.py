@@ -17,9 +17,9 @@ from tiny import tiny, tiny_box  # noqa: F401
 
 from k2cli import models, origins, records, runs
 from k2cli.cluster import relocate
+from k2cli.multi_project import resume_commands
 from k2cli.outputs import Run
 from k2cli.project import Project
-from k2cli.several import resume_commands
 from k2cli.watch import plan_missing
 from model.errors import K2Error
 from model.hashes import sha256, spec_files

@@ -17,7 +17,7 @@ from tiny import tiny, tiny_box  # noqa: F401
 
 from k2cli import moodboard, workers
 from k2cli.project import Project
-from k2cli.tables import Toml
+from k2cli.toml_tables import Toml
 from model import library
 from model.board_pictures import StyleReader
 from model.checkpoint import save

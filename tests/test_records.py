@@ -23,8 +23,8 @@ from PIL import Image
 from k2cli import history, metadata, models, records, rerun, runs
 from k2cli.fast_toml import dump
 from k2cli.project import Project, Shot
-from k2cli.tables import LIMIT, Toml
 from k2cli.texts import relative
+from k2cli.toml_tables import LIMIT, Toml
 from model.errors import K2Error
 from model.hashes import identity, sha256
 from model.spec import Leader, Picture, Reference, RenderSpec, Style

@@ -17,7 +17,7 @@ from conftest import tree, write_weights
 from PIL import Image
 from safetensors.numpy import save_file
 
-from k2cli import pictures, several
+from k2cli import multi_project, pictures
 from k2cli.folder import Folder
 from k2cli.outputs import Run
 from model.errors import K2Error
@@ -101,7 +101,7 @@ def test_errors_get_their_projects_name(three, said, whole):
     home = Folder(root=three / "s", allow_outside=False)
     error = K2Error(said.format(root=home.root), hint="Mend it.")
 
-    told = several.name_project(home, error, [home])
+    told = multi_project.name_project(home, error, [home])
 
     assert str(told) == (str(error) if whole else f"s: {error}") and told.hint == error.hint
 
@@ -221,7 +221,7 @@ def test_dry_and_refused_runs_claim_nothing(three, k2, monkeypatch):
 
 def test_many_runs_are_locked_only_at_their_turn(three, k2, fake, monkeypatch):
     """Each lock is an open file. A run that another process has taken meanwhile is left to it, and reported."""
-    monkeypatch.setattr(several, "MAX_LOCKED", 1)
+    monkeypatch.setattr(multi_project, "MAX_LOCKED", 1)
     taken = Run(three / "two" / "outputs" / "0001-fox-and-1-more")
     stop_at(fake, 0, taken.lock)
 

@@ -15,7 +15,7 @@ import pytest
 from conftest import write_weights
 from typer.main import get_command
 
-from k2cli import stream
+from k2cli import stdin_prompts
 from k2cli.app import app
 from k2cli.prompts import Prompt
 from model import library
@@ -33,7 +33,7 @@ def asks(monkeypatch, fake):
                 painted.append([spec.prompt for spec in fake.seen])
                 yield wish.encode()
 
-        monkeypatch.setattr(stream, "lines", lines)
+        monkeypatch.setattr(stdin_prompts, "lines", lines)
         return painted
 
     return say
@@ -63,7 +63,7 @@ def test_line_is_rendered_before_the_next_is_read(moody, k2, asks, fake):
 
 def test_weights_are_loaded_before_the_first_line(moody, k2, monkeypatch, fake):
     seen = []
-    monkeypatch.setattr(stream, "lines", lambda: seen.append(len(fake.loaded)) or iter([]))
+    monkeypatch.setattr(stdin_prompts, "lines", lambda: seen.append(len(fake.loaded)) or iter([]))
 
     k2("render", "--stream")
     k2("render", "--stream", "--dry-run", "--turbo", code=1)  # which is not bundled
@@ -110,7 +110,7 @@ def test_project_changes_apply_from_the_next_line_on(moody, k2, monkeypatch, fak
         toml.write_text(whole + "\n[style]\ndusk = 1\n")
         yield b"a fig"
 
-    monkeypatch.setattr(stream, "lines", lines)
+    monkeypatch.setattr(stdin_prompts, "lines", lines)
 
     done = k2("render", "--stream", code=1)
 
@@ -128,7 +128,7 @@ def test_model_change_loads_it_for_the_next_line(moody, k2, monkeypatch, fake):
         toml.write_text(toml.read_text().replace("seed = 7", 'variant = "turbo"'))
         yield b"tea"
 
-    monkeypatch.setattr(stream, "lines", lines)
+    monkeypatch.setattr(stdin_prompts, "lines", lines)
     k2("render", "--stream")
 
     assert [variant for _, variant, *_ in fake.loaded] == [None, "turbo"]
@@ -232,7 +232,7 @@ def test_errors_in_an_object_read_like_those_of_a_project(moody, k2, asks, line,
 
 def test_null_values_are_ignored():
     line = '{"prompt": "tea", "text": null, "seed": null, "avoid": null, "styles": {"dusk": null, "ink": 1}}'
-    asked = stream.parse_line(line)
+    asked = stdin_prompts.parse_line(line)
     assert (asked.text, asked.settings, asked.avoid, asked.style) == ("tea", {}, "", {"ink": 1})
 
 
@@ -248,7 +248,7 @@ def test_null_values_are_ignored():
     ],
 )  # fmt: skip
 def test_braces_brackets_and_quotes_may_be_part_of_a_prompt(line):
-    assert stream.parse_line(line) == Prompt(line)
+    assert stdin_prompts.parse_line(line) == Prompt(line)
 
 
 @pytest.mark.parametrize(
@@ -286,7 +286,7 @@ def test_json_spread_over_lines_renders_nothing(moody, k2, fake):
 
 
 def test_options_named_in_hints_exist():
-    named = {word for hint in stream.MISPLACED.values() for word in re.findall(r"--[\w-]+", hint)}
+    named = {word for hint in stdin_prompts.MISPLACED.values() for word in re.findall(r"--[\w-]+", hint)}
     options = {option for each in get_command(app).commands["render"].params for option in each.opts}
     assert "--style-guidance" in named and named - options == set()
 
@@ -351,10 +351,10 @@ def test_unexpected_errors_end_the_stream(moody, k2, asks, fake):
 
 def test_terminal_input_explains_how_to_end(monkeypatch, capsys):
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"tea\n")))
-    assert [*stream.lines()] == [b"tea\n"] and capsys.readouterr() == ("", "")
+    assert [*stdin_prompts.lines()] == [b"tea\n"] and capsys.readouterr() == ("", "")
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"tea\n")))
     monkeypatch.setattr(sys.stdin, "isatty", lambda: True, raising=False)
-    assert [*stream.lines()] == [b"tea\n"]
+    assert [*stdin_prompts.lines()] == [b"tea\n"]
     assert capsys.readouterr() == ("", "One prompt per line, rendered as it arrives; Ctrl-D ends.\n")
 
 

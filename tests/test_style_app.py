@@ -18,7 +18,7 @@ from k2cli.fast_toml import dump
 from k2cli.moodboard import gather
 from k2cli.project import Project
 from k2cli.style_app import list_styles
-from k2cli.tables import Toml
+from k2cli.toml_tables import Toml
 from model import library
 from model.picture_file import describe_skipped
 

@@ -22,7 +22,7 @@ from PIL import Image, PngImagePlugin
 from k2cli import pictures
 from k2cli.console import sanitize, to_json
 from k2cli.fast_toml import dump, parse_long
-from k2cli.tables import LIMIT, Toml, loads
+from k2cli.toml_tables import LIMIT, Toml, loads
 from model import library
 from model.board_pictures import read_picture
 from model.errors import K2Error

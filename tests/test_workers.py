@@ -19,8 +19,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from k2cli import stream, workers
-from k2cli.tables import Toml
+from k2cli import stdin_prompts, workers
+from k2cli.toml_tables import Toml
 from k2cli.workers import (
     MAX_TRIES,
     Group,
@@ -351,7 +351,7 @@ def test_workers_are_kept_between_stream_lines(den, k2, monkeypatch):
         yield b"a sailboat"
 
     monkeypatch.setattr(ProcessPool, "start", watched)
-    monkeypatch.setattr(stream, "lines", lines)
+    monkeypatch.setattr(stdin_prompts, "lines", lines)
     result = k2("render", "--stream", "--workers", "2", "--quiet", "--size", "64x64")
 
     assert len(result.stdout.splitlines()) == 6

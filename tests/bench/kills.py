@@ -26,7 +26,7 @@ from k2cli import records
 from k2cli.app import app
 from k2cli.disk import DRAFT_SUFFIX
 from k2cli.models import ModelSpec
-from k2cli.tables import Toml
+from k2cli.toml_tables import Toml
 from k2cli.workers import load_pipeline
 
 PROJECT = """\

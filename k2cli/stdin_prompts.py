@@ -17,10 +17,10 @@ from typing import Any
 
 from k2cli.commands import as_user_error
 from k2cli.console import Unwritable, print_result, say, show_error, to_json
+from k2cli.multi_project import MultipleErrors
 from k2cli.prompts import WORDS, Prompt, read_prompts, refuse_twins, typed
 from k2cli.settings import FIELDS, MISPLACED, PROMPT_KEYS
-from k2cli.several import MultipleErrors
-from k2cli.tables import Place, Toml, check_keys, check_numbers, check_value, describe
+from k2cli.toml_tables import Place, Toml, check_keys, check_numbers, check_value, describe
 from model.errors import K2Error
 
 OBJECT = re.compile(r'\{\s*"')  # start of a line that is JSON, not a prompt with choices
