@@ -18,7 +18,7 @@ from k2cli.history_app import gallery, log, rerun, show
 from k2cli.locate import find_file, find_project_of, open_projects
 from k2cli.models_app import models_app
 from k2cli.options import (
-    ALLOWED,
+    OUTSIDE_ENV,
     AvoidOption,
     BatchOption,
     CreativityOption,
@@ -44,10 +44,10 @@ from k2cli.options import (
     StepsOption,
     StyleGuidanceOption,
     TurboOption,
-    read_matrix,
-    read_style,
-    seed_of,
-    variant_of,
+    parse_matrix,
+    parse_seed,
+    parse_style_weight,
+    variant_from,
 )
 from k2cli.style_app import mix_styles, moodboard_app, style_app
 from k2cli.train import train
@@ -89,7 +89,7 @@ def main() -> None:
     """Run the command line, with environment and streams set up for it."""
     # Before torch: threads that spin while waiting are several times slower on a busy machine, no faster on an idle.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    stdio.settle()
+    stdio.prepare_streams()
     try:
         app(prog_name="k2")
     except OSError as error:  # in output that no command writes: help, the version
@@ -135,10 +135,12 @@ def k2(
         from k2cli.status import project_status
 
         try:
-            allowed = os.environ.get(ALLOWED, "").lower() in ("1", "true", "t", "yes", "y", "on")  # as Typer reads it
+            # as Typer reads it
+            allowed = os.environ.get(OUTSIDE_ENV, "").lower() in ("1", "true", "t", "yes", "y", "on")
             print_result(project_status(allow_outside=allowed) or context.get_help())
         except OutsideProject as error:  # its hint names an option that bare `k2` lacks
-            hint = f"Replace the link with its target, or allow it for all commands: set {ALLOWED}=1 in the environment"
+            allow = f"set {OUTSIDE_ENV}=1 in the environment"
+            hint = f"Replace the link with its target, or allow it for all commands: {allow}"
             raise K2Error(str(error), hint=hint) from None
 
 
@@ -187,9 +189,9 @@ def new(
         from k2cli.pictures import without_sheets
 
         named, sheets = without_sheets([*pictures, *(more or [])])
-        origins, skipped = from_pictures.gather(named)
-        compose = partial(from_pictures.project_text, origins=list(origins.values()))
-        notes = [*filter(None, [sheets]), *from_pictures.notes(origins, skipped)]
+        origins, skipped = from_pictures.gather_origins(named)
+        compose = partial(from_pictures.project_toml, origins=list(origins.values()))
+        notes = [*filter(None, [sheets]), *from_pictures.import_notes(origins, skipped)]
     created = Folder.create(Path(folder), compose)
     print_result(short_path(created))
     if not quiet:
@@ -313,11 +315,11 @@ def render(
     from k2cli.execute import execute, say_if_unchanged, show_plan
     from k2cli.like import Example, note_on_project
     from k2cli.matrix import fixed_axes
-    from k2cli.multi_project import for_all, raise_all, try_each
+    from k2cli.multi_project import raise_all, run_each, try_each
     from k2cli.planning import Request
-    from k2cli.prompts import typed
+    from k2cli.prompts import typed_prompt
     from k2cli.runs import resume as last_run
-    from k2cli.stdin_prompts import prompts_given, render_each
+    from k2cli.stdin_prompts import prompts_given, render_lines
     from k2cli.workers import ProcessPool, load_pipeline
 
     folders, from_stdin = [name for name in projects or [] if name != "-"], stream or "-" in (projects or [])
@@ -331,9 +333,9 @@ def render(
             raise typer.BadParameter("it works with one project at a time", param_hint="--like")
     opened = open_projects(folders, project, allow_outside, prompt or ())
     options = {
-        "batch": batch, "seed": seed_of(seed), "size": size, "aspect": aspect, "resolution": resolution,
+        "batch": batch, "seed": parse_seed(seed), "size": size, "aspect": aspect, "resolution": resolution,
         "steps": steps, "guidance": guidance, "guidance_until": guidance_until, "style_guidance": style_guidance,
-        "model": model, "device": device, "variant": variant_of(turbo), "sampler": sampler,
+        "model": model, "device": device, "variant": variant_from(turbo), "sampler": sampler,
         "cohesion": cohesion, "scope": scope, "creativity": creativity, "precision": precision, "offload": offload,
         "format": format, "init_image": init_image and str(init_image), "denoise": denoise,
         "mask": mask, "avoid": ", ".join(avoid) if avoid else None,
@@ -380,14 +382,14 @@ def render(
         raise typer.BadParameter(
             "its prompts come from standard input, so no others can be given", param_hint="--stream"
         )
-    weights = dict(map(read_style, style or []))
-    matrices = [read_matrix(matrix, fixed_axes(settings, weights))] if matrix else []
-    prompts = [typed("anything")] if stream else prompts_given(prompt or [], stdin=from_stdin)
+    weights = dict(map(parse_style_weight, style or []))
+    matrices = [parse_matrix(matrix, fixed_axes(settings, weights))] if matrix else []
+    prompts = [typed_prompt("anything")] if stream else prompts_given(prompt or [], stdin=from_stdin)
     example = Example.read(like, opened[0]) if like else None
     request = Request(settings, prompts, only or [], weights, matrices, moodboard, example)
     # what no line of a stream could put right is refused before the first
     several = len(opened) > 1
-    jobs = for_all(opened, lambda each: request.job(each, quiet=quiet or stream, with_project=several))
+    jobs = run_each(opened, lambda each: request.job(each, quiet=quiet or stream, with_project=several))
     if not quiet:
         request.warn_if_changed(jobs[0])
     if not stream:
@@ -399,9 +401,9 @@ def render(
         """Render a line, with the projects as they are now."""
         line_request = replace(request, prompts=[one])
         there = open_projects(folders, project, allow_outside)
-        run_jobs(for_all(there, lambda each: line_request.job(each, quiet=quiet, with_project=several)))
+        run_jobs(run_each(there, lambda each: line_request.job(each, quiet=quiet, with_project=several)))
 
-    if render_each(render_line, as_json=json):
+    if render_lines(render_line, as_json=json):
         raise typer.Exit(1)
 
 

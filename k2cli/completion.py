@@ -33,7 +33,7 @@ def complete_style(context: typer.Context, incomplete: str) -> list[str]:
     """Style names."""
     project = current_project(context)
     with suppress(Exception):  # of a folder that may not be read
-        return matching(project.styles.known if project else (), incomplete)
+        return matching(project.styles.names if project else (), incomplete)
     return []
 
 

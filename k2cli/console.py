@@ -17,7 +17,7 @@ from rich.console import Console, Group, RenderableType
 from rich.text import Text
 
 from k2cli.disk import signals_as_ctrl_c
-from k2cli.texts import UNPRINTABLE, from_here, masked, quote
+from k2cli.texts import UNPRINTABLE, cwd_relative, display_safe, shell_quote
 from model.errors import K2Error
 
 MAX_ERROR = 2000  # characters of an error
@@ -29,7 +29,7 @@ console = Console(stderr=True, highlight=False)
 
 def sanitize(text: str) -> str:
     """The text as a terminal may show it: a name in a project may hold sequences that would rewrite the screen."""
-    return "\n".join("\t".join(masked(part) for part in line.split("\t")) for line in text.split("\n"))
+    return "\n".join("\t".join(display_safe(part) for part in line.split("\t")) for line in text.split("\n"))
 
 
 def say(text: str, style: str = "") -> None:
@@ -159,7 +159,7 @@ def screen_width() -> int | None:
 
 def short_path(path: Path) -> str:
     """A path as short as it can be typed here."""
-    short = from_here(path)
+    short = cwd_relative(path)
     return f"./{short}" if short.startswith("-") else short  # which would be read as an option
 
 
@@ -171,7 +171,7 @@ def name_among_several(root: Path) -> str:
 
 def for_shell(path: Path) -> str:
     """The same, quoted for a shell."""
-    return quote(short_path(path))
+    return shell_quote(short_path(path))
 
 
 class Meter:

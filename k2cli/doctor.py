@@ -52,17 +52,17 @@ def examine(folder: Path | None = None) -> dict[str, Any]:
     for name in library.bundled_models():
         with collect_errors(problems):
             report["models"] += [
-                {key: each[key] for key in ("file", "megabytes", "sha256")} for each in models.describe(name)
+                {key: each[key] for key in ("file", "megabytes", "sha256")} for each in models.describe_files(name)
             ]
     if not library.bundled_models():
         problems.append(f"There are no weights in {library.BUNDLED}: the bundled model cannot render.")
     with collect_errors(problems):
-        if project := Project.open(folder) if folder else Project.around(Path.cwd()):
+        if project := Project.open(folder) if folder else Project.find_or_none(Path.cwd()):
             report["project"] = {
                 "name": project.name,
                 "folder": str(project.root),
                 "prompts": len(project.prompts),
-                "styles": list(project.styles.known),
+                "styles": list(project.styles.names),
             }
     with collect_errors(problems):
         safety.installed_filters()

@@ -13,14 +13,14 @@ from k2cli.console import meter, name_among_several, print_result, print_results
 from k2cli.expander import release_language_model
 from k2cli.facts import steps_and_guidance
 from k2cli.job_warnings import JobWarnings
-from k2cli.models import method_resolver, recommended
-from k2cli.multi_project import JobQueue, for_all, say_finished
-from k2cli.outputs import Run, number_of
+from k2cli.models import method_resolver, recommended_settings
+from k2cli.multi_project import JobQueue, run_each, say_finished
+from k2cli.outputs import Run, run_number
 from k2cli.pictures import check_picture
 from k2cli.project import Shot
-from k2cli.records import planned_record, portable
+from k2cli.records import planned_record, portable_name
 from k2cli.runs import Job, Saved, render
-from k2cli.texts import relative
+from k2cli.texts import relative_path
 from k2cli.workers import WorkerPool, check_device
 from model import library
 from model.errors import K2Error, pluralise
@@ -33,7 +33,7 @@ from model.spec import Style, resolve_denoise
 
 def show_plan(jobs: Sequence[Job], *, as_json: bool, quiet: bool) -> None:
     """Show what a run would render: a line or an object per picture, the model's own settings filled in."""
-    for_all(jobs, check_files)
+    run_each(jobs, check_files)
     remaining = [job.remaining for job in jobs]
     for job, left, numbers in zip(jobs, remaining, number_pictures(remaining), strict=True):
         if not left and not quiet:
@@ -41,7 +41,7 @@ def show_plan(jobs: Sequence[Job], *, as_json: bool, quiet: bool) -> None:
         warnings = JobWarnings(job)
         if not quiet:
             warnings.say(with_project=len(jobs) > 1)
-        defaults = recommended(job.model.name, job.model.variant) if left else {}
+        defaults = recommended_settings(job.model.name, job.model.variant) if left else {}
         folder = f"{short_path(job.project.root)}/" if len(jobs) > 1 else ""
         rows = []
         for shot, number in zip(left, numbers, strict=True):
@@ -52,7 +52,7 @@ def show_plan(jobs: Sequence[Job], *, as_json: bool, quiet: bool) -> None:
                 record["settings"]["denoise"] = resolve_denoise(given.get("denoise"), masked=bool(record["mask"]))
             if as_json:
                 about = {"file": shot.file, "project": str(job.project.root), "variant": job.model.variant}
-                used = {"name": portable(job.model.name, job.project.root), "variant": job.model.variant}
+                used = {"name": portable_name(job.model.name, job.project.root), "variant": job.model.variant}
                 extra = {"of": number, "warnings": warnings.about(shot)}
                 print_result(to_json(about | record | {"model": used, **extra}))
             else:
@@ -83,7 +83,7 @@ def execute(
     Nothing is rendered if any of them has a problem that can be known beforehand. Raises K2Error.
     """
     release_language_model()
-    for_all(jobs, check_licence_and_files)
+    run_each(jobs, check_licence_and_files)
     if pool is None or pool.is_local:
         check_devices([job for job in jobs if job.remaining])
     folders: list[Path] = []
@@ -104,7 +104,7 @@ def execute(
 
 
 def check_licence_and_files(job: Job) -> None:
-    licence.require_for(job.model.name, job.model.variant)
+    licence.require_for_model(job.model.name, job.model.variant)
     check_files(job)
 
 
@@ -113,7 +113,7 @@ def check_devices(jobs: Sequence[Job]) -> None:
     if len({job.model.device for job in jobs}) == 1:
         check_device(jobs[0].model)
     else:
-        for_all(jobs, lambda job: check_device(job.model))
+        run_each(jobs, lambda job: check_device(job.model))
 
 
 def check_files(job: Job) -> None:
@@ -128,7 +128,7 @@ def check_files(job: Job) -> None:
         where = f'Style "{style.name}"'
         for each in style.references:
             if each.weight:
-                check_picture(each.image, where, relative(each.image, job.project.root), whole=True)
+                check_picture(each.image, where, relative_path(each.image, job.project.root), complete=True)
         if style.lora:
             try:
                 check_kind(style.lora)
@@ -146,7 +146,7 @@ def check_style_methods(job: Job) -> None:
     if not with_references:  # saves reading the model's headers
         return
     name, variant = job.model.name, job.model.variant
-    resolve_method, default_steps = method_resolver(name, variant), recommended(name, variant)["steps"]
+    resolve_method, default_steps = method_resolver(name, variant), recommended_settings(name, variant)["steps"]
     for styles, steps in with_references:
         weighted = [resolve_method(style) for style in styles if style.strength]
         try:
@@ -242,11 +242,11 @@ def say_if_unchanged(pixel_hashes: Mapping[Path, str], *, with_project: bool) ->
         runs.setdefault(path.parent, {})[path.stem] = pixels
     for run, hashes in runs.items():
         folders = [each.folder for each in Run.planned_in(run.parent)]  # a run may have been given another name
-        before = [each for each in folders if number_of(each) < number_of(run)]
+        before = [each for each in folders if run_number(each) < run_number(run)]
         if before and has_pictures(before[-1], hashes):
             which = "picture" if len(hashes) == 1 else "pictures"
             prefix = f"{name_among_several(run.parent.parent)}: " if with_project else ""
-            same = f"The same {which} as run {number_of(before[-1]):04d}"
+            same = f"The same {which} as run {run_number(before[-1]):04d}"
             say(f"{prefix}{same}; for others: --seed N or --seed random", "dim")
 
 

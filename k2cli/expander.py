@@ -40,7 +40,7 @@ def language_model_path(model: str) -> Path | None:
     text_encoder = library.find_parts(found).text
     if not can_answer(text_encoder):
         return None
-    licence.require_for(model)
+    licence.require_for_model(model)
     return text_encoder
 
 

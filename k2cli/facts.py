@@ -10,7 +10,7 @@ from typing import Any
 from k2cli.console import aligned
 from k2cli.history import lora_weights
 from k2cli.records import Record
-from k2cli.texts import masked
+from k2cli.texts import display_safe
 from model.errors import pluralise
 
 SINGULAR = {"styles": "style", "loras": "lora", "files": "file", "versions": "version"}  # facts of several values
@@ -82,7 +82,7 @@ def describe(record: Record, cells: int | None = None) -> str:
                 lines += [f"{how}  {one}" if name == "files" else f"{one} {how}"]
                 lines += pictures[one] if name == "styles" else []
             lines = [", ".join(lines)] if name == "versions" and lines else lines
-        rows += [(name, masked(line)) for line in lines]
+        rows += [(name, display_safe(line)) for line in lines]
     return aligned(rows, 2 + max(NAME_WIDTH, *(len(name) for name, _ in rows)), cells)
 
 

@@ -11,7 +11,7 @@ from datetime import datetime
 from functools import lru_cache
 from typing import Any
 
-from k2cli.toml_tables import LIMIT, loads
+from k2cli.toml_tables import MAX_FILE_BYTES, loads
 
 MAX_LINES, MAX_DISTINCT_LINES = 1_000_000, 200_000  # of a long text: lines, distinct lines
 MAX_ESCAPES = 1_000_000  # in its strings
@@ -106,7 +106,7 @@ def parse_line(line: str) -> tuple[str, Any]:
 def parse_long(text: str) -> dict[str, Any]:
     """Parse text that, if longer than anybody writes by hand, must be laid out as `dump` writes it: the most intricate
     TOML is read many times slower. Raises ValueError, and RecursionError as `loads` does."""
-    if len(text) <= LIMIT:
+    if len(text) <= MAX_FILE_BYTES:
         return loads(text)
     lines = text.split("\n")
     distinct = set(lines)

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from k2cli import template
 from k2cli.disk import DRAFT_SUFFIX, uninterrupted, writing
-from k2cli.texts import check_path, composed, printable
+from k2cli.texts import check_path, check_printable, nfc
 from model.errors import K2Error
 
 PROJECT_FILE = "k2.toml"
@@ -89,7 +89,7 @@ class Folder:
         compose  gives k2.toml for a project of this name, instead of the template and its style
         """
         folder = Path(os.path.abspath(folder))
-        name = " ".join(printable(folder.name, "The project's name").split())
+        name = " ".join(check_printable(folder.name, "The project's name").split())
         if folder.exists() and not folder.is_dir():
             raise K2Error(f"{folder} exists already and is not a folder.", hint="Choose another name.")
         exists = folder.exists()  # perhaps a mount, into which nothing can be moved from beside it
@@ -101,12 +101,12 @@ class Folder:
                 for part in ("refs", "styles"):
                     (draft / part).mkdir(parents=True)
                 quoted = name.replace("\\", "\\\\").replace('"', '\\"')
-                text = compose(name) if compose else template.PROJECT.format(name=quoted)
+                text = compose(name) if compose else template.PROJECT_TOML.format(name=quoted)
                 (draft / PROJECT_FILE).write_text(text, "utf-8")
                 if not compose:
-                    (draft / "styles" / "sticker.toml").write_text(template.STYLE, "utf-8")
+                    (draft / "styles" / "sticker.toml").write_text(template.STYLE_TOML, "utf-8")
                 if not os.path.lexists(folder / GITIGNORE):
-                    (draft / GITIGNORE).write_text(template.IGNORE, "utf-8")
+                    (draft / GITIGNORE).write_text(template.GITIGNORE_TEXT, "utf-8")
                 if exists:  # it may be a shell's current folder, so it stays, and k2.toml moves in last
                     move_parts(draft, folder, parts_to_move(draft, folder, ("refs", "styles", GITIGNORE, PROJECT_FILE)))
                 else:
@@ -188,7 +188,7 @@ def spelled_on_disk(root: Path, path: str | Path) -> Path:
     for part in Path(path).parts[bool(anchor) :]:
         if not os.path.lexists(found / part):
             with suppress(OSError):
-                part = next((name for name in os.listdir(found) if composed(name) == composed(part)), part)
+                part = next((name for name in os.listdir(found) if nfc(name) == nfc(part)), part)
         found /= part
     return found
 
@@ -205,17 +205,17 @@ def is_link_loop(path: Path) -> bool:
 def project_hint(folder: Path) -> str:
     """A hint for a path given as a project's folder: it may be a picture, a run, the outputs, or a new project."""
     from k2cli.console import for_shell
-    from k2cli.outputs import NUMBER, number_of, picture_of
+    from k2cli.outputs import RUN_NUMBER, picture_for, run_number
     from model.picture_file import has_picture_suffix
 
     full = Path(os.path.abspath(folder))
     if full.exists() and not full.is_dir():
-        picture = picture_of(full)  # itself, or the one beside a record
+        picture = picture_for(full)  # itself, or the one beside a record
         of_one = has_picture_suffix(picture) and picture.is_file()
         more = f" To see what a picture was made from: k2 show {for_shell(folder)}" if of_one else ""
         return f"A project is a folder with a {PROJECT_FILE}.{more}"
-    if NUMBER.match(full.name) and (full.parent.parent / PROJECT_FILE).is_file():
-        return f"It is a run; k2 log and k2 gallery select it with: --run {number_of(full)}"
+    if RUN_NUMBER.match(full.name) and (full.parent.parent / PROJECT_FILE).is_file():
+        return f"It is a run; k2 log and k2 gallery select it with: --run {run_number(full)}"
     if full.name == "outputs" and (full.parent / PROJECT_FILE).is_file():
         return f"It holds a project's pictures; the project itself is {for_shell(full.parent)}"
     return f"Create one: k2 new {for_shell(folder)}"

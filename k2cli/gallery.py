@@ -22,8 +22,8 @@ from typing import Any
 from k2cli import history
 from k2cli.disk import DRAFT_SUFFIX, write_files, writing
 from k2cli.history import MadePicture
-from k2cli.outputs import PICTURES
-from k2cli.prompts import prompt_of
+from k2cli.outputs import PICTURE_SUFFIXES
+from k2cli.prompts import prompt_name
 from k2cli.toml_tables import tables_in
 from model import picture_file
 from model.errors import K2Error, pluralise
@@ -138,7 +138,7 @@ def remove_stale(folder: Path, wanted: Mapping[str, set[str]]) -> None:
             continue
         kept = wanted.get(run.name, set())
         for path in run.iterdir():
-            if path.name not in kept and path.suffix in (*PICTURES, ".toml"):
+            if path.name not in kept and path.suffix in (*PICTURE_SUFFIXES, ".toml"):
                 with writing(path):
                     path.unlink(missing_ok=True)
         if not kept:
@@ -198,7 +198,7 @@ def page_data(title: str, made: Iterable[MadePicture]) -> dict[str, Any]:
                 each.path.name,
                 strings.index_of(each.text("prompt.text")),
                 strings.index_of(
-                    prompt_of(each.text("prompt.name"), each.text("prompt.caption")) or each.text("prompt.text")
+                    prompt_name(each.text("prompt.name"), each.text("prompt.caption")) or each.text("prompt.text")
                 ),
                 safe_integer(each["settings.seed"]),
                 safe_integer(each["settings.width"]),

@@ -20,9 +20,9 @@ from typing import Any
 
 from k2cli import fast_toml
 from k2cli.folder import list_names
-from k2cli.outputs import NUMBER, PICTURES, check_link, number_of
-from k2cli.texts import MAX_PATH_PART, UNPRINTABLE, composed, masked, search_form
-from k2cli.toml_tables import LIMIT, leaves, tables_in
+from k2cli.outputs import PICTURE_SUFFIXES, RUN_NUMBER, check_link, run_number
+from k2cli.texts import MAX_PATH_PART, UNPRINTABLE, display_safe, nfc, search_form
+from k2cli.toml_tables import MAX_FILE_BYTES, leaves, tables_in
 from model import picture_file
 from model.errors import USAGE, K2Error
 from model.headers import open_file
@@ -45,7 +45,7 @@ def lora_weights(table: Mapping[str, Any]) -> dict[str, str]:
     found: dict[str, str] = {}
     for lora in tables_in(table, "lora"):
         if lora.get("file") and isinstance(lora.get("weight"), int | float):
-            file, weight = masked(" ".join(str(lora["file"]).split())), f"{float(lora['weight']):g}"
+            file, weight = display_safe(" ".join(str(lora["file"]).split())), f"{float(lora['weight']):g}"
             found[file] = f"{found[file]}, {weight}" if file in found else weight
     return found
 
@@ -91,7 +91,7 @@ class MadePicture:
     def text(self, place: str) -> str:
         """A value of the record on one line, without control characters."""
         value = self[place]
-        return "" if value is None else masked(" ".join(str(value).split()))
+        return "" if value is None else display_safe(" ".join(str(value).split()))
 
     @cached_property
     def created(self) -> datetime | None:
@@ -113,7 +113,7 @@ class MadePicture:
     def styles(self) -> dict[str, float]:
         """Name -> strength of every style that had a part in it."""
         return {
-            masked(str(style["name"])): float(style["strength"])
+            display_safe(str(style["name"])): float(style["strength"])
             for style in tables_in(self.table, "style")
             if isinstance(style.get("strength"), int | float) and style["strength"] and style.get("name")
         }
@@ -136,14 +136,14 @@ class Selection:
         text = search_form(" ".join(made.text(f"prompt.{key}") for key in ("name", "text", "expanded")))
         return (
             all(word_starts(word, text) for word in search_form(self.prompt).split())
-            and all(composed(style) in made.styles for style in self.styles)
+            and all(nfc(style) in made.styles for style in self.styles)
             and (self.since is None or (made.created is not None and made.created >= self.since))
         )
 
     def matches_run(self, name: str) -> bool:
         if not self.run.isdecimal() or len(self.run) > MAX_PATH_PART:  # too long for any folder's name
             return search_form(self.run) in search_form(name)
-        number = NUMBER.match(name)
+        number = RUN_NUMBER.match(name)
         return number is not None and int(number[1]) == int(self.run)
 
 
@@ -192,7 +192,7 @@ def run_folders(outputs: Path) -> list[Path]:
         outputs / name for name in list_names(outputs) if not name.startswith(".") and not UNPRINTABLE.search(name)
     ]
     runs = [path for path in found if path.is_dir() and not path.is_symlink()]
-    return sorted(runs, key=lambda run: (number_of(run) if NUMBER.match(run.name) else -1, run.name))
+    return sorted(runs, key=lambda run: (run_number(run) if RUN_NUMBER.match(run.name) else -1, run.name))
 
 
 def read_run(
@@ -213,7 +213,7 @@ def read_run(
     pictures = []
     for name in names:
         stem, dot, suffix = name.rpartition(".")
-        if dot + suffix not in PICTURES or picture_file.is_sheet(run / name):
+        if dot + suffix not in PICTURE_SUFFIXES or picture_file.is_sheet(run / name):
             continue
         sidecar = load_record(run / f"{stem}.toml") if f"{stem}.toml" in names else None
         table = sidecar or embedded_record(run / name)
@@ -244,8 +244,8 @@ def load_record(path: Path) -> dict[str, Any] | None:
     """A record's table, or None if it cannot be read, or if a number in it is nan or inf."""
     try:
         with open_file(path) as file:
-            raw = file.read(LIMIT + 1)
-        table = fast_toml.parse(raw.decode("utf-8-sig")) if len(raw) <= LIMIT else None
+            raw = file.read(MAX_FILE_BYTES + 1)
+        table = fast_toml.parse(raw.decode("utf-8-sig")) if len(raw) <= MAX_FILE_BYTES else None
     except (OSError, ValueError, RecursionError):  # tomllib's own error is a ValueError
         return None
     return table if is_record(table) else None
@@ -285,7 +285,7 @@ def parse_since(text: str, now: datetime | None = None) -> datetime:
     try:
         moment = datetime.fromisoformat(text.strip())
     except ValueError:
-        said = f'--since: "{masked(text)}" is not a time.'
+        said = f'--since: "{display_safe(text)}" is not a time.'
         hint = "Examples: 30m, 2h, 3d, 1w (minutes, hours, days, weeks), today, yesterday, 2026-11-24."
         raise K2Error(said, hint=hint, code=USAGE) from None
     try:

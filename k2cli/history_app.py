@@ -85,7 +85,7 @@ def log(
     """
     from k2cli import history
     from k2cli.console import print_result, say, short_path, show_error, to_json, writing_results
-    from k2cli.listing import line_of, near_file, show_table
+    from k2cli.listing import short_picture_path, show_table, tsv_line
 
     if everything and last is not None:
         raise typer.BadParameter("it cannot be combined with --last", param_hint="--all")
@@ -113,12 +113,12 @@ def log(
     pictures = history.latest(all_pictures(), limit)
     if json:
         for each in pictures:
-            print_result(to_json({"file": near_file(each), **history.with_nulls(each.table)}))
+            print_result(to_json({"file": short_picture_path(each), **history.with_nulls(each.table)}))
     elif table:
         show_table(pictures)
     else:
         with writing_results():
-            lines = (f"{near_file(each)}\0" if null else f"{line_of(each)}\n" for each in pictures)
+            lines = (f"{short_picture_path(each)}\0" if null else f"{tsv_line(each)}\n" for each in pictures)
             print("".join(lines), end="", flush=True)
     if not quiet:
         if not count and not errors:
@@ -155,8 +155,8 @@ def explain_no_match(folders: Sequence[Folder], selection: Selection) -> str:
     """Why a selection may match no picture: a run or a style that does not exist, or a style that no record names; ""
     if nothing explains it."""
     from k2cli import history
-    from k2cli.styles import BOARD, Styles
-    from k2cli.texts import composed
+    from k2cli.styles import BOARD_STYLE, Styles
+    from k2cli.texts import nfc
     from model.errors import did_you_mean, nearest
 
     runs: list[str] = []
@@ -165,13 +165,13 @@ def explain_no_match(folders: Sequence[Folder], selection: Selection) -> str:
         with suppress(K2Error):
             runs += [run.name for run in history.run_folders(folder.outputs)]
             known.update(name for made in history.read(folder.outputs) for name in made.styles)
-            known.update(Styles(folder.root, folder.path_inside).known)
+            known.update(Styles(folder.root, folder.path_inside).names)
     reasons = []
     if runs and not any(map(selection.matches_run, runs)):
         last = f"The last is {runs[-1]}." if len(folders) == 1 else ""
         reasons += [f'There is no run "{selection.run}".', did_you_mean(selection.run, runs) or last]
     for name in selection.styles:
-        if composed(name) not in {*known, BOARD}:
+        if nfc(name) not in {*known, BOARD_STYLE}:
             reasons += [f'There is no style "{name}".', nearest(name, sorted(known))]
     return " ".join(filter(None, (*reasons, mix_hint(folders, selection.styles))))
 
@@ -179,17 +179,17 @@ def explain_no_match(folders: Sequence[Folder], selection: Selection) -> str:
 def mix_hint(folders: Sequence[Folder], styles: Iterable[str]) -> str:
     """For styles that are mixes and nothing else, the parts that records name instead; "" if there are none."""
     from k2cli.styles import Styles
-    from k2cli.texts import composed, quote
+    from k2cli.texts import nfc, shell_quote
 
     hints: dict[str, None] = {}
     for folder in folders:
-        for name in map(composed, styles):
+        for name in map(nfc, styles):
             with suppress(K2Error):
                 parts = [
                     part.name for part in Styles(folder.root, folder.path_inside).resolve({name: 1.0}, lambda name: "")
                 ]
                 if parts and name not in parts:
-                    those = " ".join(f"--style {quote(part)}" for part in parts)
+                    those = " ".join(f"--style {shell_quote(part)}" for part in parts)
                     hints[f"{name} is a mix, and records name its parts: {those}"] = None
     return " ".join(hints)
 
@@ -287,7 +287,7 @@ def show(
     from k2cli.facts import describe
     from k2cli.history import with_nulls
     from k2cli.listing import show_differences
-    from k2cli.outputs import picture_of
+    from k2cli.outputs import picture_for
     from k2cli.preview import preview
     from model.picture_file import is_sheet
 
@@ -297,10 +297,10 @@ def show(
     found = [records.parse(records.read(file), Path) for file in paths]
     if json:
         for file, record in zip(paths, found, strict=True):
-            there = None if record.table.get("blocked") else short_path(picture_of(file))
+            there = None if record.table.get("blocked") else short_path(picture_for(file))
             print_result(to_json({"file": there, **with_nulls(record.table)}))
         return
-    preview([picture for file in paths if (picture := picture_of(file)).is_file()])
+    preview([picture for file in paths if (picture := picture_for(file)).is_file()])
     if len(found) == 1:
         print_result(describe(found[0], screen_width()))
     else:

@@ -23,8 +23,8 @@ from typing import Any, BinaryIO
 
 from k2cli import licence
 from k2cli.disk import signals_as_ctrl_c
-from k2cli.pull_errors import explained
-from k2cli.texts import UNPRINTABLE, WINDOWS_DEVICE, masked
+from k2cli.pull_errors import hub_errors
+from k2cli.texts import UNPRINTABLE, WINDOWS_DEVICE, display_safe
 from model import library
 from model.atomic import atomic_write
 from model.errors import K2Error, listed
@@ -61,7 +61,7 @@ class RepoFile:
             part in ("", ".", "..") or WINDOWS_DEVICE.match(part) for part in parts
         )
         if not HASH.fullmatch(self.etag) or strange:
-            raise K2Error(f'The hub lists a file that does not belong in a repository: "{masked(self.name)}".')
+            raise K2Error(f'The hub lists a file that does not belong in a repository: "{display_safe(self.name)}".')
 
 
 @dataclass(frozen=True)
@@ -92,12 +92,16 @@ def plan_pull(name: str, revision: str | None = None, include: Sequence[str] = (
     found = library.parse_hub_name(name)
     if found is None:
         known = ", ".join(library.OFFICIAL)
-        raise K2Error(f'"{masked(name)}" is not the name of a model on the hub.', hint=f"Like ORG/NAME, or {known}.")
+        raise K2Error(
+            f'"{display_safe(name)}" is not the name of a model on the hub.', hint=f"Like ORG/NAME, or {known}."
+        )
     repo, at, file = found
     revision = revision or at or "main"
     if ".." in revision or revision.startswith("/"):
-        raise K2Error(f'"{masked(revision)}" is not the name of a revision.', hint="Give a branch, a tag or a commit.")
-    with explained(repo, revision):
+        raise K2Error(
+            f'"{display_safe(revision)}" is not the name of a revision.', hint="Give a branch, a tag or a commit."
+        )
+    with hub_errors(repo, revision):
         from huggingface_hub import HfApi, constants
         from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
@@ -160,7 +164,13 @@ def stated_licence(info: Any) -> str | None:
     stated = getattr(card, "license_name", None) or getattr(card, "license", None)
     bases = getattr(card, "base_model", None) or []
     kin = {info.id, *([bases] if isinstance(bases, str) else bases)}
-    return library.KREA_2_LICENCE if kin & set(library.OFFICIAL.values()) else masked(str(stated)) if stated else None
+    return (
+        library.KREA_2_LICENCE
+        if kin & set(library.OFFICIAL.values())
+        else display_safe(str(stated))
+        if stated
+        else None
+    )
 
 
 def fetch(plan: PullPlan, on_progress: OnProgress = lambda what, done: None) -> Path:
@@ -168,7 +178,7 @@ def fetch(plan: PullPlan, on_progress: OnProgress = lambda what, done: None) -> 
 
     A file gets its name once its hash is right. When this raises K2Error, all intact data received so far is kept.
     """
-    with explained(plan.repo, plan.revision), exclusive(plan):
+    with hub_errors(plan.repo, plan.revision), exclusive(plan):
         check_disk_space(plan)
         write_manifest(plan)
         here = 0
@@ -350,10 +360,10 @@ def pull(
     """`k2 models pull`: from the licence to the last byte, with a bar on a terminal. Raises K2Error."""
     full_name = f"{name}@{revision}" if revision else name
     if is_offline() and (cached := library.find(full_name)):
-        licence.require(cached.licence, name, yes=accept)
+        licence.require_accepted(cached.licence, name, yes=accept)
         return cached
     plan = plan_pull(name, revision, include)
-    licence.require(plan.licence, name, yes=accept)
+    licence.require_accepted(plan.licence, name, yes=accept)
     with signals_as_ctrl_c(), progress_bar(plan.size, quiet=quiet) as on_progress:
         path = fetch(plan, on_progress)
     manifest = library.read_manifest(plan.snapshot)

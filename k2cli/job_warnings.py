@@ -8,10 +8,10 @@ from dataclasses import replace
 from functools import cached_property, lru_cache
 
 from k2cli.console import name_among_several, say
-from k2cli.foreign_syntax import read_as_words, short
+from k2cli.foreign_syntax import foreign_syntax_warning, shorten
 from k2cli.matrix import Matrix
-from k2cli.models import Grid, grid, recommended, unknown_variant
-from k2cli.pictures import sides_of
+from k2cli.models import Grid, grid, recommended_settings, unknown_variant
+from k2cli.pictures import picture_sides
 from k2cli.project import Shot
 from k2cli.prompts import Prompt
 from k2cli.runs import Job
@@ -56,7 +56,9 @@ class JobWarnings:
         guidance_warnings = [self._guidance_off(shot) for shot in remaining if shot.spec.guidance_until]
         if guidance_warnings and all(guidance_warnings):
             yield guidance_warnings[0]
-        if syntax_warning := read_as_words(text for shot in remaining for text in (shot.given, shot.spec.negative)):
+        if syntax_warning := foreign_syntax_warning(
+            text for shot in remaining for text in (shot.given, shot.spec.negative)
+        ):
             yield syntax_warning
         if undrawable := list(dict.fromkeys(shot.given for shot in remaining if names_nothing(shot, job))):
             yield nothing_to_draw(undrawable)
@@ -66,7 +68,7 @@ class JobWarnings:
     def about(self, shot: Shot) -> list[str]:
         """Those that concern one picture."""
         found = [self._unknown_variant, self._unusual_size(shot), self._guidance_off(shot)]
-        found.append(read_as_words([shot.given, shot.spec.negative]))
+        found.append(foreign_syntax_warning([shot.given, shot.spec.negative]))
         found.append(nothing_to_draw([shot.given]) if names_nothing(shot, self.job) else "")
         found.append(several_subjects([shot.given]) if names_several(shot, self.job) else "")
         return [warning for warning in found if warning]
@@ -81,7 +83,7 @@ class JobWarnings:
 
     @cached_property
     def _guidance(self) -> float:
-        return float(recommended(*self._model)["guidance"])
+        return float(recommended_settings(*self._model)["guidance"])
 
     def _unusual_size(self, shot: Shot) -> str:
         """A warning if a picture is far larger or smaller than the model says it was trained for, else ""."""
@@ -103,7 +105,7 @@ class JobWarnings:
 
 def unused_settings(settings: Settings, shots: Sequence[Shot]) -> Iterator[str]:
     """Settings given for this run that have no effect in it."""
-    specs, given = [shot.spec for shot in shots], settings.elsewhere
+    specs, given = [shot.spec for shot in shots], settings.sources
     lead = all(spec.leader == Leader(spec.prompt, spec.seed, spec.negative) for spec in specs)
     if "cohesion" in given and settings.cohesion and lead:
         yield "Every picture is its own lead picture, so cohesion has no effect."
@@ -118,7 +120,7 @@ def missing_lead(settings: Settings, shots: Sequence[Shot]) -> Iterator[str]:
     """The lead picture is not in this run, and in no earlier one either, because its seed was drawn for this run."""
     specs = [shot.spec for shot in shots]
     others = {spec.leader for spec in specs} - {Leader(spec.prompt, spec.seed, spec.negative) for spec in specs}
-    if any(leader and leader.seed == settings.drawn for leader in others):
+    if any(leader and leader.seed == settings.drawn_seed for leader in others):
         belong = "these pictures match no earlier ones. To match one: --like PICTURE"
         yield f"The lead picture is the first prompt's, with a seed drawn for this run: {belong}"
 
@@ -129,11 +131,11 @@ def missing_init_image(
     """No picture has an init image, so settings that concern one have no effect."""
     if any(shot.spec.init_image for shot in job.shots):
         return
-    typed = settings.elsewhere.keys() - job.project.settings.elsewhere.keys()  # not taken over by --like
+    typed = settings.sources.keys() - job.project.settings.sources.keys()  # not taken over by --like
     given = {key: getattr(settings, key) for key in typed}
     run_settings = vars(settings) if settings.init_image is None else given  # else for one that prompts reject
     none = given.get("init_image") == NONE  # except for prompts that override the command line
-    prompt_settings = [prompt.settings for prompt in prompts if prompt.last or not none]
+    prompt_settings = [prompt.settings for prompt in prompts if prompt.overrides_options or not none]
     sources = [run_settings, *prompt_settings, *(matrix.axes for matrix in matrices)]
     if unused := [key for key in ("denoise", "mask") if any(each.get(key) not in (None, NONE) for each in sources)]:
         change = "has" if len(unused) == 1 else "have"
@@ -146,7 +148,7 @@ def unsuitable_init_images(job: Job) -> Iterator[str]:
     specs = [shot.spec for shot in job.shots if shot.spec.init_image]
     if not specs:  # saves reading the model's headers
         return
-    default_steps = recommended(job.model.name, job.model.variant)["steps"]
+    default_steps = recommended_settings(job.model.name, job.model.variant)["steps"]
     for mask, denoise, steps in {(spec.mask, spec.denoise, spec.steps or default_steps): None for spec in specs}:
         strength = resolve_denoise(denoise, masked=bool(mask))
         if not mask and strength < 1 and steps_taken(strength, steps) == steps:
@@ -156,7 +158,7 @@ def unsuitable_init_images(job: Job) -> Iterator[str]:
     for path, width, height, masked in framed:
         if not (path and width and height):
             continue
-        sides = sides_of(path)
+        sides = picture_sides(path)
         was, shape = "x".join(map(str, sides)), width / height * sides[1] / sides[0]
         if (cut := 1 - min(shape, 1 / shape)) > MAX_CROP:
             yield f"{path.name} is {was} and fills {width}x{height}: {cut:.0%} of it is cropped."
@@ -175,7 +177,7 @@ def equal_step_counts(job: Job, matrices: Sequence[Matrix]) -> Iterator[str]:
     axes = {key for matrix in matrices for key in needs if len(matrix.axes.get(key, ())) > 1}
     if not axes:  # saves reading the model's headers
         return
-    defaults = recommended(job.model.name, job.model.variant)
+    defaults = recommended_settings(job.model.name, job.model.variant)
     shares: dict[tuple[RenderSpec, str, int, int], dict[str, None]] = {}
     ignoring: Counter[tuple[str, RenderSpec, str]] = Counter()
     for shot in job.shots:
@@ -203,7 +205,7 @@ def equal_step_counts(job: Job, matrices: Sequence[Matrix]) -> Iterator[str]:
     for key, need in needs.items():
         alike = {given: None for (given, _, about), count in ignoring.items() if about == key and count > 1}
         if key in axes and alike and any(about == key for _, about, _, _ in shares):
-            those = listed([f'"{short(prompt)}"' for prompt in alike], 1)
+            those = listed([f'"{shorten(prompt)}"' for prompt in alike], 1)
             yield f"Some pictures of {those} are the same: {key} has no effect without {need}."
 
 
@@ -229,10 +231,10 @@ def subjects(prompt: str) -> list[str]:
 
 def several_subjects(prompts: Sequence[str]) -> str:
     """That only one of several subjects will be painted, or a mixture of them."""
-    named = f'"{short(prompts[0])}" ({listed(subjects(prompts[0]), 3)})'
+    named = f'"{shorten(prompts[0])}" ({listed(subjects(prompts[0]), 3)})'
     return f"mini paints one subject per picture; several are named in {listed([named, *prompts[1:]], 1)}"
 
 
 def nothing_to_draw(prompts: Sequence[str]) -> str:
-    those = listed([f'"{short(prompt)}"' for prompt in prompts], 1)
+    those = listed([f'"{shorten(prompt)}"' for prompt in prompts], 1)
     return f"mini can draw nothing in {those}; to list what it can: k2 models vocabulary"

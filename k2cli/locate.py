@@ -24,20 +24,20 @@ def prompt_hint(word: str, words: Sequence[str], prompts: Sequence[str]) -> str:
     prompts  those of -p
     """
     from k2cli.project import Project
-    from k2cli.texts import quote
+    from k2cli.texts import shell_quote
 
     if any(prompt.split() != [prompt] for prompt in prompts):  # that one was quoted, so this word is another
-        return f"Each prompt needs its own -p. To create a project: k2 new {quote(word)}"
+        return f"Each prompt needs its own -p. To create a project: k2 new {shell_quote(word)}"
     if len(prompts) == 1:
-        there = "".join(f"{quote(each)} " for each in words if os.path.exists(each))
+        there = "".join(f"{shell_quote(each)} " for each in words if os.path.exists(each))
         whole = " ".join([*prompts, *(each for each in words if not os.path.exists(each))])
-        return f"Put a prompt of several words in quotes: k2 render {there}-p {quote(whole)}"
+        return f"Put a prompt of several words in quotes: k2 render {there}-p {shell_quote(whole)}"
     if (above := os.path.dirname(word)) and (word.split() == [word] or os.path.isdir(above)):
         return "Check the path."
     with suppress(K2Error):
-        if (here := Project.around(Path.cwd())) and here.choose([word]):
-            return f"To render the prompt of that name: k2 render --only {quote(word)}"
-    return f"Give a prompt with -p: k2 render -p {quote(word)}"
+        if (here := Project.find_or_none(Path.cwd())) and here.choose_prompts([word]):
+            return f"To render the prompt of that name: k2 render --only {shell_quote(word)}"
+    return f"Give a prompt with -p: k2 render -p {shell_quote(word)}"
 
 
 def find_file(file: Path, project: Path | None) -> Path:

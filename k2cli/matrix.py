@@ -15,8 +15,8 @@ from typing import Any
 
 from k2cli.settings import FOREIGN_NAMES, MISPLACED, check_setting
 from k2cli.sizes import parse_size
-from k2cli.texts import composed, plain
-from k2cli.toml_tables import WEIGHT, Option, Place, check_keys, check_value, dotted, said_by
+from k2cli.texts import check_line, nfc
+from k2cli.toml_tables import WEIGHT, Option, Place, check_keys, check_value, dotted_name_hint, error_context
 from model.errors import K2Error, nearest
 
 MAX_PICTURES = 10_000  # pictures in a run
@@ -54,16 +54,16 @@ class Matrix:
         """Whether it compares the prompt of this name."""
         return not self.prompts or prompt in self.prompts
 
-    def count(self, settled: Collection[str] = ()) -> int:
+    def count(self, fixed: Collection[str] = ()) -> int:
         """The number of combinations."""
-        return math.prod(len(values) for name, values in self.axes.items() if name not in settled)
+        return math.prod(len(values) for name, values in self.axes.items() if name not in fixed)
 
-    def cells(self, settled: Collection[str] = ()) -> list[Cell]:
+    def cells(self, fixed: Collection[str] = ()) -> list[Cell]:
         """Every combination, without axes that the command line has set. Raises K2Error past MAX_PICTURES."""
-        if self.count(settled) > MAX_PICTURES:
+        if self.count(fixed) > MAX_PICTURES:
             raise K2Error(f"That is more than {MAX_PICTURES:,} pictures.", hint="Use fewer values or axes.")
-        axes = {name: values for name, values in self.axes.items() if name not in settled}
-        return [cell(dict(zip(axes, values, strict=True)), self.where) for values in product(*axes.values())]
+        axes = {name: values for name, values in self.axes.items() if name not in fixed}
+        return [make_cell(dict(zip(axes, values, strict=True)), self.where) for values in product(*axes.values())]
 
 
 def fixed_axes(given: Iterable[str], styles: Iterable[str]) -> set[str]:
@@ -71,14 +71,14 @@ def fixed_axes(given: Iterable[str], styles: Iterable[str]) -> set[str]:
     return {"size" if key in ("aspect", "resolution") else key for key in given} | {f"style.{name}" for name in styles}
 
 
-def cell(values: Mapping[str, Any], where: str) -> Cell:
+def make_cell(values: Mapping[str, Any], where: str) -> Cell:
     styles = {name.removeprefix("style."): value for name, value in values.items() if name.startswith("style.")}
-    asked = {name: value for name, value in values.items() if name in AXES}
-    called = [f"{name.removeprefix('style.')} {show(value)}" for name, value in values.items()]
-    return Cell(styles, asked, " · ".join(called[:-1]), "".join(called[-1:]), where)
+    settings = {name: value for name, value in values.items() if name in AXES}
+    labels = [f"{name.removeprefix('style.')} {value_text(value)}" for name, value in values.items()]
+    return Cell(styles, settings, " · ".join(labels[:-1]), "".join(labels[-1:]), where)
 
 
-def show(value: Any) -> str:
+def value_text(value: Any) -> str:
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 
@@ -95,13 +95,16 @@ def read_matrices(entries: Any, place: Place, prompts: Collection[str]) -> tuple
             if key == "style":
                 if not isinstance(values, dict):
                     raise K2Error(f"{at(key)}: expected a table of styles.", hint="Like style.dusk = [0, 0.5, 1].")
-                axes |= {f"style.{plain(n, at(key))}": axis(f"style.{n}", each, at(key)) for n, each in values.items()}
+                axes |= {
+                    f"style.{check_line(n, at(key))}": read_axis(f"style.{n}", each, at(key))
+                    for n, each in values.items()
+                }
             elif key != "prompt":
-                axes[key] = axis(key, values, at(key))
+                axes[key] = read_axis(key, values, at(key))
         if not axes:
             raise K2Error(f"{at()}: the matrix compares nothing.", hint="Give it an axis, like seed = [1, 2, 3].")
-        asked = check_value("prompt", table.get("prompt", []), list[str], {}, at("prompt"))
-        chosen = [*map(composed, asked)]  # as prompts' names are
+        names = check_value("prompt", table.get("prompt", []), list[str], {}, at("prompt"))
+        chosen = [*map(nfc, names)]  # as prompts' names are
         for name in chosen:
             if name not in prompts:
                 raise K2Error(
@@ -114,7 +117,7 @@ def read_matrices(entries: Any, place: Place, prompts: Collection[str]) -> tuple
 def read_axes(texts: Sequence[str]) -> Matrix:
     """ "style.dusk=0,0.5,1" and "seed=7,8" from a command line."""
     axes = {}
-    with said_by(OPTION):
+    with error_context(OPTION):
         for text in texts:
             key, equals, values = text.partition("=")
             key = key.strip()
@@ -122,14 +125,14 @@ def read_axes(texts: Sequence[str]) -> Matrix:
                 hint = (
                     MISPLACED[key] if FOREIGN_NAMES.get(key, ("",))[0] in AXES else nearest(key, [*AXES, "style.NAME"])
                 )
-                raise K2Error(f'{OPTION}: "{plain(key, OPTION)}" is not an axis.', hint=hint)
+                raise K2Error(f'{OPTION}: "{check_line(key, OPTION)}" is not an axis.', hint=hint)
             if not equals:
                 raise K2Error(f'{OPTION}: "{key}" has no values to compare.', hint=f"Like {key}=1,2.")
-            axes[key] = axis(key, [number(part.strip()) for part in values.split(",")], OPTION)
+            axes[key] = read_axis(key, [parse_number(part.strip()) for part in values.split(",")], OPTION)
     return Matrix(axes)
 
 
-def number(text: str) -> Any:
+def parse_number(text: str) -> Any:
     """A number if the text is one, whole if possible; else the text."""
     for kind in (int, float):
         try:
@@ -139,12 +142,12 @@ def number(text: str) -> Any:
     return text
 
 
-def axis(key: str, values: Any, where: str) -> list[Any]:
+def read_axis(key: str, values: Any, where: str) -> list[Any]:
     """The values of one axis, each checked as the setting it stands for."""
     if not isinstance(values, list) or not values:
-        meant = dotted(key.removeprefix("style."), values) if key.startswith("style.") else ""
-        meant = meant or f"Like {key} = [1, 2]."
-        raise K2Error(f'{where}: "{key}" must be a list of values to compare.', hint=meant)
+        hint = dotted_name_hint(key.removeprefix("style."), values) if key.startswith("style.") else ""
+        hint = hint or f"Like {key} = [1, 2]."
+        raise K2Error(f'{where}: "{key}" must be a list of values to compare.', hint=hint)
     if key.startswith("style."):
         checked = [check_value(key, value, float, WEIGHT, where) for value in values]
     else:
@@ -157,7 +160,7 @@ def axis(key: str, values: Any, where: str) -> list[Any]:
     return checked
 
 
-def variants(text: str) -> list[tuple[str, tuple[str, ...]]]:
+def text_readings(text: str) -> list[tuple[str, tuple[str, ...]]]:
     r"""Every reading of a prompt with choices, and what was chosen in it; the first choice varies slowest.
 
     `a {red|blue} fox` is two prompts. Choices nest, and may be empty. Braces without a | between them are literal, and
@@ -165,44 +168,46 @@ def variants(text: str) -> list[tuple[str, tuple[str, ...]]]:
     """
     if len(text) > MAX_PROMPT_CHARS:
         raise K2Error(f"A prompt is longer than {MAX_PROMPT_CHARS:,} characters: {text[:40]}…", hint="Shorten it.")
-    parts = parse(text)
+    parts = parse_choices(text)
     count = count_readings(parts)
     if count > MAX_PICTURES:
-        told = f"{count:,}" if count < 10**9 else "billions of"
-        raise K2Error(f"A prompt with choices makes {told} prompts; the limit is {MAX_PICTURES:,}.", hint="Use fewer.")
+        amount = f"{count:,}" if count < 10**9 else "billions of"
+        raise K2Error(
+            f"A prompt with choices makes {amount} prompts; the limit is {MAX_PICTURES:,}.", hint="Use fewer."
+        )
     if count * len(text) > MAX_TOTAL_CHARS:
         raise K2Error(f"A prompt with choices adds up to {count * len(text):,} characters.", hint="Shorten it.")
     return [(" ".join(said.split()), chosen) for said, chosen in readings(parts)]
 
 
-def escape(text: str) -> str:
-    """A text escaped so that `variants` reads it literally."""
+def escape_braces(text: str) -> str:
+    """A text escaped so that `text_readings` reads it literally."""
     return re.sub(r"([{|}\\])", r"\\\1", text)
 
 
-def parse(text: str) -> list[Any]:
+def parse_choices(text: str) -> list[Any]:
     """A prompt as parts: texts, and lists of alternatives, each of which is again a list of parts."""
-    open_: list[list[list[Any]]] = [[[]]]  # for every open brace, the alternatives so far
+    stack: list[list[list[Any]]] = [[[]]]  # for every open brace, the alternatives so far
     end = 0
-    for sign in BRACES.finditer(text):
-        open_[-1][-1].append(text[end : sign.start()])
-        end = sign.end()
-        if sign[2] == "{":
-            if len(open_) > MAX_DEPTH:
+    for match in BRACES.finditer(text):
+        stack[-1][-1].append(text[end : match.start()])
+        end = match.end()
+        if match[2] == "{":
+            if len(stack) > MAX_DEPTH:
                 raise K2Error(f"A prompt has more than {MAX_DEPTH} nested braces.", hint="Close some of them.")
-            open_.append([[]])
-        elif sign[2] == "|" and len(open_) > 1:
-            open_[-1].append([])
-        elif sign[2] == "}" and len(open_) > 1:
-            found = open_.pop()
-            open_[-1][-1] += [found] if len(found) > 1 else ["{", *found[0], "}"]
+            stack.append([[]])
+        elif match[2] == "|" and len(stack) > 1:
+            stack[-1].append([])
+        elif match[2] == "}" and len(stack) > 1:
+            found = stack.pop()
+            stack[-1][-1] += [found] if len(found) > 1 else ["{", *found[0], "}"]
         else:
-            open_[-1][-1].append(sign[1] or sign[2])
-    open_[-1][-1].append(text[end:])
-    while len(open_) > 1:  # an unclosed brace is literal
-        found = open_.pop()
-        open_[-1][-1] += ["{", *found[0], *(part for more in found[1:] for part in ("|", *more))]
-    return open_[0][0]
+            stack[-1][-1].append(match[1] or match[2])
+    stack[-1][-1].append(text[end:])
+    while len(stack) > 1:  # an unclosed brace is literal
+        found = stack.pop()
+        stack[-1][-1] += ["{", *found[0], *(part for more in found[1:] for part in ("|", *more))]
+    return stack[0][0]
 
 
 def count_readings(parts: Sequence[Any]) -> int:

@@ -7,10 +7,10 @@ from dataclasses import dataclass, replace
 from itertools import combinations
 from math import comb
 
-from k2cli.matrix import escape, variants
+from k2cli.matrix import escape_braces, text_readings
 from k2cli.project import Project
 from k2cli.prompts import Prompt, numbered, slug
-from k2cli.runs import Job, SheetForm
+from k2cli.runs import Job, SheetLayout
 from k2cli.settings import Settings
 from k2cli.sheet import PER_GRID
 from model.errors import K2Error
@@ -84,16 +84,16 @@ def sweep(weights: Weights, steps: int) -> Layout:
     return Layout(tuple(paths))
 
 
-def plan(project: Project, settings: Settings, prompt: Prompt, layout: Layout) -> Job:
+def plan_job(project: Project, settings: Settings, prompt: Prompt, layout: Layout) -> Job:
     """The run that renders a layout: one prompt, one seed, and only the layout's own styles."""
-    text, _ = variants(prompt.text)[0]
-    prompt = replace(prompt, text=escape(text), settings={**prompt.settings, "batch": 1}, style={})
-    bare = replace(project, board=None)
+    text, _ = text_readings(prompt.text)[0]
+    prompt = replace(prompt, text=escape_braces(text), settings={**prompt.settings, "batch": 1}, style={})
+    without_board = replace(project, board=None)
     shots = []
     for index, point in enumerate(layout.points, 1):
         named = replace(prompt, name=numbered(prompt.name or slug(text), index, len(layout.points)))
-        (shot,) = bare.shots(settings, [named], dict.fromkeys(project.weights, 0.0) | dict(point.weights))
+        (shot,) = without_board.shots(settings, [named], dict.fromkeys(project.weights, 0.0) | dict(point.weights))
         shots.append(replace(shot, row=point.row, caption=point.caption))
     styles = dict.fromkeys(name for point in layout.points for name in point.weights)
-    sheet = SheetForm(columns=1, centred=layout.centred)
+    sheet = SheetLayout(columns=1, centred=layout.centred)
     return Job(project, shots, settings.model_spec(), folder_title=f"mix-{'-'.join(styles)}", sheet=sheet)

@@ -10,8 +10,8 @@ from math import prod
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from k2cli.sizes import WIDEST
-from k2cli.texts import check_path, masked
+from k2cli.sizes import MAX_RATIO
+from k2cli.texts import check_path, display_safe
 from k2cli.toml_tables import PATH, one_of
 from model import library, reference_weights
 from model.errors import K2Error, nearest
@@ -20,8 +20,8 @@ from model.headers import VARIANTS, read_json
 from model.plan import OFFLOADS, PRECISIONS
 from model.spec import Style, resolve_mu
 
-SCALES = 4  # of the open weights' autoencoder
-ESSENTIAL = {"config": (), "training": ("steps", "minutes", "torch")}  # keys of long tables that `card` shows
+VAE_SCALES = 4  # of the open weights' autoencoder
+ESSENTIAL_KEYS = {"config": (), "training": ("steps", "minutes", "torch")}  # of long tables, in `entry_text`
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ def resolve(name: str, inside: Callable[[str], Path] | None = None, variant: str
         if not any(library.find_weights(path) if path.is_dir() else [path.suffix in library.WEIGHT_SUFFIXES]):
             kinds = " or ".join(library.WEIGHT_SUFFIXES)
             raise K2Error(
-                f"{masked(name)} holds no weights: no {kinds}.",
+                f"{display_safe(name)} holds no weights: no {kinds}.",
                 hint="Name a folder or a file that does; `k2 models list` lists the models here.",
             )
         check_variant(str(path), variant)
@@ -61,13 +61,13 @@ def resolve(name: str, inside: Callable[[str], Path] | None = None, variant: str
     if found is not None and found.source == "hub":
         check_variant(name, variant)
         return name
-    shown, short = masked(name), name.partition("@")[0]
+    shown, short = display_safe(name), name.partition("@")[0]
     if short == "krea-2" or short in library.OFFICIAL:
         pulled = shown if short in library.OFFICIAL else f"krea-2-{variant or 'turbo'}"
         raise K2Error(f"{shown} is not on this machine.", hint=f"Fetch it with: k2 models pull {pulled}")
-    base, _, wanted = name.lower().rpartition("-")
-    if wanted in ("turbo", "raw") and base in ("", *library.bundled_models()):
-        hint = f'The variant is not part of the name: use variant = "{wanted}" under [render], or --{wanted}.'
+    base, _, suffix = name.lower().rpartition("-")
+    if suffix in ("turbo", "raw") and base in ("", *library.bundled_models()):
+        hint = f'The variant is not part of the name: use variant = "{suffix}" under [render], or --{suffix}.'
     elif "/" in name or "." in name:
         hint = "Name an existing folder or file, or fetch a model from the hub: k2 models pull ORG/NAME"
     else:
@@ -79,7 +79,7 @@ def check_variant(name: str, variant: str | None) -> None:
     """Raises K2Error if weights from a path or the hub say that they are another variant."""
     if variant and library.find(name, variant) is None:
         raise K2Error(
-            f"{masked(name)} holds no {variant} weights.", hint=f"Use --{other_variant(variant)}, or name others."
+            f"{display_safe(name)} holds no {variant} weights.", hint=f"Use --{other_variant(variant)}, or name others."
         )
 
 
@@ -91,7 +91,7 @@ def unknown_variant(name: str, variant: str | None = None) -> str:
     about = map(library.describe, library.weights_files(library.dit_path(found.path)))
     if not any(each.get("layout") or each.get("kind") == "dit" for each in about):
         return ""  # not a transformer, which is reported when it is read
-    name = masked(Path(name).name)
+    name = display_safe(Path(name).name)
     return f"{name} does not say whether it is Raw or Turbo; k2 assumes Raw, or Turbo with --turbo."
 
 
@@ -100,7 +100,7 @@ def other_variant(variant: str | None) -> str:
     return "turbo" if variant == "raw" else "raw"
 
 
-def files(name: str) -> list[Path]:
+def model_files(name: str) -> list[Path]:
     """The files of a resolved model: weights and whatever else it needs."""
     if name in library.bundled_models():
         return library.bundled_models()[name]
@@ -109,17 +109,17 @@ def files(name: str) -> list[Path]:
     return sorted(library.find_weights(path)) if path.is_dir() else [path]
 
 
-def file_of(name: str, file: str) -> Path:
+def recorded_file(name: str, file: str) -> Path:
     """Where a file named by a record is: with its model, or in the release that completes a single file."""
     if Path(file).is_absolute() or ".." in Path(file).parts:
-        raise K2Error(f'The record names a file outside its model: "{masked(file)}".')
+        raise K2Error(f'The record names a file outside its model: "{display_safe(file)}".')
     check_path(file, "The record's model: ")
     found = None if name in library.bundled_models() else library.find(name)
     if found is None:
         return library.BUNDLED / file
     release = library.locate("krea-2")
-    places = [found.root / file, *([release / file] if release else []), library.BUNDLED / file]
-    return next((place for place in places if place.is_file()), places[0])
+    candidates = [found.root / file, *([release / file] if release else []), library.BUNDLED / file]
+    return next((place for place in candidates if place.is_file()), candidates[0])
 
 
 class Grid(NamedTuple):
@@ -127,12 +127,12 @@ class Grid(NamedTuple):
 
     native: int  # the side it was trained for
     step: int  # sides are multiples of it: one token, two latent cells wide
-    known: tuple[int, int] | None = None  # the least and most pixels it states it was trained for
+    pixel_range: tuple[int, int] | None = None  # the least and most pixels it states it was trained for
 
     def trained_for(self, width: int, height: int) -> bool:
         """Whether it was trained for pictures of this size."""
-        least, most = self.known or (self.native**2, self.native**2)
-        fits = width % self.step == height % self.step == 0 and max(width, height) <= WIDEST * min(width, height)
+        least, most = self.pixel_range or (self.native**2, self.native**2)
+        fits = width % self.step == height % self.step == 0 and max(width, height) <= MAX_RATIO * min(width, height)
         return fits and least <= width * height <= most
 
 
@@ -140,15 +140,15 @@ def grid(name: str, variant: str | None = None) -> Grid:
     """The grid from a model's headers, or else that of the open weights. Raises K2Error if there is no such model."""
     found = library.find(name, variant)
     if found is None:
-        raise K2Error(f'There is no model "{masked(name)}" here.')
+        raise K2Error(f'There is no model "{display_safe(name)}" here.')
     parts = library.find_parts(found)
     about = [library.describe(file) for file in library.weights_files(parts.dit)]
     native, shapes = (next((each[key] for each in about if each.get(key)), None) for key in ("native", "shapes"))
     areas = [prod(map(int, shape.split("x"))) for shape in shapes or ()] + ([native**2] if native else [])
-    stated = parts.vae / "config.json"
-    own = library.describe(parts.vae).get("config") if parts.vae.is_file() else None
-    scales = (read_json(stated) if stated.is_file() else own or {}).get("dim_mult")
-    step = 2 ** (len(scales) if isinstance(scales, list) else SCALES)
+    config_file = parts.vae / "config.json"
+    embedded_config = library.describe(parts.vae).get("config") if parts.vae.is_file() else None
+    scales = (read_json(config_file) if config_file.is_file() else embedded_config or {}).get("dim_mult")
+    step = 2 ** (len(scales) if isinstance(scales, list) else VAE_SCALES)
     return Grid(native or library.OPEN_WEIGHTS_SIDE, step, (min(areas), max(areas)) if areas else None)
 
 
@@ -172,32 +172,32 @@ def method_resolver(name: str, variant: str | None) -> Callable[[Style], Style]:
     )
 
 
-def recommended(name: str, variant: str | None = None) -> dict[str, Any]:
+def recommended_settings(name: str, variant: str | None = None) -> dict[str, Any]:
     """A model's defaults: width, height, steps, guidance, and mu unless it depends on the size. Its weights are not
     read."""
-    best = recommendation(name, variant)
+    best = recommended_sampling(name, variant)
     side = grid(name, variant).native
-    taken = {"width": side, "height": side, "steps": best["steps"], "guidance": float(best["guidance"])}
-    return taken | ({"mu": float(best["mu"])} if isinstance(best["mu"], (int, float)) else {})
+    settings = {"width": side, "height": side, "steps": best["steps"], "guidance": float(best["guidance"])}
+    return settings | ({"mu": float(best["mu"])} if isinstance(best["mu"], (int, float)) else {})
 
 
-def recommendation(name: str, variant: str | None) -> dict[str, Any]:
+def recommended_sampling(name: str, variant: str | None) -> dict[str, Any]:
     """Steps, guidance and mu of a local model, from `library.recommended`."""
     found = library.find(name, variant)
     assert found is not None, name
-    about = [library.describe(path) for path in files(name) if path.suffix == ".safetensors"]
-    own = next((each for each in about if each.get("kind") == "dit" and each.get("variant") == found.variant), {})
-    return library.recommended(found.variant or "raw", own, found.path)
+    about = [library.describe(path) for path in model_files(name) if path.suffix == ".safetensors"]
+    header = next((each for each in about if each.get("kind") == "dit" and each.get("variant") == found.variant), {})
+    return library.recommended(found.variant or "raw", header, found.path)
 
 
 def default_mu(name: str, variant: str, width: int, height: int) -> float | None:
     """A model's default mu for pictures of this size. For a model that is not here: the open weights' if it is one of
     them, else None. Its weights are not read."""
-    here = library.find(name, variant) is not None
-    if not here and name not in library.OFFICIAL:
+    is_local = library.find(name, variant) is not None
+    if not is_local and name not in library.OFFICIAL:
         return None
-    best = recommendation(name, variant) if here else library.RECOMMENDED[variant]
-    step = grid(name, variant).step if here else 2**SCALES
+    best = recommended_sampling(name, variant) if is_local else library.RECOMMENDED[variant]
+    step = grid(name, variant).step if is_local else 2**VAE_SCALES
     return resolve_mu(best["mu"], width * height // step**2)
 
 
@@ -206,7 +206,9 @@ def inventory() -> list[dict[str, Any]]:
     entries = []
     for model in library.list_models():
         others = {library.BUNDLED / f"{model.name}-{each}.safetensors" for each in VARIANTS} - {model.path}
-        weights = [path for path in files(model.name) if path.suffix in library.WEIGHT_SUFFIXES and path not in others]
+        weights = [
+            path for path in model_files(model.name) if path.suffix in library.WEIGHT_SUFFIXES and path not in others
+        ]
         about = [library.describe(path) for path in weights]
         entries.append(
             {
@@ -224,7 +226,7 @@ def inventory() -> list[dict[str, Any]]:
     return entries
 
 
-def describe(name: str) -> list[dict[str, Any]]:
+def describe_files(name: str) -> list[dict[str, Any]]:
     """What each file of a model says about itself, with its hash; for a pulled one the hash verified on arrival."""
     name = resolve(name)
     found = library.find(name)
@@ -232,7 +234,7 @@ def describe(name: str) -> list[dict[str, Any]]:
     verified = {found.root / file: entry.get("sha256") for file, entry in found.manifest.get("files", {}).items()}
     pulled = {"revision": found.revision} if found.revision else {}
     entries = []
-    for path in files(name):
+    for path in model_files(name):
         about = library.describe(path) if path.suffix in library.WEIGHT_SUFFIXES else {}
         if "layout" in about:  # the transformer: its publisher's facts, where it states none itself
             variant = about.get("variant") or library.detect_variant(path) or found.variant
@@ -248,19 +250,19 @@ def megabytes(*paths: Path) -> float:
     return round(sum(path.stat().st_size for path in paths) / 1e6, 1)
 
 
-def card(entry: Mapping[str, Any], indent: str = "") -> str:
+def entry_text(entry: Mapping[str, Any], indent: str = "") -> str:
     """A file's entry for people: one key per line, tables below their names, and of the longest only the essentials."""
     lines = []
     for key, value in entry.items():
         if isinstance(value, dict):
-            value = {name: value[name] for name in ESSENTIAL.get(key, value) if name in value}
-            lines += [f"{indent}{key}", card(value, indent + "  ")] if value else []
+            value = {name: value[name] for name in ESSENTIAL_KEYS.get(key, value) if name in value}
+            lines += [f"{indent}{key}", entry_text(value, indent + "  ")] if value else []
         else:
             if isinstance(value, tuple):  # mu, see `headers.shift_of`
                 value = "{:g} at 256 tokens, {:g} at 6400".format(*value)
             if isinstance(value, list):
                 value = ", ".join(map(str, value))
-            number = isinstance(value, int) and not isinstance(value, bool)
-            text = f"{value:,}" if number else str(value).lower() if isinstance(value, bool) else str(value)
-            lines.append(f"{indent}{key:<{max(12 - len(indent), 1)}} {masked(text)}")
+            is_whole_number = isinstance(value, int) and not isinstance(value, bool)
+            text = f"{value:,}" if is_whole_number else str(value).lower() if isinstance(value, bool) else str(value)
+            lines.append(f"{indent}{key:<{max(12 - len(indent), 1)}} {display_safe(text)}")
     return "\n".join(lines)

@@ -48,11 +48,11 @@ def info(
     from k2cli.console import print_result, say, to_json
 
     if accept_licence:
-        licence.require_for(models.resolve(model), yes=True)
-    entries = models.describe(model)
-    print_result("\n".join(map(to_json, entries)) if json else "\n\n".join(map(models.card, entries)))
-    if untold := models.unknown_variant(models.resolve(model)):
-        say(untold, "yellow")
+        licence.require_for_model(models.resolve(model), yes=True)
+    entries = models.describe_files(model)
+    print_result("\n".join(map(to_json, entries)) if json else "\n\n".join(map(models.entry_text, entries)))
+    if warning := models.unknown_variant(models.resolve(model)):
+        say(warning, "yellow")
 
 
 @models_app.command("vocabulary")
@@ -72,11 +72,11 @@ def show_vocabulary(
     from model.vocabulary import vocabulary
 
     known, unknown, rows = vocabulary(), [], []
-    for asked in words or [""]:
-        found = known.look_up(asked) if words else known.entries
-        if not found:
-            unknown.append(f'"{asked}"')
-        for entry in found:
+    for word in words or [""]:
+        matches = known.look_up(word) if words else known.entries
+        if not matches:
+            unknown.append(f'"{word}"')
+        for entry in matches:
             if json:
                 print_result(to_json(entry._asdict()))
             rows.append([entry.kind, entry.name, ", ".join(entry.others)])
@@ -107,14 +107,16 @@ def pull(
     """
     from k2cli import hub
     from k2cli.console import print_result, say, to_json
-    from k2cli.texts import quote
+    from k2cli.texts import shell_quote
 
     try:
         found = hub.pull(model, revision, include or [], accept=accept_licence, quiet=quiet)
     except KeyboardInterrupt:
-        options = [f" --revision {quote(revision)}"] if revision else []
-        options += [f" --include {quote(pattern)}" for pattern in include or []]
-        say(f"Interrupted; what has arrived is kept. Resume with: k2 models pull {quote(model)}{''.join(options)}")
+        options = [f" --revision {shell_quote(revision)}"] if revision else []
+        options += [f" --include {shell_quote(pattern)}" for pattern in include or []]
+        say(
+            f"Interrupted; what has arrived is kept. Resume with: k2 models pull {shell_quote(model)}{''.join(options)}"
+        )
         raise
     about = {"name": model, "path": str(found.path), "commit": found.revision, "licence": found.licence}
     print_result(to_json(about | {"files": found.manifest.get("files", {})}) if json else str(found.path))
@@ -164,8 +166,8 @@ def export(
         raise typer.BadParameter(
             "a folder for diffusers holds bf16; name a .safetensors file", param_hint="--precision"
         )
-    chosen = check_setting("precision", precision or "native", Option("--precision"))
-    licence.require_for(name, variant)
+    checked_precision = check_setting("precision", precision or "native", Option("--precision"))
+    licence.require_for_model(name, variant)
     if file:
         from model.compact import write_compact
 
@@ -173,7 +175,7 @@ def export(
         if found is None:
             raise K2Error(f'"{name}" has no turbo checkpoint here.', hint="Omit --turbo, or name another model.")
         with meter(None, quiet=quiet, what="tensors") as bar:
-            write_compact(library.find_parts(found).dit, target, chosen, found.variant, bar.saved)
+            write_compact(library.find_parts(found).dit, target, checked_precision, found.variant, bar.saved)
     else:
         from model.pipeline import Pipeline
 

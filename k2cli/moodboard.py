@@ -20,10 +20,10 @@ from typing import TYPE_CHECKING, Any
 from k2cli.disk import uninterrupted, write_files, writing
 from k2cli.expander import language_model_path, load_language_model, release_language_model
 from k2cli.fast_toml import dump
-from k2cli.new_style import copy_pictures, reference
-from k2cli.pictures import Inside, check_picture, find, nearly_called
-from k2cli.styles import BOARD
-from k2cli.texts import UNPRINTABLE, relative
+from k2cli.new_style import copy_pictures, reference_toml
+from k2cli.pictures import PathInside, check_picture, find_pictures, picture_hint
+from k2cli.styles import BOARD_STYLE
+from k2cli.texts import UNPRINTABLE, relative_path
 from k2cli.toml_tables import PATH, between
 from model import library, picture_file
 from model.errors import K2Error
@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 MAX_PICTURES = 1000  # pictures of a board
 CACHE_VERSION = 4  # changes whenever the same pictures would be read differently
 COMMENT_WIDTH = 118  # characters of a comment
-NAME_SOME = "Name png, jpg or webp files, or put some there."
+ADD_PICTURES = "Name png, jpg or webp files, or put some there."
 
 OnPicture = Callable[[int, int], None]  # (pictures seen, of how many)
 
@@ -51,25 +51,25 @@ class Moodboard:
     strength: float = between(0.35, -0.5, 1.5)
 
 
-def gather(patterns: Sequence[str], root: Path, inside: Inside, where: str) -> tuple[list[Path], set[Path]]:
+def gather_pictures(
+    patterns: Sequence[str], root: Path, inside: PathInside, where: str
+) -> tuple[list[Path], set[Path]]:
     """The pictures that paths, folders and globs match (each must match at least one), unique and sorted; and what else
     folders and globs hold. Whether they are readable is checked later."""
     if not patterns:
-        raise K2Error(f"{where}: the moodboard holds no picture.", hint=NAME_SOME)
+        raise K2Error(f"{where}: the moodboard holds no picture.", hint=ADD_PICTURES)
     found: set[Path] = set()
     others: set[Path] = set()
     for pattern in patterns:
-        named, beside = find(pattern, root, inside, where, MAX_PICTURES)
+        named, skipped = find_pictures(pattern, root, inside, where, MAX_PICTURES)
         if not named:
             raise K2Error(
-                f"{where}: {pattern} matches no picture.", hint=picture_file.describe_skipped(beside) or NAME_SOME
+                f"{where}: {pattern} matches no picture.", hint=picture_file.describe_skipped(skipped) or ADD_PICTURES
             )
-        others |= beside
+        others |= skipped
         for path in named:
             if not path.exists():
-                raise K2Error(
-                    f"{where}: there is no {pattern}.", hint=nearly_called(path, pattern) or "Check the name."
-                )
+                raise K2Error(f"{where}: there is no {pattern}.", hint=picture_hint(path, pattern) or "Check the name.")
             if not path.is_file():
                 raise K2Error(f"{where}: {pattern} is not a picture.", hint="Use png, jpg or webp.")
         found.update(named)
@@ -78,7 +78,7 @@ def gather(patterns: Sequence[str], root: Path, inside: Inside, where: str) -> t
     return sorted(found), others - {path.parent for path in found}  # a subfolder that is named itself
 
 
-def eye_of(model: str) -> str:
+def reader_model(model: str) -> str:
     """The bundled model whose style encoder reads the board: the project's own, or mini if that has none."""
     return (
         model
@@ -93,7 +93,7 @@ def analyse_board(paths: Sequence[Path], model: str, on_picture: OnPicture | Non
         from model.board_pictures import StyleReader
         from model.moodboard import analyse  # torch
 
-    return analyse(paths, StyleReader.load(eye_of(model)), on_picture)
+    return analyse(paths, StyleReader.load(reader_model(model)), on_picture)
 
 
 def describe_taste(board: Board, model: str, device: str | None = None) -> Board:
@@ -117,24 +117,26 @@ def as_style(board: Moodboard, paths: Sequence[Path], model: str) -> tuple[tuple
     if not board.strength:
         return (), set()
     hashes = [sha256(path) for path in paths]
-    eye = [library.BUNDLED / f"{eye_of(model)}-{part}.safetensors" for part in ("style", "vae", "words")]
-    parts = [CACHE_VERSION, *hashes, *(sha256(path) if path.is_file() else "" for path in eye)]
-    kept = cache_folder() / "boards" / f"{hashlib.sha256(json.dumps(parts).encode()).hexdigest()}.json"
-    found = load_cached(kept, len(paths))
+    reader_files = [library.BUNDLED / f"{reader_model(model)}-{part}.safetensors" for part in ("style", "vae", "words")]
+    parts = [CACHE_VERSION, *hashes, *(sha256(path) if path.is_file() else "" for path in reader_files)]
+    cache_file = cache_folder() / "boards" / f"{hashlib.sha256(json.dumps(parts).encode()).hexdigest()}.json"
+    found = load_cached(cache_file, len(paths))
     if found is None:
-        seen = analyse_board(paths, model)
+        analysis = analyse_board(paths, model)
         found = {
-            "references": [[paths.index(path), weight] for path, weight in seen.representatives],
-            "keywords": list(seen.keywords),
-            "avoids": list(seen.avoids),
-            "unread": [paths.index(path) for path in seen.unread],
+            "references": [[paths.index(path), weight] for path, weight in analysis.representatives],
+            "keywords": list(analysis.keywords),
+            "avoids": list(analysis.avoids),
+            "unread": [paths.index(path) for path in analysis.unread],
         }
         with suppress(K2Error, OSError):  # an unwritable cache only costs time
-            kept.parent.mkdir(parents=True, exist_ok=True)
-            write_files({kept: json.dumps(found).encode()})
-    unread = {paths[index] for index in found["unread"]}
+            cache_file.parent.mkdir(parents=True, exist_ok=True)
+            write_files({cache_file: json.dumps(found).encode()})
+    unreadable = {paths[index] for index in found["unread"]}
     references = tuple(Reference(paths[index], weight) for index, weight in found["references"])
-    return (Style(BOARD, board.strength, references, tuple(found["keywords"]), tuple(found["avoids"])),), unread
+    return (
+        Style(BOARD_STYLE, board.strength, references, tuple(found["keywords"]), tuple(found["avoids"])),
+    ), unreadable
 
 
 def load_cached(path: Path, count: int) -> dict[str, Any] | None:
@@ -159,39 +161,39 @@ def with_copies(board: Board, home: Folder, folder: str) -> Board:
     deleted, or outside the project, unless it may reach outside, or whose names no style file can hold."""
     root, outputs = home.root.resolve(), (home.root / "outputs").resolve()
 
-    def may_go(path: Path) -> bool:
+    def may_vanish(path: Path) -> bool:
         return path.is_relative_to(outputs) or not (home.allow_outside or path.is_relative_to(root))
 
-    named = {path: relative(path, home.root) for path, _ in board.representatives}
-    lost = [path for path, name in named.items() if may_go(path.resolve()) or UNPRINTABLE.search(name)]
-    if not lost:
+    named = {path: relative_path(path, home.root) for path, _ in board.representatives}
+    to_copy = [path for path, name in named.items() if may_vanish(path.resolve()) or UNPRINTABLE.search(name)]
+    if not to_copy:
         return board
-    kinds = {path: check_picture(path, "The moodboard", named[path]) for path in lost}
-    copies = copy_pictures(kinds, home.path_inside(folder))
+    extensions = {path: check_picture(path, "The moodboard", named[path]) for path in to_copy}
+    copies = copy_pictures(extensions, home.path_inside(folder))
 
-    def kept(look: Look) -> Look:
+    def with_copied(look: Look) -> Look:
         return replace(look, representatives=tuple((copies.get(path, path), w) for path, w in look.representatives))
 
-    return replace(board, looks=tuple(map(kept, board.looks)))
+    return replace(board, looks=tuple(map(with_copied, board.looks)))
 
 
-def save(board: Board, root: Path, target: Path, *, new: bool = False) -> Path:
+def save_style(board: Board, root: Path, target: Path, *, new: bool = False) -> Path:
     """Write the board as a style file, and its colours as a picture beside it -> the picture's path.
 
     Raises Exists if they should be `new` and are not.
     """
     from model.colours import swatches
 
-    strip = target.with_suffix(".png")
+    palette_file = target.with_suffix(".png")
     buffer = io.BytesIO()
     swatches(board.palette).save(buffer, "PNG")
     with writing(target):
         target.parent.mkdir(exist_ok=True)
-    write_files({strip: buffer.getvalue(), target: style_file(board, root).encode()}, new=new)
-    return strip
+    write_files({palette_file: buffer.getvalue(), target: style_toml(board, root).encode()}, new=new)
+    return palette_file
 
 
-def style_file(board: Board, root: Path) -> str:
+def style_toml(board: Board, root: Path) -> str:
     """styles/NAME.toml: measurements as comments, what takes effect as keys. Every line may be edited."""
     lines = [f"# {line}".rstrip() for line in (*wrap(board.told, COMMENT_WIDTH), board.profile, "")]
     lines += [f"# {colour.hex}  {colour.share:4.0%}  {colour.name}" for colour in board.palette]
@@ -200,7 +202,7 @@ def style_file(board: Board, root: Path) -> str:
         words = "".join(f", {name} {share:.0%}" for name, share in each.words.values())
         lines += ["", f"# look {number} of {len(board.looks)}: {each.share:.0%} of the board{words}"]
         for path, weight in each.representatives:
-            lines.append(reference(glob.escape(relative(path, root)), weight).decode())
+            lines.append(reference_toml(glob.escape(relative_path(path, root)), weight).decode())
     return "\n".join(lines).rstrip() + "\n"
 
 
@@ -215,9 +217,9 @@ def to_table(board: Board, root: Path) -> dict[str, Any]:
         "looks": [
             {
                 "share": look.share,
-                "pictures": [relative(path, root) for path in look.pictures],
+                "pictures": [relative_path(path, root) for path in look.pictures],
                 "representatives": [
-                    {"image": relative(path, root), "weight": weight} for path, weight in look.representatives
+                    {"image": relative_path(path, root), "weight": weight} for path, weight in look.representatives
                 ],
                 "words": {kind: {"name": name, "share": share} for kind, (name, share) in look.words.items()},
             }

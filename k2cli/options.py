@@ -21,9 +21,9 @@ ProjectOption = Annotated[
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object per line.")]
 QuietOption = Annotated[bool, typer.Option("--quiet", "-q", help="Print only results and errors.")]
-ALLOWED = "K2_ALLOW_OUTSIDE"
+OUTSIDE_ENV = "K2_ALLOW_OUTSIDE"
 OutsideOption = Annotated[
-    bool, typer.Option("--allow-outside", envvar=ALLOWED, help="Let the project use files outside its folder.")
+    bool, typer.Option("--allow-outside", envvar=OUTSIDE_ENV, help="Let the project use files outside its folder.")
 ]
 AcceptOption = Annotated[bool, typer.Option("--accept-licence", help="You have read and accept the weights' licence.")]
 OnlyOption = Annotated[
@@ -85,23 +85,27 @@ ModelOption = Annotated[
 DeviceOption = Annotated[str | None, typer.Option("--device", metavar="DEVICE", help="cpu, cuda, cuda:1, mps.")]
 
 
-def choice(key: str, metavar: str, help: str) -> Any:
+def choice_option(key: str, metavar: str, help: str) -> Any:
     """An option with a fixed set of values, which the shell completes."""
     return typer.Option(f"--{key}", metavar=metavar, help=help, autocompletion=complete_setting(key))
 
 
-ScopeOption = Annotated[str | None, choice("scope", "S", "Whose first picture sets the look: prompt or run.")]
+ScopeOption = Annotated[str | None, choice_option("scope", "S", "Whose first picture sets the look: prompt or run.")]
 CreativityOption = Annotated[
-    str | None, choice("creativity", "LEVEL", "How freely to extend prompts: raw, low, medium, high.")
+    str | None, choice_option("creativity", "LEVEL", "How freely to extend prompts: raw, low, medium, high.")
 ]
-SamplerOption = Annotated[str | None, choice("sampler", "NAME", "euler, or ab2, which needs fewer steps (for Raw).")]
-PrecisionOption = Annotated[str | None, choice("precision", "BITS", "Weight precision: native, int8, fp8 or int4.")]
-OffloadOption = Annotated[str | None, choice("offload", "PART", "Read as needed: none, text (encoder) or all.")]
-FormatOption = Annotated[str | None, choice("format", "KIND", "File format: png, webp (lossless) or jpeg.")]
+SamplerOption = Annotated[
+    str | None, choice_option("sampler", "NAME", "euler, or ab2, which needs fewer steps (for Raw).")
+]
+PrecisionOption = Annotated[
+    str | None, choice_option("precision", "BITS", "Weight precision: native, int8, fp8 or int4.")
+]
+OffloadOption = Annotated[str | None, choice_option("offload", "PART", "Read as needed: none, text (encoder) or all.")]
+FormatOption = Annotated[str | None, choice_option("format", "KIND", "File format: png, webp (lossless) or jpeg.")]
 EmbedOption = Annotated[bool, typer.Option("--no-embed", help="Write no metadata into the pictures.")]
 
 
-def seed_of(text: str | None) -> int | str | None:
+def parse_seed(text: str | None) -> int | str | None:
     """A seed as typed, as a number if it is one."""
     try:
         return None if text is None else int(text)
@@ -109,12 +113,12 @@ def seed_of(text: str | None) -> int | str | None:
         return text
 
 
-def variant_of(turbo: bool | None) -> str | None:
+def variant_from(turbo: bool | None) -> str | None:
     """The variant that --turbo or --raw asks for; None if neither was given."""
     return None if turbo is None else "turbo" if turbo else "raw"
 
 
-def read_style(text: str, option: str = "--style") -> tuple[str, float]:
+def parse_style_weight(text: str, option: str = "--style") -> tuple[str, float]:
     """ "dusk=0.6" → ("dusk", 0.6)."""
     from model.spec import in_limits, limits_of
 
@@ -124,23 +128,23 @@ def read_style(text: str, option: str = "--style") -> tuple[str, float]:
     except ValueError:
         value = float("nan")
     if not name or not in_limits("strength", value):
-        said = f'"{text}" is not NAME=WEIGHT with a weight of {limits_of("strength")}'
-        raise typer.BadParameter(said, param_hint=option)
+        message = f'"{text}" is not NAME=WEIGHT with a weight of {limits_of("strength")}'
+        raise typer.BadParameter(message, param_hint=option)
     return name.strip(), value
 
 
-def read_styles(texts: Sequence[str]) -> dict[str, float]:
+def parse_style_weights(texts: Sequence[str]) -> dict[str, float]:
     """The arguments "dusk=0.7", "riso=0.3" -> each style and its weight, in the order given."""
     weights: dict[str, float] = {}
     for text in texts:
-        name, weight = read_style(text, "NAME=W")
+        name, weight = parse_style_weight(text, "NAME=W")
         if name in weights:
             raise typer.BadParameter(f'"{name}" is given twice', param_hint="NAME=W")
         weights[name] = weight
     return weights
 
 
-def read_matrix(texts: Sequence[str], settled: Collection[str]) -> Matrix:
+def parse_matrix(texts: Sequence[str], fixed: Collection[str]) -> Matrix:
     """The axes of --matrix, each given once, and none that another option has already set."""
     from k2cli.matrix import read_axes
 
@@ -150,6 +154,6 @@ def read_matrix(texts: Sequence[str], settled: Collection[str]) -> Matrix:
             raise typer.BadParameter(
                 f'"{name}" is given twice; list its values together: {name}=1,2', param_hint="--matrix"
             )
-        if name in settled:
+        if name in fixed:
             raise typer.BadParameter(f'"{name}" is already set by another option', param_hint="--matrix")
     return read_axes(texts)

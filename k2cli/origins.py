@@ -24,41 +24,44 @@ from PIL import ExifTags, Image
 
 from k2cli import comfy, history
 from k2cli.formats import record_from_xmp
-from k2cli.matrix import MAX_PROMPT_CHARS, escape
-from k2cli.prompts import prompt_of
+from k2cli.matrix import MAX_PROMPT_CHARS, escape_braces
+from k2cli.prompts import prompt_name
 from k2cli.texts import UNPRINTABLE
 from k2cli.toml_tables import loads, tables_in
 from model import picture_file
 from model.errors import K2Error
 from model.expand import LEVELS
 
-MARKING = ("A1111", "ComfyUI", "InvokeAI")  # tools with a prompt syntax
-LORA = re.compile(r"<(?:lora|lyco|hypernet):([^<>:]+)(?::[^<>]*)?>")
-WEIGHT = re.compile(r"\(([^()]+?)(?::\s*[\d.]+\s*)?\)|\[([^\[\]:|]+)\]")  # (words:1.2), (words), [words]
-RAISED = re.compile(  # InvokeAI only, as elsewhere C++ is a word: (words)1.2, (words)++, word++
+TOOLS_WITH_SYNTAX = ("A1111", "ComfyUI", "InvokeAI")  # tools with a prompt syntax
+LORA_TAG = re.compile(r"<(?:lora|lyco|hypernet):([^<>:]+)(?::[^<>]*)?>")
+WEIGHTED_WORDS = re.compile(r"\(([^()]+?)(?::\s*[\d.]+\s*)?\)|\[([^\[\]:|]+)\]")  # (words:1.2), (words), [words]
+INVOKE_WEIGHT = re.compile(  # InvokeAI only, as elsewhere C++ is a word: (words)1.2, (words)++, word++
     r"(?<=\))(?:[+-]+|\d*\.?\d+)|(?<=\w)(?:\++|--+)(?=[\s,.]|$)"
 )
-OLD_AVOID = re.compile(r"(?<!\\)\[([^\[\]]*)\]")  # InvokeAI before 3.0 put the negative prompt in brackets
-FACT = re.compile(r'(?<![\w ./()-]) *+([\w./()-][\w ./()-]{0,80}?):\s*+("(?:\\.|[^"\\])*"|[^,]*)(?:,|$)')
-STEPS_FIRST = re.compile(r"^[ \t]*+Steps: \d", re.MULTILINE)
-CIVITAI = "Civitai resources: "  # JSON by Civitai's own generator, whose prompts name no LoRAs
+OLD_INVOKE_NEGATIVE = re.compile(r"(?<!\\)\[([^\[\]]*)\]")  # InvokeAI before 3.0 put the negative prompt in brackets
+A1111_FACT = re.compile(r'(?<![\w ./()-]) *+([\w./()-][\w ./()-]{0,80}?):\s*+("(?:\\.|[^"\\])*"|[^,]*)(?:,|$)')
+A1111_FACTS_START = re.compile(r"^[ \t]*+Steps: \d", re.MULTILINE)
+CIVITAI_KEY = "Civitai resources: "  # JSON by Civitai's own generator, whose prompts name no LoRAs
 CIVITAI_LORA = re.compile(r'"type":\s*"(?:lora|lycoris|locon|dora)"', re.IGNORECASE)
-JOB = re.compile(r" Job ID: [0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}$")  # Midjourney's
+JOB_ID = re.compile(r" Job ID: [0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}$")  # Midjourney's
 PARAMETER = re.compile(r"(?:^| )--(?=[a-z])")
-PART = re.compile(r"(.*?)(?:::(-?\d*\.?\d*)|$)", re.DOTALL)  # a part of a prompt, and its weight
+WEIGHTED_PART = re.compile(r"(.*?)(?:::(-?\d*\.?\d*)|$)", re.DOTALL)  # a part of a prompt, and its weight
 IMAGE_PROMPTS = re.compile(r"^(?:<?https?://\S+(?: |$))+")
-TAKEN = ("no", "seed", "ar", "aspect", "v", "version")  # the shape is the picture's own, and a version is another model
+# the shape is the picture's own, and a version is another model
+HANDLED_PARAMETERS = ("no", "seed", "ar", "aspect", "v", "version")
 BRACKETS = "()[]"
-DEEPEST = 8  # nested brackets
-MOST_SAID = 1 << 20  # characters of a text; workflows can be long
-MOST_SAMPLERS = 50  # of a graph, in which a prompt is sought
-SIDE = ".metadata.json"
-BEGINNING = "its init image"
-CONTROL, REFERENCES = "ControlNet", "reference pictures"
-TELLING = "Pictures by A1111, ComfyUI, InvokeAI, Midjourney, mflux and k2 do, unless their metadata was stripped."
+MAX_DEPTH = 8  # nested brackets
+MAX_TEXT = 1 << 20  # characters of a text; workflows can be long
+MAX_SAMPLERS = 50  # of a graph, in which a prompt is sought
+SIDECAR_SUFFIX = ".metadata.json"
+INIT_IMAGE = "its init image"
+CONTROLNET, REFERENCES = "ControlNet", "reference pictures"
+SUPPORTED_TOOLS_HINT = (
+    "Pictures by A1111, ComfyUI, InvokeAI, Midjourney, mflux and k2 do, unless their metadata was stripped."
+)
 
 
-class TooLong(K2Error):
+class PromptTooLong(K2Error):
     """A prompt too long for any project."""
 
 
@@ -84,51 +87,55 @@ class Origin:
     name: str = ""  # of the prompt
 
 
-def read(path: Path) -> Origin:
+def read_origin(path: Path) -> Origin:
     """The origin of a picture. Raises K2Error if it is not a picture, or has no readable prompt."""
     if not path.is_file():
         raise K2Error(f"There is no {path}.", hint="Name a picture.")
     if path.suffix == ".json":
-        return read_side_file(path)
+        return read_sidecar(path)
     try:
         with picture_file.open_picture(path) as image:
-            said = {str(key): value for key, value in image.info.items()}
-            texts = {key: value for key, value in said.items() if isinstance(value, str) and len(value) <= MOST_SAID}
+            info = {str(key): value for key, value in image.info.items()}
+            texts = {key: value for key, value in info.items() if isinstance(value, str) and len(value) <= MAX_TEXT}
             exif = image.getexif()
             comment, size = read_comment(exif), image.size
             for tag in (ExifTags.Base.Model, ExifTags.Base.Make):  # ComfyUI's WebPs: "prompt:{…}"
                 key, _, rest = str(exif.get(tag, "")).partition(":")
-                if key in ("prompt", "workflow") and len(rest) <= MOST_SAID:
+                if key in ("prompt", "workflow") and len(rest) <= MAX_TEXT:
                     texts.setdefault(key, rest)
-            if record := record_from_xmp(said):
+            if record := record_from_xmp(info):
                 texts.setdefault("k2", record)
     except Exception:  # Pillow raises anything over a broken file
         raise K2Error(f"{path} is not a readable picture.", hint="k2 reads PNG, JPEG and WebP.") from None
-    beside = path.with_suffix(SIDE)
-    kept = history.load_record(path.with_suffix(".toml")) or {}
-    for found in (*readings(texts, comment), *of_k2(kept), *(of_mflux(table_in(beside)) if beside.is_file() else ())):
+    sidecar = path.with_suffix(SIDECAR_SUFFIX)
+    sidecar_record = history.load_record(path.with_suffix(".toml")) or {}
+    for found in (
+        *read_metadata(texts, comment),
+        *from_k2(sidecar_record),
+        *(from_mflux(read_json_object(sidecar)) if sidecar.is_file() else ()),
+    ):
         if found.prompt:
-            if len(escape(found.prompt)) > MAX_PROMPT_CHARS:
+            if len(escape_braces(found.prompt)) > MAX_PROMPT_CHARS:
                 hint = "No project can hold it: omit that picture."
-                raise TooLong(f"{path} has a prompt of more than {MAX_PROMPT_CHARS:,} characters.", hint=hint)
-            whole = found.width is not None and found.height is not None
-            return found if whole else replace(found, width=size[0], height=size[1])
-    raise K2Error(f"{path} does not state its prompt.", hint=TELLING)
+                raise PromptTooLong(f"{path} has a prompt of more than {MAX_PROMPT_CHARS:,} characters.", hint=hint)
+            has_size = found.width is not None and found.height is not None
+            return found if has_size else replace(found, width=size[0], height=size[1])
+    raise K2Error(f"{path} does not state its prompt.", hint=SUPPORTED_TOOLS_HINT)
 
 
-def read_side_file(path: Path) -> Origin:
+def read_sidecar(path: Path) -> Origin:
     """The origin that mflux can write beside a picture."""
-    found = next(of_mflux(table_in(path)))
+    found = next(from_mflux(read_json_object(path)))
     if not found.prompt:
         raise K2Error(f"{path} does not state a prompt.", hint="The JSON that mflux writes beside a picture does.")
     return found
 
 
-def table_in(path: Path) -> dict[str, Any]:
+def read_json_object(path: Path) -> dict[str, Any]:
     """The JSON object in a file; empty if there is none."""
     try:
         with path.open("rb") as file:
-            return table_of(file.read(MOST_SAID).decode())
+            return parse_json_object(file.read(MAX_TEXT).decode())
     except (OSError, ValueError):
         return {}
 
@@ -138,7 +145,7 @@ def read_comment(exif: Image.Exif) -> str:
     raw = exif.get_ifd(ExifTags.IFD.Exif).get(ExifTags.Base.UserComment, b"")
     if isinstance(raw, str):
         return raw
-    if not isinstance(raw, bytes) or len(raw) > 2 * MOST_SAID:
+    if not isinstance(raw, bytes) or len(raw) > 2 * MAX_TEXT:
         return ""
     if raw.startswith(b"UNICODE\0"):
         little = raw[8:10] == b"\xff\xfe" or raw[9::2].count(0) > raw[8::2].count(0)  # ASCII's zero bytes tell
@@ -146,30 +153,33 @@ def read_comment(exif: Image.Exif) -> str:
     return raw.removeprefix(b"ASCII\0\0\0").decode("utf-8", "replace").strip("\0")
 
 
-def readings(texts: Mapping[str, str], comment: str) -> Iterator[Origin]:
+def read_metadata(texts: Mapping[str, str], comment: str) -> Iterator[Origin]:
     """Every form of metadata present, the most informative first."""
     if "k2" in texts:
         with suppress(ValueError, RecursionError):
-            yield from of_k2(loads(texts["k2"]))
+            yield from from_k2(loads(texts["k2"]))
     for key in ("invokeai_metadata", "sd-metadata"):
         if key in texts:
-            yield from of_invoke(table_of(texts[key]))
+            yield from from_invokeai(parse_json_object(texts[key]))
     if "prompt" in texts:
-        yield from of_comfy(table_of(texts["prompt"]))
+        yield from from_comfy(parse_json_object(texts["prompt"]))
     if "workflow" in texts:
-        yield from of_comfy(comfy.from_workflow(table_of(texts["workflow"])))
-    said = table_of(comment)
-    if "prompt" in said:
-        yield from of_mflux(said)
-    described = plain(texts.get("Description"))
-    if JOB.search(described):
-        yield of_midjourney(JOB.sub("", described))
-    for text in (texts.get("parameters", ""), comment if STEPS_FIRST.search(comment) else ""):  # cameras comment, too
-        if text and not table_of(text):
-            yield of_a1111(text)
+        yield from from_comfy(comfy.from_workflow(parse_json_object(texts["workflow"])))
+    comment_table = parse_json_object(comment)
+    if "prompt" in comment_table:
+        yield from from_mflux(comment_table)
+    described = one_line(texts.get("Description"))
+    if JOB_ID.search(described):
+        yield from_midjourney(JOB_ID.sub("", described))
+    for text in (
+        texts.get("parameters", ""),
+        comment if A1111_FACTS_START.search(comment) else "",
+    ):  # cameras comment, too
+        if text and not parse_json_object(text):
+            yield from_a1111(text)
 
 
-def table_of(text: str) -> dict[str, Any]:
+def parse_json_object(text: str) -> dict[str, Any]:
     """A text parsed as a JSON object; empty if it is not one."""
     try:
         found = json.loads(text)
@@ -178,230 +188,241 @@ def table_of(text: str) -> dict[str, Any]:
     return found if isinstance(found, dict) else {}
 
 
-def of_k2(table: Mapping[str, Any]) -> Iterator[Origin]:
+def from_k2(table: Mapping[str, Any]) -> Iterator[Origin]:
     """A record, perhaps edited or of another version."""
-    asked, made, used = (table.get(key) for key in ("prompt", "settings", "model"))
-    if isinstance(asked, dict) and isinstance(made, dict):
-        used = used if isinstance(used, dict) else {}
-        level = plain(asked.get("creativity"))
-        led, tied = table.get("leader"), decimal(made.get("cohesion"))
-        ties = [f'cohesion {tied:g} with "{plain(led.get("prompt"))}"'] if isinstance(led, dict) and tied else []
-        shared = led.get("shared") if ties and isinstance(led, dict) else None
-        if isinstance(shared, dict) and shared and not any(map(decimal, shared.values())):
-            ties = []  # it was the lead picture
+    prompt, settings, model = (table.get(key) for key in ("prompt", "settings", "model"))
+    if isinstance(prompt, dict) and isinstance(settings, dict):
+        model = model if isinstance(model, dict) else {}
+        creativity = one_line(prompt.get("creativity"))
+        leader, cohesion = table.get("leader"), as_float(settings.get("cohesion"))
+        cohesion_notes = (
+            [f'cohesion {cohesion:g} with "{one_line(leader.get("prompt"))}"']
+            if isinstance(leader, dict) and cohesion
+            else []
+        )
+        shared = leader.get("shared") if cohesion_notes and isinstance(leader, dict) else None
+        if isinstance(shared, dict) and shared and not any(map(as_float, shared.values())):
+            cohesion_notes = []  # it was the lead picture
         init = table.get("init_image")
-        begun = [f"{BEGINNING} {plain(init.get('image'))}"] if isinstance(init, dict) else []
-        styles = [f"style {plain(name)}" for name in values(table, "style", "name")]
-        loras = [f"LoRA {plain(file)}" for file in values(table, "lora", "file")]
-        yield origin(
+        init_notes = [f"{INIT_IMAGE} {one_line(init.get('image'))}"] if isinstance(init, dict) else []
+        styles = [f"style {one_line(name)}" for name in column(table, "style", "name")]
+        loras = [f"LoRA {one_line(file)}" for file in column(table, "lora", "file")]
+        yield make_origin(
             "k2",
-            asked.get("text"),
-            own_phrases(plain(asked.get("avoid")), table),
-            made,
-            guidance=decimal(made.get("guidance")),
-            guidance_until=None if (until := decimal(made.get("guidance_until"))) == 1 else until,
-            sampler=None if (sampler := plain(made.get("sampler"))) in ("", "euler") else sampler,
-            mu=decimal(made.get("mu")),
-            model=plain(used.get("name")),
-            turbo=used.get("variant") == "turbo",
-            creativity=level if level in LEVELS else "raw",
-            name=prompt_of(plain(asked.get("name")), plain(asked.get("caption"))),
-            left_out=(*ties, *begun, *styles, *loras),
+            prompt.get("text"),
+            own_negative_prompt(one_line(prompt.get("avoid")), table),
+            settings,
+            guidance=as_float(settings.get("guidance")),
+            guidance_until=None if (until := as_float(settings.get("guidance_until"))) == 1 else until,
+            sampler=None if (sampler := one_line(settings.get("sampler"))) in ("", "euler") else sampler,
+            mu=as_float(settings.get("mu")),
+            model=one_line(model.get("name")),
+            turbo=model.get("variant") == "turbo",
+            creativity=creativity if creativity in LEVELS else "raw",
+            name=prompt_name(one_line(prompt.get("name")), one_line(prompt.get("caption"))),
+            left_out=(*cohesion_notes, *init_notes, *styles, *loras),
         )
 
 
-def own_phrases(avoid: str, table: Mapping[str, Any]) -> str:
+def own_negative_prompt(avoid: str, table: Mapping[str, Any]) -> str:
     """A record's own negative prompt, without what its styles, which are not taken over, appended to it."""
-    texts: dict[str, None] = {}  # each once, as `styles.words` yields them
-    styles = zip(*(values(table, "style", key) for key in ("strength", "avoids", "keywords")), strict=True)
+    texts: dict[str, None] = {}  # each once, as `styles.style_words` yields them
+    styles = zip(*(column(table, "style", key) for key in ("strength", "avoids", "keywords")), strict=True)
     for strength, avoids, keywords in styles:
-        side = avoids if (decimal(strength) or 0) > 0 else keywords
-        texts |= dict.fromkeys(map(plain, side if isinstance(side, list) else ()))
-    theirs = Counter(plain(part) for text in texts for part in text.split(","))
+        side = avoids if (as_float(strength) or 0) > 0 else keywords
+        texts |= dict.fromkeys(map(one_line, side if isinstance(side, list) else ()))
+    style_phrases = Counter(one_line(part) for text in texts for part in text.split(","))
     kept = []
     for part in reversed(avoid.split(",")):
-        theirs[plain(part)] -= 1
-        if theirs[plain(part)] < 0:
+        style_phrases[one_line(part)] -= 1
+        if style_phrases[one_line(part)] < 0:
             kept.append(part)
     return ",".join(reversed(kept)).strip()
 
 
-def values(table: Mapping[str, Any], key: str, of: str) -> list[Any]:
+def column(table: Mapping[str, Any], key: str, name: str) -> list[Any]:
     """The value that each table in a list has under a key."""
-    return [each.get(of) for each in tables_in(table, key)]
+    return [each.get(name) for each in tables_in(table, key)]
 
 
-def of_invoke(table: Mapping[str, Any]) -> Iterator[Origin]:
+def from_invokeai(table: Mapping[str, Any]) -> Iterator[Origin]:
     """Before 3.0 everything was under `image`, since then at the top level."""
     old = table.get("image")
     if isinstance(old, dict):
-        asked = old.get("prompt")
-        asked = asked[0].get("prompt") if isinstance(asked, list) and asked and isinstance(asked[0], dict) else asked
-        asked = asked if isinstance(asked, str) else ""
-        avoid = ", ".join(OLD_AVOID.findall(asked))
-        yield origin(
+        prompt = old.get("prompt")
+        prompt = (
+            prompt[0].get("prompt") if isinstance(prompt, list) and prompt and isinstance(prompt[0], dict) else prompt
+        )
+        prompt = prompt if isinstance(prompt, str) else ""
+        avoid = ", ".join(OLD_INVOKE_NEGATIVE.findall(prompt))
+        yield make_origin(
             "InvokeAI",
-            OLD_AVOID.sub("", asked),
+            OLD_INVOKE_NEGATIVE.sub("", prompt),
             avoid,
             old,
-            guidance=scale(old.get("cfg_scale")),
-            model=plain(table.get("model_weights")),
+            guidance=guidance_from_cfg(old.get("cfg_scale")),
+            model=one_line(table.get("model_weights")),
         )
     model = table.get("model")
     name = (model.get("name") or model.get("model_name")) if isinstance(model, dict) else model
-    kinds = {"loras": "LoRAs", "controlnets": CONTROL, "ipAdapters": REFERENCES}
-    led = [told for key, told in kinds.items() if isinstance(table.get(key), list) and table[key]]
-    yield origin(
+    kinds = {"loras": "LoRAs", "controlnets": CONTROLNET, "ipAdapters": REFERENCES}
+    unsupported = [told for key, told in kinds.items() if isinstance(table.get(key), list) and table[key]]
+    yield make_origin(
         "InvokeAI",
         table.get("positive_prompt"),
         table.get("negative_prompt"),
         table,
-        guidance=scale(table.get("cfg_scale")),
-        model=plain(name),
-        left_out=(*led, *(BEGINNING,) * bool(table.get("init_image"))),
+        guidance=guidance_from_cfg(table.get("cfg_scale")),
+        model=one_line(name),
+        left_out=(*unsupported, *(INIT_IMAGE,) * bool(table.get("init_image"))),
     )
 
 
-def of_mflux(table: Mapping[str, Any]) -> Iterator[Origin]:
+def from_mflux(table: Mapping[str, Any]) -> Iterator[Origin]:
     """The EXIF comment, or the file beside the picture; other tools write such comments, too."""
     loras = table.get("lora_paths")
-    yield origin(
+    yield make_origin(
         "mflux" if "mflux_version" in table else "another tool",
         table.get("prompt"),
         table.get("negative_prompt"),
         table,
         guidance=None,  # of a distilled network, or on another scale than k2's
-        model=plain(table.get("model")),
-        left_out=("LoRAs",) * bool(isinstance(loras, list) and loras) + (BEGINNING,) * bool(table.get("image_path")),
+        model=one_line(table.get("model")),
+        left_out=("LoRAs",) * bool(isinstance(loras, list) and loras) + (INIT_IMAGE,) * bool(table.get("image_path")),
     )
 
 
-def of_midjourney(text: str) -> Origin:
+def from_midjourney(text: str) -> Origin:
     """The prompt, after any links to pictures, and its parameters: `--ar 3:2 --no text --raw`."""
-    asked, *parameters = PARAMETER.split(text)
+    prompt, *parameters = PARAMETER.split(text)
     pairs = [each.partition(" ")[::2] for each in parameters]
     facts = dict(pairs)
-    images = IMAGE_PROMPTS.match(asked)
-    others = " ".join(f"--{key} {value}".strip() for key, value in pairs if key not in TAKEN)
-    parts = [(words.strip(" ,"), weight) for words, weight in PART.findall(asked[images.end() if images else 0 :])]
+    images = IMAGE_PROMPTS.match(prompt)
+    unhandled = " ".join(f"--{key} {value}".strip() for key, value in pairs if key not in HANDLED_PARAMETERS)
+    parts = [
+        (words.strip(" ,"), weight) for words, weight in WEIGHTED_PART.findall(prompt[images.end() if images else 0 :])
+    ]
     avoided = [words for words, weight in parts if weight.startswith("-")]
-    return origin(
+    return make_origin(
         "Midjourney",
         ", ".join(words for words, weight in parts if words and not weight.startswith("-")),
         ", ".join([*avoided, *(value for key, value in pairs if key == "no")]),
         facts,
         left_out=("its image prompt",) * bool(images)
         + ("prompt weights",) * any(weight for _, weight in parts)
-        + (others,) * bool(others),
+        + (unhandled,) * bool(unhandled),
     )
 
 
-def of_a1111(text: str) -> Origin:
+def from_a1111(text: str) -> Origin:
     """Prompt, `Negative prompt: …`, and a last paragraph that starts with `Steps: `."""
-    facts_at = list(STEPS_FIRST.finditer(text))
-    said, rest = (text[: facts_at[-1].start()], text[facts_at[-1].start() :]) if facts_at else (text, "")
+    facts_at = list(A1111_FACTS_START.finditer(text))
+    prompts, fact_text = (text[: facts_at[-1].start()], text[facts_at[-1].start() :]) if facts_at else (text, "")
     facts: dict[str, str] = {}
-    for match in FACT.finditer(rest.replace("\n", ", ")):
-        facts.setdefault(match[1], unquoted(match[2]))  # extensions append their own, with the same names
-    asked, _, avoid = ("\n" + said).partition("\nNegative prompt:")
+    for match in A1111_FACT.finditer(fact_text.replace("\n", ", ")):
+        facts.setdefault(match[1], unquote(match[2]))  # extensions append their own, with the same names
+    prompt, _, avoid = ("\n" + prompts).partition("\nNegative prompt:")
     width, _, height = facts.get("Size", "").partition("x")
     table = {"seed": facts.get("Seed"), "steps": facts.get("Steps"), "width": width, "height": height}
-    tool, model, turbo = "A1111", plain(facts.get("Model")), False
+    tool, model, turbo = "A1111", one_line(facts.get("Model")), False
     if facts.get("Version", "").startswith("k2 "):  # written by k2, with the variant after the model's name
         tool, turbo = "k2", model.endswith("-turbo")
         model = model.removesuffix("-raw").removesuffix("-turbo")
-    denoised = facts.get("Denoising strength")
+    denoise = facts.get("Denoising strength")
     hires = [key for key in facts if key.startswith("Hires")]  # a second pass
-    told = [key for key in ("Hires upscale", "Hires resize") if key in facts] or hires[:1]
-    left_out = [plain(f"{key.lower()} {facts[key]}") for key in told]
-    left_out += ["LoRAs"] if CIVITAI_LORA.search(rest.partition(CIVITAI)[2]) and not LORA.search(asked) else []
-    left_out += [CONTROL] if any(key.startswith("ControlNet") for key in facts) else []
-    left_out += [BEGINNING] if denoised and not hires else []
-    left_out += [f"denoising strength {plain(denoised)}"] if denoised else []
-    return origin(
+    reported = [key for key in ("Hires upscale", "Hires resize") if key in facts] or hires[:1]
+    left_out = [one_line(f"{key.lower()} {facts[key]}") for key in reported]
+    left_out += (
+        ["LoRAs"] if CIVITAI_LORA.search(fact_text.partition(CIVITAI_KEY)[2]) and not LORA_TAG.search(prompt) else []
+    )
+    left_out += [CONTROLNET] if any(key.startswith("ControlNet") for key in facts) else []
+    left_out += [INIT_IMAGE] if denoise and not hires else []
+    left_out += [f"denoising strength {one_line(denoise)}"] if denoise else []
+    return make_origin(
         tool,
-        asked,
+        prompt,
         avoid,
         table,
-        guidance=scale(facts.get("CFG scale")),
+        guidance=guidance_from_cfg(facts.get("CFG scale")),
         model=model,
         turbo=turbo,
         left_out=tuple(left_out),
     )
 
 
-def unquoted(value: str) -> str:
+def unquote(value: str) -> str:
     """A value that holds a comma or a colon is written as JSON."""
     with suppress(ValueError):
         return str(json.loads(value)) if value.startswith('"') else value
     return value.strip('"')
 
 
-def of_comfy(graph: Mapping[str, Any]) -> Iterator[Origin]:
+def from_comfy(graph: Mapping[str, Any]) -> Iterator[Origin]:
     """One origin for every sampler in a graph, the last first."""
-    for given in islice(comfy.samplers(graph), MOST_SAMPLERS):
-        yield origin(
+    for given in islice(comfy.samplers(graph), MAX_SAMPLERS):
+        yield make_origin(
             "ComfyUI",
             given["prompt"],
             given["avoid"],
             given,
-            guidance=scale(given["cfg"]),
-            model=plain(given["model"]),
+            guidance=guidance_from_cfg(given["cfg"]),
+            model=one_line(given["model"]),
             left_out=("LoRAs",) * given["loras"]
             + ("prompt enhancement",) * given["enhanced"]
-            + (CONTROL,) * given["control"]
+            + (CONTROLNET,) * given["control"]
             + (REFERENCES,) * given["references"]
-            + ((f"{BEGINNING} {plain(given['begun'])}",) if given["begun"] else ())
+            + ((f"{INIT_IMAGE} {one_line(given['begun'])}",) if given["begun"] else ())
             + ((f"denoising strength {given['denoise']:g}",) if 0 < (given["denoise"] or 0) < 1 else ()),
         )
 
 
-def origin(tool: str, asked: Any, avoid: Any, table: Mapping[str, Any], **more: Any) -> Origin:
+def make_origin(tool: str, prompt: Any, avoid: Any, table: Mapping[str, Any], **more: Any) -> Origin:
     """An origin from what a tool wrote: texts without that tool's syntax, numbers only where they are numbers."""
-    raised = tool == "InvokeAI"
-    tidy = partial(unmarked, raised=raised) if tool in MARKING else plain
-    loras = [plain(name) for name in LORA.findall(asked)] if tool in MARKING and isinstance(asked, str) else []
+    is_invoke, has_syntax = tool == "InvokeAI", tool in TOOLS_WITH_SYNTAX
+    clean = partial(strip_syntax, is_invoke=is_invoke) if has_syntax else one_line
+    loras = map(one_line, LORA_TAG.findall(prompt)) if has_syntax and isinstance(prompt, str) else ()
     left_out = (*more.pop("left_out", ()), *(f"LoRA {name}" for name in loras))
-    left_out += ("prompt weights",) * (tool in MARKING and any(weighed(text, raised) for text in (asked, avoid)))
-    seed = integer(table.get("seed"))
+    left_out += ("prompt weights",) * (has_syntax and any(has_weights(text, is_invoke) for text in (prompt, avoid)))
+    seed = as_integer(table.get("seed"))
     left_out += (f"seed {seed}",) if 2**63 <= seed < 2**64 else ()  # ComfyUI's seeds have one bit more
-    numbers: dict[str, Any] = {key: whole(table.get(key)) for key in ("seed", "width", "height", "steps")}
-    return Origin(tool, tidy(asked), tidy(avoid), **numbers, **more, left_out=left_out)
+    numbers: dict[str, Any] = {key: valid_integer(table.get(key)) for key in ("seed", "width", "height", "steps")}
+    return Origin(tool, clean(prompt), clean(avoid), **numbers, **more, left_out=left_out)
 
 
-def unmarked(text: Any, raised: bool = False) -> str:
+def strip_syntax(text: Any, is_invoke: bool = False) -> str:
     """A prompt as plain words on one line: no adapters, no weights, no brackets but escaped ones."""
-    text = guarded(re.sub(r"(?: BREAK)+(?= |$)", ",", LORA.sub("", plain(text))))  # A1111 starts a new chunk at BREAK
-    text = RAISED.sub("", text) if raised else text
-    for _ in range(DEEPEST):
-        text = WEIGHT.sub(r"\1\2", text)
+    text = re.sub(r"(?: BREAK)+(?= |$)", ",", LORA_TAG.sub("", one_line(text)))  # A1111 starts a new chunk there
+    text = hide_escaped(text)
+    text = INVOKE_WEIGHT.sub("", text) if is_invoke else text
+    for _ in range(MAX_DEPTH):
+        text = WEIGHTED_WORDS.sub(r"\1\2", text)
     text = re.sub(r"\0([0-3])", lambda sign: BRACKETS[int(sign[1])], text)
-    return re.sub(r" ?,[ ,]*,", ",", plain(text)).strip(" ,")
+    return re.sub(r" ?,[ ,]*,", ",", one_line(text)).strip(" ,")
 
 
-def weighed(text: Any, raised: bool = False) -> bool:
+def has_weights(text: Any, is_invoke: bool = False) -> bool:
     """Whether a prompt's syntax gives some of its words more or less weight."""
-    text = guarded(plain(text))
-    return bool(WEIGHT.search(text) or (raised and RAISED.search(text)))
+    text = hide_escaped(one_line(text))
+    return bool(WEIGHTED_WORDS.search(text) or (is_invoke and INVOKE_WEIGHT.search(text)))
 
 
-def guarded(text: str) -> str:
+def hide_escaped(text: str) -> str:
     """The text with a number in place of each escaped bracket, which is not syntax."""
     return re.sub(r"\\([()\[\]])", lambda sign: f"\0{BRACKETS.index(sign[1])}", text)
 
 
-def plain(text: Any) -> str:
+def one_line(text: Any) -> str:
     """A text on one line, without control characters; "" for anything else."""
     return " ".join(UNPRINTABLE.sub(" ", text).split()) if isinstance(text, str) else ""
 
 
-def whole(value: Any) -> int | None:
+def valid_integer(value: Any) -> int | None:
     """A whole number valid as a seed, a side or steps; else None."""
-    number = integer(value)
+    number = as_integer(value)
     return number if 0 <= number < 2**63 else None
 
 
-def integer(value: Any) -> int:
+def as_integer(value: Any) -> int:
     """A whole number; −1 for anything else."""
     try:
         return int(value)
@@ -409,7 +430,7 @@ def integer(value: Any) -> int:
         return -1
 
 
-def decimal(value: Any) -> float | None:
+def as_float(value: Any) -> float | None:
     """A finite number; else None."""
     try:
         number = float(value)
@@ -418,7 +439,7 @@ def decimal(value: Any) -> float | None:
     return number if math.isfinite(number) else None
 
 
-def scale(cfg: Any) -> float | None:
+def guidance_from_cfg(cfg: Any) -> float | None:
     """Another tool's CFG scale as k2's guidance, which is 1 less; None if it is not a number."""
-    number = decimal(cfg)
+    number = as_float(cfg)
     return None if number is None else max(0.0, round(number - 1, 6))

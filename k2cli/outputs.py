@@ -11,16 +11,16 @@ from pathlib import Path
 from types import TracebackType
 
 from k2cli.disk import HAS_LOCKS, O_DIRECTORY, opened, remove_dead_drafts, try_lock, uninterrupted, write_files, writing
-from k2cli.texts import masked
+from k2cli.texts import display_safe
 from model.errors import K2Error
 
-RUN = "run.toml"
-SHEET = "sheet.png"
-BLOCKED = ".blocked.toml"
-PICTURES = (".png", ".webp", ".jpg")  # suffixes of pictures with a record beside them
+PLAN_FILE = "run.toml"
+SHEET_FILE = "sheet.png"
+BLOCKED_SUFFIX = ".blocked.toml"
+PICTURE_SUFFIXES = (".png", ".webp", ".jpg")  # suffixes of pictures with a record beside them
 LOCK_TIMEOUT = 10.0  # seconds to wait for another process that claims a number
-SWEPT: set[Path] = set()  # outputs already searched for drafts
-NUMBER = re.compile(r"(\d{4,})(?:-|$)")
+SWEPT_OUTPUTS: set[Path] = set()  # outputs already searched for drafts
+RUN_NUMBER = re.compile(r"(\d{4,})(?:-|$)")
 
 
 class Run:
@@ -53,8 +53,8 @@ class Run:
                     run.created.append(outputs)
                 with exclusive(outputs) as granted:
                     if granted:
-                        clear(outputs)
-                    bare = run.folder = next_number(outputs)
+                        remove_dead_claims(outputs)
+                    bare = run.folder = claim_number(outputs)
                     run.created.append(bare)
                     run.lock()
                     write_files({bare / file: data for file, data in (files or {}).items()})
@@ -68,17 +68,17 @@ class Run:
     @classmethod
     def last(cls, outputs: Path, number: int | None = None) -> Run | None:
         """The planned run with the highest number, or with this one."""
-        asked = [run for run in cls.planned_in(outputs) if number in (None, number_of(run.folder))]
-        return asked[-1] if asked else None
+        matching = [run for run in cls.planned_in(outputs) if number in (None, run_number(run.folder))]
+        return matching[-1] if matching else None
 
     @classmethod
     def planned_in(cls, outputs: Path) -> list[Run]:
-        """The runs that have a plan, by number. Links are skipped, as in `history.runs_of`. Raises K2Error like
+        """The runs that have a plan, by number. Links are skipped, as in `history.run_folders`. Raises K2Error like
         `check_link`."""
         check_link(outputs)
-        folders = sorted(path.parent for path in outputs.glob(f"*-*/{RUN}"))
-        found = [folder for folder in folders if NUMBER.match(folder.name) and not folder.is_symlink()]
-        return [cls(folder) for folder in sorted(found, key=number_of)]
+        folders = sorted(path.parent for path in outputs.glob(f"*-*/{PLAN_FILE}"))
+        found = [folder for folder in folders if RUN_NUMBER.match(folder.name) and not folder.is_symlink()]
+        return [cls(folder) for folder in sorted(found, key=run_number)]
 
     def __enter__(self) -> Run:
         return self
@@ -92,12 +92,12 @@ class Run:
 
     def discard(self) -> None:
         """Remove its folder if claiming created it, nothing came of it, and no other process has resumed it."""
-        if self.created and not self.has_any:
+        if self.created and not self.has_results:
             with suppress(OSError, K2Error):
                 self.lock()
-                made, self.created = self.created, []  # once: later its name may be another process's
-                (self.folder / RUN).unlink(missing_ok=True)
-                for folder in reversed(made):
+                folders, self.created = self.created, []  # once: later its name may be another process's
+                (self.folder / PLAN_FILE).unlink(missing_ok=True)
+                for folder in reversed(folders):
                     folder.rmdir()
 
     def lock(self) -> None:
@@ -132,20 +132,22 @@ class Run:
     @property
     def is_planned(self) -> bool:
         """Whether it can be resumed: it has a plan and its final name."""
-        return self[RUN].exists() and not self.folder.name.isdigit()
+        return self[PLAN_FILE].exists() and not self.folder.name.isdigit()
 
     @property
-    def has_any(self) -> bool:
+    def has_results(self) -> bool:
         """Whether any picture exists or was blocked."""
-        return any(made for end in (*PICTURES, BLOCKED) for made in self.folder.glob(f"*{end}"))
+        return any(made for end in (*PICTURE_SUFFIXES, BLOCKED_SUFFIX) for made in self.folder.glob(f"*{end}"))
 
-    def has(self, stem: str) -> bool:
+    def is_done(self, stem: str) -> bool:
         """Whether a picture is done: both its files exist, or it was blocked. A file that exists is complete."""
-        return (self.picture(stem).exists() and self[f"{stem}.toml"].exists()) or self[f"{stem}{BLOCKED}"].exists()
+        return (self.picture_path(stem).exists() and self[f"{stem}.toml"].exists()) or self[
+            f"{stem}{BLOCKED_SUFFIX}"
+        ].exists()
 
-    def picture(self, stem: str) -> Path:
+    def picture_path(self, stem: str) -> Path:
         """A picture's path, in whichever format; if there is none, its path as a PNG."""
-        names = [self[f"{stem}{suffix}"] for suffix in PICTURES]
+        names = [self[f"{stem}{suffix}"] for suffix in PICTURE_SUFFIXES]
         return next((path for path in names if path.exists()), names[0])
 
     def save(self, stem: str, picture: bytes, record: bytes, suffix: str = ".png") -> Path:
@@ -154,16 +156,16 @@ class Run:
         write_files({self[f"{stem}.toml"]: record, path: picture})
         return path
 
-    def block(self, stem: str, record: bytes) -> Path:
+    def save_blocked(self, stem: str, record: bytes) -> Path:
         """Save the record alone, of a picture that an output filter blocked."""
-        path = self[f"{stem}{BLOCKED}"]
+        path = self[f"{stem}{BLOCKED_SUFFIX}"]
         write_files({path: record})
         return path
 
 
-def picture_of(file: Path) -> Path:
+def picture_for(file: Path) -> Path:
     """The picture itself, or the one beside a record."""
-    return Run(file.parent).picture(file.stem) if file.suffix == ".toml" else file
+    return Run(file.parent).picture_path(file.stem) if file.suffix == ".toml" else file
 
 
 def row_label(row: str, prompt: str) -> str:
@@ -175,13 +177,13 @@ def check_link(outputs: Path) -> None:
     """Raises K2Error if it is a broken link, as to an unmounted drive, which may hold earlier runs."""
     with suppress(OSError):  # no permission, which is reported on listing it
         if outputs.is_symlink() and not outputs.exists():
-            there = masked(os.readlink(outputs))
-            raise K2Error(f"{outputs} links to {there}, which does not exist.", hint="Is its drive mounted?")
+            target = display_safe(os.readlink(outputs))
+            raise K2Error(f"{outputs} links to {target}, which does not exist.", hint="Is its drive mounted?")
 
 
-def next_number(outputs: Path) -> Path:
+def claim_number(outputs: Path) -> Path:
     """A new folder NNNN, which no other process has made or named."""
-    number = max(numbers(outputs), default=0)
+    number = max(run_numbers(outputs), default=0)
     while True:
         number += 1
         bare = outputs / f"{number:04d}"
@@ -189,18 +191,18 @@ def next_number(outputs: Path) -> Path:
             bare.mkdir()
         except FileExistsError:
             continue
-        if numbers(outputs).count(number) == 1:
+        if run_numbers(outputs).count(number) == 1:
             return bare
         bare.rmdir()
 
 
-def numbers(outputs: Path) -> list[int]:
+def run_numbers(outputs: Path) -> list[int]:
     """The numbers of all run folders, including one just claimed."""
-    return [number_of(path) for path in outputs.iterdir() if NUMBER.match(path.name)]
+    return [run_number(path) for path in outputs.iterdir() if RUN_NUMBER.match(path.name)]
 
 
-def number_of(folder: Path) -> int:
-    match = NUMBER.match(folder.name)
+def run_number(folder: Path) -> int:
+    match = RUN_NUMBER.match(folder.name)
     assert match is not None, folder
     return int(match[1])
 
@@ -208,7 +210,7 @@ def number_of(folder: Path) -> int:
 # ---- what a killed process leaves, and who may remove it ---------------------------------------------------------
 
 
-def clear(outputs: Path) -> None:
+def remove_dead_claims(outputs: Path) -> None:
     """Remove numbers that dead processes claimed but never named, and, once per process, their drafts in all runs:
     a process that claims run after run would otherwise search thousands of folders for each.
 
@@ -216,15 +218,15 @@ def clear(outputs: Path) -> None:
     """
     if not HAS_LOCKS:
         return
-    swept = outputs in SWEPT
-    SWEPT.add(outputs)
-    names = [name for name in os.listdir(outputs) if NUMBER.match(name) and not (swept and "-" in name)]
+    swept = outputs in SWEPT_OUTPUTS
+    SWEPT_OUTPUTS.add(outputs)
+    names = [name for name in os.listdir(outputs) if RUN_NUMBER.match(name) and not (swept and "-" in name)]
     for folder in [path for name in names if not (path := outputs / name).is_symlink()]:
         remove_dead_drafts(folder)
         if folder.name.isdigit():
             with suppress(OSError), opened(folder, O_DIRECTORY) as handle:
-                if set(os.listdir(handle)) <= {RUN} and try_lock(handle):
-                    (folder / RUN).unlink(missing_ok=True)
+                if set(os.listdir(handle)) <= {PLAN_FILE} and try_lock(handle):
+                    (folder / PLAN_FILE).unlink(missing_ok=True)
                     folder.rmdir()
 
 

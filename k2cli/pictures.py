@@ -14,22 +14,22 @@ from pathlib import Path, PurePath
 from PIL import Image
 
 from k2cli.folder import spelled_on_disk
-from k2cli.texts import composed, fold_case, masked, printable, relative
+from k2cli.texts import check_printable, display_safe, fold_case, nfc, relative_path
 from model import picture_file
 from model.errors import K2Error, pluralise
 from model.picture_file import MAX_PIXELS, MIN_SIDE, USE_OTHER_SIZE
 
-MOST_SEEN = 100_000  # names that a glob may look at
-MOST_NEAR = 1000  # names in a folder that are searched for a similar one
-LONGEST = 1000  # characters of a pattern
+MAX_GLOB_ENTRIES = 100_000  # names that a glob may look at
+MAX_SIMILAR = 1000  # names in a folder that are searched for a similar one
+MAX_PATTERN_CHARS = 1000  # characters of a pattern
 DECODED: set[tuple[Path, int, int]] = set()  # files that decoded completely: path, bytes, time of last change
 
-Inside = Callable[[str, str], Path]  # (path, who asks): makes it absolute, refuses what lies outside the project
+PathInside = Callable[[str, str], Path]  # (path, who asks): makes it absolute, refuses what lies outside the project
 
 
-def find(pattern: str, root: Path, inside: Inside, where: str, most: int) -> tuple[list[Path], set[Path]]:
+def find_pictures(pattern: str, root: Path, inside: PathInside, where: str, limit: int) -> tuple[list[Path], set[Path]]:
     """The pictures that a path, a folder or a glob matches, sorted; and what else it matches. Raises K2Error, also past
-    `most`.
+    `limit`.
 
     A path is used as is; of a folder or a glob, the files that are named like pictures and are not contact sheets.
     """
@@ -37,22 +37,22 @@ def find(pattern: str, root: Path, inside: Inside, where: str, most: int) -> tup
         raise K2Error(f"{where}: the path is empty.", hint="Name a picture, a folder, or a glob of pictures.")
     if pattern.count("**") > 1:  # each further one multiplies the folders walked
         raise K2Error(f"{where}: {pattern} has more than one **.", hint="One covers all subfolders.")
-    if len(pattern) > LONGEST:
+    if len(pattern) > MAX_PATTERN_CHARS:
         raise K2Error(f"{where}: the path has {len(pattern):,} characters.", hint="Name the folder, or use a *.")
-    magic = glob.has_magic(pattern) and not os.path.exists(root / pattern)
-    named = inside(pattern.split("*")[0] if magic else pattern, where)
-    if not magic and named.is_dir():
-        pattern, magic = f"{glob.escape(pattern)}/*", True
-    if not magic:
-        return [named], set()
+    is_glob = glob.has_magic(pattern) and not os.path.exists(root / pattern)
+    base = inside(pattern.split("*")[0] if is_glob else pattern, where)
+    if not is_glob and base.is_dir():
+        pattern, is_glob = f"{glob.escape(pattern)}/*", True
+    if not is_glob:
+        return [base], set()
     found: set[Path] = set()
     others: set[Path] = set()
-    for path in matches(root, pattern, inside, where):
+    for path in walk_glob(root, pattern, inside, where):
         if picture_file.has_picture_suffix(path) and os.path.isfile(path) and not picture_file.is_sheet(path):
-            found.add(inside(relative(path, root), where))
-            if len(found) > most:
+            found.add(inside(relative_path(path, root), where))
+            if len(found) > limit:
                 raise K2Error(
-                    f"{where}: {pattern} matches more than {most} pictures.",
+                    f"{where}: {pattern} matches more than {limit} pictures.",
                     hint="Choose those that show the look best.",
                 )
         else:
@@ -62,50 +62,51 @@ def find(pattern: str, root: Path, inside: Inside, where: str, most: int) -> tup
 
 def check_label(label: str, where: str) -> None:
     """Refuse a picture whose name no record can hold; `label` is what messages and records call it."""
-    printable(label, f"{where}: the name of {masked(label)}", "Rename the file.")
+    check_printable(label, f"{where}: the name of {display_safe(label)}", "Rename the file.")
 
 
-def matches(root: Path, pattern: str, inside: Inside, where: str) -> Iterator[Path]:
+def walk_glob(root: Path, pattern: str, inside: PathInside, where: str) -> Iterator[Path]:
     """What a glob matches, like `glob.glob`. Every folder is visited once, so that links cannot form loops."""
     seen: set[tuple[int, int, tuple[str, ...]]] = set()
-    start, parts = split(Path(pattern))
-    looked_at, left = 0, [(root / start, parts)]
-    while left:
-        folder, (part, *rest) = left.pop()
+    start, parts = split_anchor(Path(pattern))
+    entry_count, stack = 0, [(root / start, parts)]
+    while stack:
+        folder, (part, *rest) = stack.pop()
         if not glob.has_magic(part):
             path = spelled_on_disk(folder, part)
             if not rest and os.path.exists(path):
                 yield path
             elif rest and path.is_dir():
-                left.append((inside(relative(path, root), where), tuple(rest)))
+                stack.append((inside(relative_path(path, root), where), tuple(rest)))
             continue
-        about = os.stat(folder)
-        key = (about.st_dev, about.st_ino, (part, *rest))
+        stat = os.stat(folder)
+        key = (stat.st_dev, stat.st_ino, (part, *rest))
         if key in seen:
             continue
         seen.add(key)
         if part == "**":  # which also matches no folder at all
-            left.append((folder, tuple(rest) or ("*",)))
-        like = re.compile(fnmatch.translate(composed(part)), re.IGNORECASE if sys.platform == "win32" else 0).match
-        for entry in names(folder):
-            looked_at += 1
-            if looked_at > MOST_SEEN:
+            stack.append((folder, tuple(rest) or ("*",)))
+        name_matches = re.compile(fnmatch.translate(nfc(part)), re.IGNORECASE if sys.platform == "win32" else 0).match
+        for entry in scan_folder(folder):
+            entry_count += 1
+            if entry_count > MAX_GLOB_ENTRIES:
                 raise K2Error(
-                    f"{where}: {pattern} looks at more than {MOST_SEEN:,} files.", hint="Name a folder further down."
+                    f"{where}: {pattern} looks at more than {MAX_GLOB_ENTRIES:,} files.",
+                    hint="Name a folder further down.",
                 )
             if entry.name.startswith(".") and not part.startswith("."):
                 continue
             deeper = (part, *rest) if part == "**" else tuple(rest)
-            if part != "**" and not like(composed(entry.name)):
+            if part != "**" and not name_matches(nfc(entry.name)):
                 continue
             if not deeper:
                 yield folder / entry.name
             elif is_folder(entry):
                 path = folder / entry.name
-                left.append((inside(relative(path, root), where) if entry.is_symlink() else path, deeper))
+                stack.append((inside(relative_path(path, root), where) if entry.is_symlink() else path, deeper))
 
 
-def split(pattern: PurePath) -> tuple[str, tuple[str, ...]]:
+def split_anchor(pattern: PurePath) -> tuple[str, tuple[str, ...]]:
     """A glob's anchor (root or drive), "" if it starts from the project; and its parts."""
     return pattern.anchor, pattern.parts[bool(pattern.anchor) :]
 
@@ -118,7 +119,7 @@ def is_folder(entry: os.DirEntry[str]) -> bool:
         return False
 
 
-def names(folder: Path) -> list[os.DirEntry[str]]:
+def scan_folder(folder: Path) -> list[os.DirEntry[str]]:
     """The entries of a folder; none if it may not be read."""
     try:
         with os.scandir(folder) as entries:
@@ -127,16 +128,16 @@ def names(folder: Path) -> list[os.DirEntry[str]]:
         return []
 
 
-def check_picture(path: Path, where: str, label: str, *, whole: bool = False) -> str:
-    """Refuse what is not a picture -> png, jpg or webp, by its content. It is decoded only to check if it is `whole`,
-    that is complete."""
+def check_picture(path: Path, where: str, label: str, *, complete: bool = False) -> str:
+    """Refuse what is not a picture -> png, jpg or webp, by its content. It is decoded only if it must be
+    `complete`."""
     try:
         with picture_file.open_picture(path) as image:
             width, height, kind = *image.size, str(image.format)
-            if whole and width * height <= MAX_PIXELS:
-                decode(image, path)
+            if complete and width * height <= MAX_PIXELS:
+                decode_once(image, path)
     except FileNotFoundError:
-        hint = nearly_called(path, label) or "Paths are relative to the project."
+        hint = picture_hint(path, label) or "Paths are relative to the project."
         raise K2Error(f"{where}: there is no picture {label}.", hint=hint) from None
     except Image.DecompressionBombError:
         raise K2Error(f"{where}: {label} is far too large.", hint="Scale it down.") from None
@@ -148,27 +149,27 @@ def check_picture(path: Path, where: str, label: str, *, whole: bool = False) ->
     return {"PNG": "png", "JPEG": "jpg", "MPO": "jpg", "WEBP": "webp"}[kind]  # MPO: a JPEG followed by further ones
 
 
-def nearly_called(path: Path, label: str) -> str:
+def picture_hint(path: Path, label: str) -> str:
     """A hint at a picture with nearly the name of a missing one, or the same but for capitals; "" if there is none.
     `label` is what messages call the path."""
-    there = [entry.name for entry in names(path.parent) if picture_file.has_picture_suffix(Path(entry.name))]
-    there = [name for name in there if name != path.name]  # a broken link
-    same = [name for name in there if fold_case(name) == fold_case(path.name)]
-    found = same or difflib.get_close_matches(path.name, there[:MOST_NEAR], 1, 0.6)
-    return f"Did you mean {masked((Path(label).parent / found[0]).as_posix())}?" if found else ""
+    candidates = [entry.name for entry in scan_folder(path.parent) if picture_file.has_picture_suffix(Path(entry.name))]
+    candidates = [name for name in candidates if name != path.name]  # a broken link
+    same_folded = [name for name in candidates if fold_case(name) == fold_case(path.name)]
+    found = same_folded or difflib.get_close_matches(path.name, candidates[:MAX_SIMILAR], 1, 0.6)
+    return f"Did you mean {display_safe((Path(label).parent / found[0]).as_posix())}?" if found else ""
 
 
-def decode(image: Image.Image, path: Path) -> None:
+def decode_once(image: Image.Image, path: Path) -> None:
     """Decode a file once for as long as it stays unchanged. Raises whatever the decoder does."""
-    about = path.stat()
-    now = (path, about.st_size, about.st_mtime_ns)
-    if now not in DECODED:
+    stat = path.stat()
+    key = (path, stat.st_size, stat.st_mtime_ns)
+    if key not in DECODED:
         image.draft(None, (1, 1))  # a JPEG at an eighth, in half the time; no effect on others
         image.load()
-        DECODED.add(now)
+        DECODED.add(key)
 
 
-def sides_of(path: Path) -> tuple[int, int]:
+def picture_sides(path: Path) -> tuple[int, int]:
     """Width and height of a picture as displayed."""
     with picture_file.open_picture(path) as image:
         return picture_file.displayed_size(image)
@@ -184,7 +185,7 @@ def is_dark(path: Path) -> bool:
     return isinstance(lightest, int) and lightest < 128
 
 
-def in_folder(folder: Path) -> list[Path]:
+def folder_pictures(folder: Path) -> list[Path]:
     """The pictures in a folder, sorted by name; no contact sheets and nothing hidden, as with a glob."""
     named = (path for path in folder.iterdir() if picture_file.has_picture_suffix(path) and path.is_file())
     return sorted(path for path in named if not picture_file.is_sheet(path) and not path.name.startswith("."))
@@ -196,6 +197,6 @@ def without_sheets(files: Sequence[Path]) -> tuple[list[Path], str]:
     kept = [file for file in files if not picture_file.is_sheet(file)]
     if files and not kept:
         hint = "Name the pictures that it shows, or their folder."
-        raise K2Error(f"{masked(str(files[0]))} is a contact sheet.", hint=hint)
+        raise K2Error(f"{display_safe(str(files[0]))} is a contact sheet.", hint=hint)
     sheets = len(files) - len(kept)
     return kept, f"Passed over: {pluralise(sheets, 'contact sheet')}." if sheets else ""

@@ -18,7 +18,7 @@ from k2cli.like import Example
 from k2cli.matrix import Matrix
 from k2cli.project import Project, Shot
 from k2cli.prompts import Prompt
-from k2cli.runs import Job, SheetForm
+from k2cli.runs import Job, SheetLayout
 from k2cli.settings import Settings
 from model.errors import listed
 
@@ -43,18 +43,18 @@ class Request:
             reuse_prompt = prompts is None and not self.only
             said = {**self.settings, **(self.matrices[0].axes if self.matrices else {})}
             prompts = prompts and [self.example.with_own_settings(prompt, project.settings, said) for prompt in prompts]
-            project, weights = self.example.apply_to(project, said, weights, self.moodboard, own_prompt=reuse_prompt)
+            project, weights = self.example.apply_to(project, said, weights, self.moodboard, reuse_prompt=reuse_prompt)
             prompts = [self.example.prompt()] if reuse_prompt else prompts
         elif self.moodboard is not None:
             project = project.with_board(self.moodboard)
-        wanted = project.choose(self.only) if prompts is None and self.only else prompts
-        matrices = self.matrices or (project.comparing(wanted) if prompts is None and not self.example else ())
+        wanted = project.choose_prompts(self.only) if prompts is None and self.only else prompts
+        matrices = self.matrices or (project.matrices_for(wanted) if prompts is None and not self.example else ())
         settings = project.resolve_settings(**self.settings)
         return plan_project(project, settings, wanted, weights, matrices, quiet=quiet, with_project=with_project)
 
     def warn_if_changed(self, job: Job) -> None:
         """Warn if the look of the --like picture has changed since."""
-        if self.example and (changed := self.example.changed(job)):
+        if self.example and (changed := self.example.describe_changes(job)):
             say(changed, "yellow")
 
 
@@ -97,4 +97,4 @@ def plan_job(project: Project, settings: Settings, shots: Sequence[Shot], *, com
     job = Job(project, shots, settings.model_spec())
     if not (compared and shots):
         return job
-    return replace(job, folder_title=f"matrix-{shots[0].name.rpartition('-')[0]}", sheet=SheetForm(columns=1))
+    return replace(job, folder_title=f"matrix-{shots[0].name.rpartition('-')[0]}", sheet=SheetLayout(columns=1))

@@ -21,19 +21,19 @@ from PIL import Image
 
 from model import picture_file
 
-WAYS = ("kitty", "iterm2", "sixel", "blocks", "off")
-WIDEST, TALLEST = 40, 20  # cells, at most, of a preview
-CELL = (8, 16)  # pixels of a cell, if the terminal does not say
-WINDOWS = "WT_SESSION"  # set by Windows Terminal, which sets no TERM and has true colour
-PATIENCE = 0.2  # seconds to wait for a terminal's answer
+MODES = ("kitty", "iterm2", "sixel", "blocks", "off")
+MAX_COLUMNS, MAX_LINES = 40, 20  # cells, at most, of a preview
+DEFAULT_CELL = (8, 16)  # pixels of a cell, if the terminal does not say
+WINDOWS_TERMINAL = "WT_SESSION"  # set by Windows Terminal, which sets no TERM and has true colour
+ANSWER_TIMEOUT = 0.2  # seconds to wait for a terminal's answer
 
 
 def preview(paths: Sequence[Path]) -> None:
     """Print pictures side by side if standard output is a terminal that can show them; unreadable ones are skipped."""
     if not sys.stdout.isatty():
         return
-    way = choose(os.environ, draws_sixels)
-    if way == "off":
+    mode = choose_mode(os.environ, draws_sixels)
+    if mode == "off":
         return
     images = []
     for path in paths:
@@ -41,16 +41,16 @@ def preview(paths: Sequence[Path]) -> None:
             if image.width * image.height <= picture_file.MAX_PIXELS:
                 images.append(image.convert("RGB"))
     if images:
-        sys.stdout.write(draw(beside(images), way, os.environ, len(images)) + "\n")
+        sys.stdout.write(draw(in_row(images), mode, os.environ, len(images)) + "\n")
         sys.stdout.flush()
 
 
-def choose(environ: Mapping[str, str], ask: Callable[[], bool]) -> str:
+def choose_mode(environ: Mapping[str, str], ask: Callable[[], bool]) -> str:
     """The best way that this terminal supports. K2_PREVIEW decides if it is one of WAYS; NO_COLOR turns it off."""
-    if (told := environ.get("K2_PREVIEW", "")) in WAYS:
-        return told
+    if (forced := environ.get("K2_PREVIEW", "")) in MODES:
+        return forced
     term, program = environ.get("TERM", ""), environ.get("TERM_PROGRAM", "")
-    if environ.get("NO_COLOR") or term == "dumb" or not (term or WINDOWS in environ):
+    if environ.get("NO_COLOR") or term == "dumb" or not (term or WINDOWS_TERMINAL in environ):
         return "off"
     if "TMUX" in environ or term.startswith(("tmux", "screen")):
         return "blocks"  # the outer terminal is unknown, and may change
@@ -73,25 +73,25 @@ def draws_sixels() -> bool:
         return False
     handle, answer = sys.stdin.fileno(), b""
     try:
-        before = termios.tcgetattr(handle)
+        settings = termios.tcgetattr(handle)
     except termios.error:
         return False
     try:
         tty.setcbreak(handle, termios.TCSANOW)
         os.write(sys.stdout.fileno(), b"\x1b[c")
-        while not answer.endswith(b"c") and select.select([handle], [], [], PATIENCE)[0]:
+        while not answer.endswith(b"c") and select.select([handle], [], [], ANSWER_TIMEOUT)[0]:
             answer += os.read(handle, 64)
     finally:
-        termios.tcsetattr(handle, termios.TCSANOW, before)
+        termios.tcsetattr(handle, termios.TCSANOW, settings)
     found = re.search(rb"\x1b\[\?([\d;]*)c", answer)
     return found is not None and b"4" in found[1].split(b";")
 
 
-def beside(images: Sequence[Image.Image]) -> Image.Image:
+def in_row(images: Sequence[Image.Image]) -> Image.Image:
     """Pictures in a row, as high as the first, with a narrow black gap between them."""
     height = images[0].height
     scaled = [image.resize((max(round(image.width * height / image.height), 1), height)) for image in images]
-    gap = height // TALLEST
+    gap = height // MAX_LINES
     row = Image.new("RGB", (sum(image.width + gap for image in scaled) - gap, height))
     left = 0
     for image in scaled:
@@ -100,23 +100,29 @@ def beside(images: Sequence[Image.Image]) -> Image.Image:
     return row
 
 
-def draw(image: Image.Image, way: str, environ: Mapping[str, str], count: int = 1) -> str:
+def draw(image: Image.Image, mode: str, environ: Mapping[str, str], count: int = 1) -> str:
     """The characters that draw the picture, or `count` in a row, in at most WIDEST x TALLEST cells each."""
     columns, lines = shutil.get_terminal_size()
-    across, down = cells(image.size, min(WIDEST * count, columns - 1), min(TALLEST, max(lines - 4, 4)))
-    if way == "blocks":
-        exact = environ.get("COLORTERM", "") in ("truecolor", "24bit") or WINDOWS in environ
-        return blocks(image.resize((across, 2 * down)), exact)
+    cell_columns, cell_lines = fit_cells(
+        image.size, min(MAX_COLUMNS * count, columns - 1), min(MAX_LINES, max(lines - 4, 4))
+    )
+    if mode == "blocks":
+        true_colour = environ.get("COLORTERM", "") in ("truecolor", "24bit") or WINDOWS_TERMINAL in environ
+        return half_blocks(image.resize((cell_columns, 2 * cell_lines)), true_colour)
     width, height = cell_size()
-    small = image.resize((across * width, down * height))
-    if way == "sixel":
-        return sixels(small)
+    scaled = image.resize((cell_columns * width, cell_lines * height))
+    if mode == "sixel":
+        return sixels(scaled)
     buffer = io.BytesIO()
-    small.save(buffer, "PNG")
-    return kitty(buffer.getvalue(), across, down) if way == "kitty" else iterm2(buffer.getvalue(), across, down)
+    scaled.save(buffer, "PNG")
+    return (
+        kitty(buffer.getvalue(), cell_columns, cell_lines)
+        if mode == "kitty"
+        else iterm2(buffer.getvalue(), cell_columns, cell_lines)
+    )
 
 
-def cells(size: tuple[int, int], columns: int, lines: int) -> tuple[int, int]:
+def fit_cells(size: tuple[int, int], columns: int, lines: int) -> tuple[int, int]:
     """Columns and lines for a picture, each cell twice as high as wide."""
     width, height = size
     scale = min(columns / width, 2 * lines / height)
@@ -133,10 +139,10 @@ def cell_size() -> tuple[int, int]:
         lines, columns, width, height = struct.unpack("HHHH", fcntl.ioctl(1, termios.TIOCGWINSZ, bytes(8)))
         if lines and columns and width >= columns and height >= lines:
             return width // columns, height // lines
-    return CELL
+    return DEFAULT_CELL
 
 
-def blocks(image: Image.Image, true_colour: bool) -> str:
+def half_blocks(image: Image.Image, true_colour: bool) -> str:
     """Two pixels per cell: an upper half-block in one colour, the other as its background."""
 
     def colour(layer: int, pixel: tuple[int, ...]) -> str:

@@ -15,13 +15,13 @@ from k2cli import models, moodboard
 from k2cli.expander import expander
 from k2cli.folder import PROJECT_FILE, Folder, OutsideProject, find_root, spelled_on_disk
 from k2cli.formats import SUFFIXES
-from k2cli.matrix import MAX_PICTURES, MAX_PROMPT_CHARS, Cell, Matrix, escape, fixed_axes, read_matrices
-from k2cli.pictures import check_label, check_picture, is_dark, nearly_called, sides_of
-from k2cli.prompts import Prompt, compare, name_files, read_prompts, spread
+from k2cli.matrix import MAX_PICTURES, MAX_PROMPT_CHARS, Cell, Matrix, escape_braces, fixed_axes, read_matrices
+from k2cli.pictures import check_label, check_picture, is_dark, picture_hint, picture_sides
+from k2cli.prompts import Prompt, matrix_cells, name_files, prompt_readings, read_prompts
 from k2cli.settings import MISPLACED, NONE, SPEC_KEYS, Settings, check_size_keys, draw_seed
-from k2cli.styles import BOARD, Styles, words
-from k2cli.texts import fold_case, label_of, plain, relative
-from k2cli.toml_tables import Option, Place, Toml, check_keys, check_value, read_table, read_weights, said_by
+from k2cli.styles import BOARD_STYLE, Styles, style_words
+from k2cli.texts import check_line, file_label, fold_case, relative_path
+from k2cli.toml_tables import Option, Place, Toml, check_keys, check_value, error_context, read_table, read_weights
 from model.errors import USAGE, K2Error, nearest
 from model.picture_file import same_shape
 from model.region import EXAMPLE, REGION_LIKE, Region
@@ -71,7 +71,7 @@ class Project(Folder):
         return cls.open(Folder.find(start).root, allow_outside=allow_outside)
 
     @classmethod
-    def around(cls, folder: Path, *, allow_outside: bool = False) -> Project | None:
+    def find_or_none(cls, folder: Path, *, allow_outside: bool = False) -> Project | None:
         """The project of a folder, or of the nearest one above it; None if there is none."""
         root = find_root(folder)
         return None if root is None else cls.open(root, allow_outside=allow_outside)
@@ -84,12 +84,12 @@ class Project(Folder):
             raise OutsideProject(
                 f"{folder / PROJECT_FILE} lies outside the project.", hint="Copy it there, or use --allow-outside."
             )
-        toml = Toml.read(folder / PROJECT_FILE, label_of(folder, PROJECT_FILE))
+        toml = Toml.read(folder / PROJECT_FILE, file_label(folder, PROJECT_FILE))
         place, table = Place(toml), toml.table
         check_keys(table, ("project", "render", "prompt", "matrix", "style", "moodboard"), place, MISPLACED)
-        head = read_table(Head, table.get("project", {}), place.below("project"), MISPLACED)
-        homes = MISPLACED | {"prompts": "Write each as text, under a [[prompt]] of its own."}
-        settings = read_table(Settings, table.get("render", {}), place.below("render"), homes)
+        head = read_table(ProjectTable, table.get("project", {}), place.below("project"), MISPLACED)
+        misplaced = MISPLACED | {"prompts": "Write each as text, under a [[prompt]] of its own."}
+        settings = read_table(Settings, table.get("render", {}), place.below("render"), misplaced)
         check_size_keys(vars(settings), place.below("render"))
         prompts = read_prompts(table.get("prompt", []), place)
         board = table.get("moodboard")
@@ -114,13 +114,13 @@ class Project(Folder):
     def resolve_settings(self, **given: Any) -> Settings:
         """The project's settings, overridden by a command line's options, with the model found and a seed drawn in case
         it is random."""
-        settings = replace(self.settings.override(**given), drawn=draw_seed())
+        settings = replace(self.settings.override(**given), drawn_seed=draw_seed())
         from_shell = given.get("model") is not None  # a path relative to the shell, not the project
         try:
             inside = None if from_shell else self.path_inside
             return replace(settings, model=models.resolve(settings.model, inside, settings.variant))
         except K2Error as error:
-            option = settings.elsewhere.get("model")
+            option = settings.sources.get("model")
             if not option and "model" not in self.toml.table.get("render", {}):
                 raise
             where = option or self.toml.where("render", "model")
@@ -129,10 +129,10 @@ class Project(Folder):
     def board_pictures(self, board: moodboard.Moodboard) -> tuple[list[Path], set[Path]]:
         """The pictures of [moodboard], and the other files beside them."""
         where = Place(self.toml, ("moodboard",))("images")
-        pictures, others = moodboard.gather(board.images, self.root, self.path_inside, where)
+        pictures, skipped = moodboard.gather_pictures(board.images, self.root, self.path_inside, where)
         for path in pictures:
-            check_label(relative(path, self.root), where)
-        return pictures, others
+            check_label(relative_path(path, self.root), where)
+        return pictures, skipped
 
     def with_board(self, strength: float) -> Project:
         """The project with its moodboard at this strength; at 0 it needs none."""
@@ -144,8 +144,8 @@ class Project(Folder):
                 hint=f"Add one to {PROJECT_FILE}: [moodboard] with images under it.",
             )
         limits = next(f.metadata for f in fields(self.board) if f.name == "strength")
-        with said_by(Option("--moodboard")) as said:
-            check_value("strength", strength, float, limits, said)
+        with error_context(Option("--moodboard")) as at:
+            check_value("strength", strength, float, limits, at)
         return replace(self, board=replace(self.board, strength=strength))
 
     def resolve_styles(
@@ -161,36 +161,36 @@ class Project(Folder):
         resolved = self.styles.resolve(weights, lambda name: where.get(name) or self.toml.where("style", name))
         if self.board is None:
             return resolved
-        if any(style.name == BOARD for style in resolved):
+        if any(style.name == BOARD_STYLE for style in resolved):
             raise K2Error(
-                f"The style name {BOARD} is taken by the project's [moodboard].",
-                hint=f"Rename styles/{BOARD}.toml.",
+                f"The style name {BOARD_STYLE} is taken by the project's [moodboard].",
+                hint=f"Rename styles/{BOARD_STYLE}.toml.",
             )
-        pictures, others = self.board_pictures(self.board)
-        self.other_files.update(others)
+        pictures, skipped = self.board_pictures(self.board)
+        self.other_files.update(skipped)
         self.other_files.difference_update(path.parent for path in pictures)  # a style's folder may hold the board's
-        look, unread = moodboard.as_style(self.board, pictures, settings.model)
-        self.unreadable.update(unread)
+        look, unreadable = moodboard.as_style(self.board, pictures, settings.model)
+        self.unreadable.update(unreadable)
         return (*resolved, *look)
 
     @cached_property
-    def pictures(self) -> Callable[[str, str], tuple[Path, Sides]]:
-        """`picture`, cached: each file is opened once, however many pictures start from it."""
-        return cache(self.picture)
+    def cached_picture(self) -> Callable[[str, str], tuple[Path, Sides]]:
+        """`find_picture`, cached: each file is opened once, however many pictures start from it."""
+        return cache(self.find_picture)
 
-    def picture(self, name: str, where: str) -> tuple[Path, Sides]:
+    def find_picture(self, name: str, where: str) -> tuple[Path, Sides]:
         """A picture and its sides, by a path in the project, or in the shell if an option names it. Raises K2Error."""
         if not name:
             raise K2Error(f"{where} names no picture.", hint='Name one, or "none".')
         from_shell = where in (INIT_OPTION, MASK_OPTION)
         path = Path(os.path.realpath(spelled_on_disk(Path(), name))) if from_shell else self.path_inside(name, where)
         if from_shell and not path.exists():
-            hint = nearly_called(path, name) or "Paths are relative to the current folder."
+            hint = picture_hint(path, name) or "Paths are relative to the current folder."
             raise K2Error(f"{where}: there is no {name}.", hint=hint)
-        check_picture(path, where, name, whole=True)
-        return path, sides_of(path)
+        check_picture(path, where, name, complete=True)
+        return path, picture_sides(path)
 
-    def mask(self, text: str, where: str, size: tuple[int | None, int | None], init_sides: Sides) -> Path | str:
+    def resolve_mask(self, text: str, where: str, size: tuple[int | None, int | None], init_sides: Sides) -> Path | str:
         """The part of an init image to repaint: a region of the new picture, or a mask picture with the init image's
         proportions. Raises K2Error."""
         if region := Region.parse(text):
@@ -199,7 +199,7 @@ class Project(Folder):
             return str(region)
         if REGION_LIKE.fullmatch(text):
             raise K2Error(f'{where}: "{text}" is not a region.', hint=EXAMPLE)
-        path, sides = self.pictures(text, where)
+        path, sides = self.cached_picture(text, where)
         if is_dark(path):
             raise K2Error(f"{where}: nothing in {text} is white.", hint="White is repainted, dark stays as is.")
         if not same_shape(sides, init_sides):
@@ -208,23 +208,26 @@ class Project(Folder):
             )
         return path
 
-    def choose(self, names: Sequence[str]) -> tuple[Prompt, ...]:
+    def choose_prompts(self, names: Sequence[str]) -> tuple[Prompt, ...]:
         """The readings of the project's prompts with these names, as --only gives them, in file order. A name may be a
         prompt's or a single reading's, a pattern, or several separated by commas."""
         lists = ([name.strip() for name in several.split(",")] for several in names)
-        asked = [name for several in lists for name in [*filter(None, several)] or [""]]
+        patterns = [name for several in lists for name in [*filter(None, several)] or [""]]
         known = [name for _, name in name_files(self.prompts)]
-        read = {each.name: replace(each, text=escape(each.text), base=base) for each, base in spread(self.prompts)}
+        readings = {
+            each.name: replace(each, text=escape_braces(each.text), base=base)
+            for each, base in prompt_readings(self.prompts)
+        }
         chosen: set[str] = set()
-        for name in asked:
-            found = {each for each in (*known, *read) if fnmatchcase(fold_case(each), fold_case(name))}
+        for name in patterns:
+            found = {each for each in (*known, *readings) if fnmatchcase(fold_case(each), fold_case(name))}
             if not found:
-                said = f'--only: {self.root.name} has no prompt named "{plain(name, "The name")}".'
-                raise K2Error(said, hint=nearest(name, known), code=USAGE)
+                message = f'--only: {self.root.name} has no prompt named "{check_line(name, "The name")}".'
+                raise K2Error(message, hint=nearest(name, known), code=USAGE)
             chosen |= found
-        return tuple(each for each in read.values() if chosen & {each.name, each.base})
+        return tuple(each for each in readings.values() if chosen & {each.name, each.base})
 
-    def comparing(self, prompts: Sequence[Prompt] | None) -> tuple[Matrix, ...]:
+    def matrices_for(self, prompts: Sequence[Prompt] | None) -> tuple[Matrix, ...]:
         """The matrices that compare any of these prompts (default: all of the project's); without one they are
         batches."""
         named = name_files(self.prompts if prompts is None else prompts)
@@ -235,7 +238,7 @@ class Project(Folder):
         """The names of the prompts that no matrix compares, which are not rendered beside those that are compared."""
         if not matrices:
             return []
-        names = dict.fromkeys(base for _, base in spread(self.prompts if prompts is None else prompts))
+        names = dict.fromkeys(base for _, base in prompt_readings(self.prompts if prompts is None else prompts))
         return [name for name in names if not any(matrix.covers(name) for matrix in matrices)]
 
     def shots(
@@ -256,30 +259,32 @@ class Project(Folder):
             raise K2Error(
                 f"{PROJECT_FILE} has no [[prompt]].", hint='Add one, or give one with -p: k2 render -p "a red fox"'
             )
-        readings = spread(self.prompts if prompts is None else prompts)
-        settled = fixed_axes(settings.elsewhere, styles or {})
+        readings = prompt_readings(self.prompts if prompts is None else prompts)
+        fixed = fixed_axes(settings.sources, styles or {})
         grid = models.grid(settings.model, settings.variant)
-        looks = cache(lambda overrides, given: self.resolve_styles(settings, dict(overrides), dict(given)))
+        cached_styles = cache(lambda overrides, given: self.resolve_styles(settings, dict(overrides), dict(given)))
         uncompared = ((prompt, [(prompt.name, Cell())]) for prompt, _ in readings)
         shots: list[Shot] = []
         chars = 0
-        for prompt, cells in compare(readings, matrices, settled) if matrices else uncompared:
-            base = replace(settings.yielding(prompt.freed), **prompt.freed)
-            command_line, weights = base.elsewhere, styles or {}
-            if prompt.last:
-                command_line = base.yielding(prompt.settings).elsewhere
+        for prompt, cells in matrix_cells(readings, matrices, fixed) if matrices else uncompared:
+            base = replace(settings.yielding(prompt.restored), **prompt.restored)
+            command_line, weights = base.sources, styles or {}
+            if prompt.overrides_options:
+                command_line = base.yielding(prompt.settings).sources
                 weights = {name: weight for name, weight in weights.items() if name not in prompt.style}
             one_picture = {"batch": 1} if matrices else {}  # a cell is one picture ...
-            own = {**one_picture, **prompt.settings} if prompt.last else {**prompt.settings, **one_picture}
-            prompt_settings = base.overridden_by(own, {key: prompt.where(key) for key in own})
-            more = {key: getattr(base, key) for key in command_line}  # ... unless more are asked for
-            prompt_settings = prompt_settings.overridden_by(more, command_line)
+            combined = (
+                {**one_picture, **prompt.settings} if prompt.overrides_options else {**prompt.settings, **one_picture}
+            )
+            prompt_settings = base.overridden_by(combined, {key: prompt.where(key) for key in combined})
+            from_options = {key: getattr(base, key) for key in command_line}  # ... unless more are asked for
+            prompt_settings = prompt_settings.overridden_by(from_options, command_line)
             prompt_styles = {style: (weight, prompt.where("style", style)) for style, weight in prompt.style.items()}
             for name, cell in cells:
                 cell_settings = prompt_settings.overridden_by(cell.settings, dict.fromkeys(cell.settings, cell.where))
                 cell_styles = {style: (weight, cell.where) for style, weight in cell.styles.items()}
-                cell_looks = looks(tuple((prompt_styles | cell_styles).items()), tuple(weights.items()))
-                series = self.series(prompt, name, cell_settings, cell_looks, cell, grid)
+                cell_looks = cached_styles(tuple((prompt_styles | cell_styles).items()), tuple(weights.items()))
+                series = self.prompt_shots(prompt, name, cell_settings, cell_looks, cell, grid)
                 shots += series
                 chars += len(series) * plan_chars(series[0])
             if len(shots) > MAX_PICTURES:
@@ -287,11 +292,13 @@ class Project(Folder):
             if chars > MAX_PLAN:
                 raise K2Error("The run is too large to plan.", hint="Render it in parts: --only")
         if settings.scope == "run":
-            return tie(shots, settings.cohesion, self.leader or self.first_of(settings, prompts, styles, matrices))
+            return tie_shots(
+                shots, settings.cohesion, self.leader or self.project_leader(settings, prompts, styles, matrices)
+            )
         batches = [list(batch) for _, batch in groupby(shots, lambda shot: shot.name)]
-        return [shot for batch in batches for shot in tie(batch, settings.cohesion, self.leader)]
+        return [shot for batch in batches for shot in tie_shots(batch, settings.cohesion, self.leader)]
 
-    def first_of(
+    def project_leader(
         self,
         settings: Settings,
         prompts: Sequence[Prompt] | None,
@@ -305,7 +312,7 @@ class Project(Folder):
         settings = replace(settings, scope="prompt")
         if not isinstance(self.settings.seed, str):
             settings = replace(settings.yielding(["seed"]), seed=self.settings.seed)
-        if matrices and tuple(matrices) == self.comparing(prompts):
+        if matrices and tuple(matrices) == self.matrices_for(prompts):
             matrices = self.matrices
         known = name_files(self.prompts)
         candidates = (
@@ -316,7 +323,7 @@ class Project(Folder):
         spec = self.shots(settings, [first], styles, matrices)[0].spec
         return Leader(spec.prompt, spec.seed, spec.negative)
 
-    def series(
+    def prompt_shots(
         self,
         prompt: Prompt,
         name: str,
@@ -330,12 +337,15 @@ class Project(Folder):
 
         def where(key: str) -> str:
             """Where a setting was given: by the prompt or its matrix, on the command line, or in [render]."""
-            return settings.elsewhere.get(key) or place(key)
+            return settings.sources.get(key) or place(key)
 
-        triggers = [trigger for trigger in words(looks, "triggers") if not mentions(prompt.text, trigger)]
-        joined = [*triggers, *words(looks, "keywords", "avoids")]
-        avoids = [*filter(None, dict.fromkeys([prompt.avoid, settings.avoid])), *words(looks, "avoids", "keywords")]
-        for parts, what in (([prompt.text, *joined], "prompt"), (avoids, "negative prompt")):
+        triggers = [trigger for trigger in style_words(looks, "triggers") if not mentions(prompt.text, trigger)]
+        appended = [*triggers, *style_words(looks, "keywords", "avoids")]
+        avoids = [
+            *filter(None, dict.fromkeys([prompt.avoid, settings.avoid])),
+            *style_words(looks, "avoids", "keywords"),
+        ]
+        for parts, what in (([prompt.text, *appended], "prompt"), (avoids, "negative prompt")):
             if sum(map(len, parts)) > MAX_PROMPT_CHARS:
                 raise K2Error(
                     f'The {what} of "{name}" is longer than {MAX_PROMPT_CHARS:,} characters.', hint="Shorten it."
@@ -343,16 +353,16 @@ class Project(Folder):
         has_look = any(style.strength > 0 and (style.references or style.lora) for style in looks)
         init_image, sides = None, None
         if settings.init_image not in (None, NONE):
-            with said_by(where("init_image")) as at:
-                init_image, sides = self.pictures(settings.init_image, at)
-        width, height = settings.pixels(where, grid, sides)
+            with error_context(where("init_image")) as at:
+                init_image, sides = self.cached_picture(settings.init_image, at)
+        width, height = settings.resolve_size(where, grid, sides)
         mask = None
         if settings.mask not in (None, NONE) and settings.init_image != NONE:  # without which there is nothing to mask
-            with said_by(where("mask")) as at:
+            with error_context(where("mask")) as at:
                 if sides is None:
                     hint = f'Name the picture that "{name}" starts from.'
                     raise K2Error(f"{at}: there is no init_image to mask.", hint=hint)
-                mask = self.mask(settings.mask, at, (width, height), sides)
+                mask = self.resolve_mask(settings.mask, at, (width, height), sides)
         seed, batch = settings.first_seed, settings.batch
         if seed + batch > 2**63:
             raise K2Error(f"Seed {seed} leaves no room for {batch} pictures.", hint="Choose a smaller one.")
@@ -372,9 +382,9 @@ class Project(Folder):
         texts: dict[str, str] = {}  # a long prompt is kept once, not once per seed
         for n in range(seed, seed + batch):
             expanded = expand(
-                prompt.text, settings.creativity, n, styles=tuple(joined), avoids=tuple(avoids), look=has_look
+                prompt.text, settings.creativity, n, styles=tuple(appended), avoids=tuple(avoids), look=has_look
             )
-            picture_spec = replace(spec, seed=n, prompt=texts.setdefault(expanded, ", ".join([expanded, *joined])))
+            picture_spec = replace(spec, seed=n, prompt=texts.setdefault(expanded, ", ".join([expanded, *appended])))
             caption = f"{cell.caption} · seed {n}" if cell.caption and batch > 1 else cell.caption
             shots.append(
                 Shot(
@@ -392,7 +402,7 @@ class Project(Folder):
 
 
 @dataclass(frozen=True)
-class Head:
+class ProjectTable:
     """[project]"""
 
     name: str = ""
@@ -401,17 +411,17 @@ class Head:
 def plan_chars(shot: Shot) -> int:
     """The least number of characters that a picture adds to its run's plan; a reference adds its path and hash."""
     styles = shot.spec.styles
-    spoken = sum(len(word) for style in styles for word in (*style.keywords, *style.avoids))
+    style_chars = sum(len(word) for style in styles for word in (*style.keywords, *style.avoids))
     return (
         len(shot.given)
         + len(shot.spec.prompt)
         + len(shot.spec.negative)
-        + spoken
+        + style_chars
         + 100 * sum(1 + len(style.references) for style in styles)
     )
 
 
-def tie(shots: Sequence[Shot], cohesion: float, leader: Leader | None) -> list[Shot]:
+def tie_shots(shots: Sequence[Shot], cohesion: float, leader: Leader | None) -> list[Shot]:
     """Shots tied together by cohesion, led by the first of them, or by another picture."""
     specs = tie_to_lead([shot.spec for shot in shots], cohesion, leader)
     return [replace(shot, spec=spec) for shot, spec in zip(shots, specs, strict=True)]

@@ -8,16 +8,16 @@ from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
-from k2cli.matrix import MAX_PICTURES, MAX_TOTAL_CHARS, Cell, Matrix, fixed_axes, variants
+from k2cli.matrix import MAX_PICTURES, MAX_TOTAL_CHARS, Cell, Matrix, fixed_axes, text_readings
 from k2cli.settings import MISPLACED, NONE, PROMPT_KEYS, check_setting, check_size_keys
 from k2cli.sizes import parse_size
-from k2cli.texts import as_name, check_name, is_mark, plain
-from k2cli.toml_tables import NO_KEY, Place, check_keys, read_table, read_weights, said_by
+from k2cli.texts import as_name, check_line, check_name, is_combining
+from k2cli.toml_tables import NO_KEY, Place, check_keys, error_context, read_table, read_weights
 from model.errors import K2Error
 
-STEM = 50  # characters of a name made from a prompt's choices
-MOST_PROMPTS = 20_000  # of a project
-SAY = "Say what the picture should show."
+MAX_STEM = 50  # characters of a name made from a prompt's choices
+MAX_PROMPTS = 20_000  # of a project
+EMPTY_PROMPT_HINT = "Say what the picture should show."
 
 
 @dataclass(frozen=True)
@@ -31,45 +31,45 @@ class Prompt:
     style: Mapping[str, float] = field(default_factory=dict, metadata=NO_KEY)
     place: Place | None = field(default=None, metadata=NO_KEY)  # of its table
     base: str = field(default="", metadata=NO_KEY)  # the prompt it is a reading of, if another
-    freed: Mapping[str, Any] = field(default_factory=dict, metadata=NO_KEY)  # [render]'s again, despite --like
-    last: bool = field(default=False, metadata=NO_KEY)  # it was given after the command line, and overrides that
+    restored: Mapping[str, Any] = field(default_factory=dict, metadata=NO_KEY)  # [render]'s again, despite --like
+    overrides_options: bool = field(default=False, metadata=NO_KEY)  # as it was given after the command line
 
     def where(self, *path: str) -> str:
         """Where one of its keys was written, for messages."""
         return f'"{self.name or self.text}"' if self.place is None else self.place.below(*path)()
 
 
-WORDS = tuple(f.name for f in fields(Prompt) if f.metadata.get("key", True))
+TEXT_KEYS = tuple(f.name for f in fields(Prompt) if f.metadata.get("key", True))
 
 
-def typed(text: str) -> Prompt:
+def typed_prompt(text: str) -> Prompt:
     """A prompt from the command line, or from a line of standard input."""
-    said = plain(text, "A prompt")
-    if not said:
-        raise K2Error("A prompt is empty.", hint=SAY)
-    return Prompt(said)
+    line = check_line(text, "A prompt")
+    if not line:
+        raise K2Error("A prompt is empty.", hint=EMPTY_PROMPT_HINT)
+    return Prompt(line)
 
 
 def read_prompts(entries: Any, place: Place) -> tuple[Prompt, ...]:
     """The [[prompt]] tables, checked: each has a text, and its name is unique and works as a file name."""
     if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
         raise K2Error(f"{place('prompt')}: prompts are a list of tables.", hint="Write [[prompt]], with two brackets.")
-    if len(entries) > MOST_PROMPTS:
+    if len(entries) > MAX_PROMPTS:
         raise K2Error(
-            f"{place('prompt')}: more than {MOST_PROMPTS:,} prompts.", hint="Split them into several projects."
+            f"{place('prompt')}: more than {MAX_PROMPTS:,} prompts.", hint="Split them into several projects."
         )
     prompts: list[Prompt] = []
     for index, entry in enumerate(entries):
         at = place.below("prompt", index)
-        check_keys(entry, (*WORDS, *PROMPT_KEYS, "style"), at, MISPLACED)
+        check_keys(entry, (*TEXT_KEYS, *PROMPT_KEYS, "style"), at, MISPLACED)
         prompt = replace(
-            read_table(Prompt, {key: entry[key] for key in WORDS if key in entry}, at),
+            read_table(Prompt, {key: entry[key] for key in TEXT_KEYS if key in entry}, at),
             settings={key: check_setting(key, entry[key], at(key)) for key in PROMPT_KEYS if key in entry},
             style=read_weights(entry.get("style", {}), at.below("style")),
             place=at,
         )
         if not prompt.text:
-            raise K2Error(f"{at('text')}: the prompt is empty.", hint=SAY)
+            raise K2Error(f"{at('text')}: the prompt is empty.", hint=EMPTY_PROMPT_HINT)
         check_size_keys(prompt.settings, at)
         if "size" in prompt.settings:
             parse_size(prompt.settings["size"], at("size"))
@@ -78,11 +78,11 @@ def read_prompts(entries: Any, place: Place) -> tuple[Prompt, ...]:
         if prompt.name:
             prompt = replace(prompt, name=check_name(prompt.name, at("name")))
         prompts.append(prompt)
-    refuse_twins((place.below("prompt", index)("name"), prompt) for index, prompt in enumerate(prompts))
+    check_unique_names((place.below("prompt", index)("name"), prompt) for index, prompt in enumerate(prompts))
     return tuple(prompts)
 
 
-def refuse_twins(prompts: Iterable[tuple[str, Prompt]]) -> None:
+def check_unique_names(prompts: Iterable[tuple[str, Prompt]]) -> None:
     """Raises K2Error if two prompts have the same name but for capitals, which some disks ignore. Each comes with its
     place for messages."""
     taken: dict[str, str] = {}  # name without capitals -> as written
@@ -92,20 +92,20 @@ def refuse_twins(prompts: Iterable[tuple[str, Prompt]]) -> None:
         taken[name.casefold()] = name
 
 
-def spread(prompts: Sequence[Prompt]) -> list[tuple[Prompt, str]]:
+def prompt_readings(prompts: Sequence[Prompt]) -> list[tuple[Prompt, str]]:
     """Every reading of every prompt, named like its files, and the name of the prompt it comes from.
 
     A given name precedes the choice: fox, with {red|blue} in its text, becomes fox-red and fox-blue.
     """
-    found, known, count, letters = [], [], 0, 0
+    found, known, count, chars = [], [], 0, 0
     last: dict[str, int] = {}
     for prompt, base in name_files(prompts):
-        known.append((prompt, base, variants(prompt.text)))
+        known.append((prompt, base, text_readings(prompt.text)))
         count += len(known[-1][2])
-        letters += len(known[-1][2]) * len(prompt.text)
-        if count > MOST_PROMPTS:
-            raise K2Error(f"With their choices these are more than {MOST_PROMPTS:,} prompts.", hint="Use fewer.")
-        if letters > MAX_TOTAL_CHARS:
+        chars += len(known[-1][2]) * len(prompt.text)
+        if count > MAX_PROMPTS:
+            raise K2Error(f"With their choices these are more than {MAX_PROMPTS:,} prompts.", hint="Use fewer.")
+        if chars > MAX_TOTAL_CHARS:
             raise K2Error(f"The prompts add up to more than {MAX_TOTAL_CHARS:,} characters.", hint="Use fewer.")
     taken = {base.casefold() for _, base, read in known if not read[0][1]}
     for prompt, base, read in known:
@@ -115,41 +115,44 @@ def spread(prompts: Sequence[Prompt]) -> list[tuple[Prompt, str]]:
             name = base
             if chosen:
                 name = f"{prompt.name}-{slug(' '.join(chosen))}" if prompt.name else slug(text)
-                name = free_name(name[:STEM].strip("-"), taken, last)
+                name = free_name(name[:MAX_STEM].strip("-"), taken, last)
             found.append((replace(prompt, text=text, name=name), prompt.base or base))
     return found
 
 
-def compare(
-    readings: Sequence[tuple[Prompt, str]], matrices: Sequence[Matrix], settled: Collection[str]
+def matrix_cells(
+    readings: Sequence[tuple[Prompt, str]], matrices: Sequence[Matrix], fixed: Collection[str]
 ) -> Iterator[tuple[Prompt, list[tuple[str, Cell]]]]:
     """Matrix by matrix, every reading that it compares, with its cells and a name for each cell.
 
-    settled  axes that the command line has already set, which leaves nothing to compare; the same holds for what a
-             prompt sets that overrides the command line
+    fixed  axes that the command line has already set, which leaves nothing to compare; the same holds for what a
+           prompt sets that overrides the command line
     """
 
-    def said_of(prompt: Prompt) -> set[str]:
-        return {*settled, *(fixed_axes(prompt.settings, prompt.style) if prompt.last else ())}
+    def all_fixed(prompt: Prompt) -> set[str]:
+        return {*fixed, *(fixed_axes(prompt.settings, prompt.style) if prompt.overrides_options else ())}
 
     totals: Counter[str] = Counter()
     for matrix in matrices:
         for prompt, base in readings:
             if matrix.covers(base):
-                totals[prompt.name[:STEM]] += matrix.count(said_of(prompt))
-    most = min(MAX_PICTURES, max(totals.values(), default=0))
+                totals[prompt.name[:MAX_STEM]] += matrix.count(all_fixed(prompt))
+    max_number = min(MAX_PICTURES, max(totals.values(), default=0))
     numbers: Counter[str] = Counter()
     for matrix in matrices:
         for prompt, base in readings:
             if matrix.covers(base):
-                said = said_of(prompt)
-                if "batch" in said and "seed" in matrix.axes.keys() - said:
-                    with said_by(matrix.where) as who:
-                        raise K2Error(f"{who} lists the seeds, so a batch has no effect.", hint="Omit the batch.")
-                cells = matrix.cells(said)
-                first = numbers[prompt.name[:STEM]] + 1
-                numbers[prompt.name[:STEM]] += len(cells)
-                yield prompt, [(numbered(prompt.name, number, most), cell) for number, cell in enumerate(cells, first)]
+                prompt_fixed = all_fixed(prompt)
+                if "batch" in prompt_fixed and "seed" in matrix.axes.keys() - prompt_fixed:
+                    with error_context(matrix.where) as at:
+                        raise K2Error(f"{at} lists the seeds, so a batch has no effect.", hint="Omit the batch.")
+                cells = matrix.cells(prompt_fixed)
+                first = numbers[prompt.name[:MAX_STEM]] + 1
+                numbers[prompt.name[:MAX_STEM]] += len(cells)
+                yield (
+                    prompt,
+                    [(numbered(prompt.name, number, max_number), cell) for number, cell in enumerate(cells, first)],
+                )
 
 
 def name_files(prompts: Sequence[Prompt]) -> list[tuple[Prompt, str]]:
@@ -174,12 +177,12 @@ def free_name(stem: str, taken: set[str], last: dict[str, int]) -> str:
     return name
 
 
-def numbered(name: str, number: int, most: int) -> str:
-    """The name of a picture among at most `most` that are compared: files sort in the order of their numbers."""
-    return f"{name[:STEM]}-{number:0{max(2, len(str(most)))}}"
+def numbered(name: str, number: int, max_number: int) -> str:
+    """The name of a picture among at most `max_number` that are compared: files sort in the order of their numbers."""
+    return f"{name[:MAX_STEM]}-{number:0{max(2, len(str(max_number)))}}"
 
 
-def prompt_of(name: str, caption: str) -> str:
+def prompt_name(name: str, caption: str) -> str:
     """The name of a picture's prompt, from the name in its record; in a comparison, which has a caption, that ends in
     a number."""
     return re.sub(r"-\d+$", "", name) if caption else name
@@ -188,6 +191,6 @@ def prompt_of(name: str, caption: str) -> str:
 def slug(text: str) -> str:
     """A file-name stem made from a prompt; a long one is cut between words, or within a word that is too long."""
     name, end = as_name(text.casefold()).strip("-_"), 40
-    while is_mark(name[end : end + 1] or "-"):
+    while is_combining(name[end : end + 1] or "-"):
         end -= 1
     return (name if len(name) <= 40 else name[:end].rsplit("-", 1)[0]) or "prompt"

@@ -6,15 +6,15 @@ import errno
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from k2cli.texts import masked
+from k2cli.texts import display_safe
 from model import library
 from model.errors import K2Error
 
-GO_ON = "What has arrived is kept: pull again to resume."
+PULL_AGAIN = "What has arrived is kept: pull again to resume."
 
 
 @contextmanager
-def explained(repo: str, revision: str) -> Iterator[None]:
+def hub_errors(repo: str, revision: str) -> Iterator[None]:
     """Turn errors within the context into that sentence. Raises K2Error."""
     from huggingface_hub import errors
     from huggingface_hub.utils import disable_progress_bars, logging
@@ -24,15 +24,15 @@ def explained(repo: str, revision: str) -> Iterator[None]:
     try:
         yield
     except (errors.HTTPError, OSError) as error:
-        raise explain(error, repo, revision) from None
+        raise hub_error(error, repo, revision) from None
 
 
-def explain(error: Exception, repo: str, revision: str) -> K2Error:
+def hub_error(error: Exception, repo: str, revision: str) -> K2Error:
     from huggingface_hub import constants, errors
 
     hub = constants.ENDPOINT
     status = getattr(getattr(error, "response", None), "status_code", 0)
-    number = getattr(error, "errno", None)
+    error_number = getattr(error, "errno", None)
     if isinstance(error, errors.GatedRepoError) and status == 401:
         return K2Error(
             f"{repo} is gated, and the hub does not know who you are (401).",
@@ -46,7 +46,7 @@ def explain(error: Exception, repo: str, revision: str) -> K2Error:
         )
     if isinstance(error, errors.RevisionNotFoundError):
         hint = f"Give a branch, a tag or a commit: {hub}/{repo}/commits/main lists them."
-        return K2Error(f'{repo} has no revision "{masked(revision)}" (404).', hint=hint)
+        return K2Error(f'{repo} has no revision "{display_safe(revision)}" (404).', hint=hint)
     if isinstance(error, errors.RepositoryNotFoundError):
         hint = f"Check the name at {hub}. For a private model, set HF_TOKEN."
         return K2Error(f"The hub has no model {repo}, or it is private ({status}).", hint=hint)
@@ -57,16 +57,16 @@ def explain(error: Exception, repo: str, revision: str) -> K2Error:
         hint = "If HF_ENDPOINT names a mirror, it may be incomplete: try another, or none."
         return K2Error(f"{hub} does not have a file that it lists for {repo} (404).", hint=hint)
     if status == 429:
-        hint = f"Wait a few minutes. With HF_TOKEN set, the limits are higher. {GO_ON}"
+        hint = f"Wait a few minutes. With HF_TOKEN set, the limits are higher. {PULL_AGAIN}"
         return K2Error("The hub gets too many requests from here (429).", hint=hint)
     if status:
-        return K2Error(f"The hub at {hub} reports an error ({status}).", hint=f"Try again later. {GO_ON}")
+        return K2Error(f"The hub at {hub} reports an error ({status}).", hint=f"Try again later. {PULL_AGAIN}")
     if isinstance(error, errors.OfflineModeIsEnabled):
         return K2Error(f"{repo} is not on this machine, and HF_HUB_OFFLINE is set.", hint="Unset it to pull.")
-    if number in (errno.ENOSPC, errno.EDQUOT):
-        hint = f"Free some space, or set HF_HOME to a folder on a larger disk. {GO_ON}"
+    if error_number in (errno.ENOSPC, errno.EDQUOT):
+        hint = f"Free some space, or set HF_HOME to a folder on a larger disk. {PULL_AGAIN}"
         return K2Error(f"The disk of {library.hub_cache()} is full.", hint=hint)
     if isinstance(error, OSError) and error.filename:
         hint = "Check its permissions, or set HF_HOME to another folder."
         return K2Error(f"{error.filename} cannot be written: {error.strerror}.", hint=hint)
-    return K2Error(f"The connection to {hub} failed.", hint=f"Check the network. {GO_ON}")
+    return K2Error(f"The connection to {hub} failed.", hint=f"Check the network. {PULL_AGAIN}")

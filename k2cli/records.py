@@ -21,8 +21,8 @@ from k2cli import formats, models
 from k2cli.outputs import row_label
 from k2cli.project import Shot
 from k2cli.settings import field_for
-from k2cli.texts import check_name, quote, relative
-from k2cli.toml_tables import LIMIT, PATH, WEIGHT, Place, Toml, between, one_of, read_table
+from k2cli.texts import check_name, relative_path, shell_quote
+from k2cli.toml_tables import MAX_FILE_BYTES, PATH, WEIGHT, Place, Toml, between, one_of, read_table
 from model import picture_file
 from model.errors import K2Error
 from model.hashes import identity, sha256
@@ -35,7 +35,7 @@ HashOf = Callable[[Path], str]
 
 
 @dataclass(frozen=True)
-class AskedPrompt:
+class RecordedPrompt:
     """[prompt] of a record or of a plan."""
 
     text: str  # as given
@@ -48,7 +48,7 @@ class AskedPrompt:
 
 
 @dataclass(frozen=True)
-class MadeWith:
+class RecordedSettings:
     """[settings]: as requested, or as they turned out. None in a plan means the checkpoint's own."""
 
     seed: int = field_for("seed")
@@ -72,11 +72,11 @@ class MadeWith:
     threads: int | None = between(None, 1, 4096)  # on a CPU, where their number affects rounding
 
 
-SPEC_KEYS = tuple(f.name for f in fields(MadeWith) if hasattr(RenderSpec, f.name))  # the spec's own
+SPEC_KEYS = tuple(f.name for f in fields(RecordedSettings) if hasattr(RenderSpec, f.name))  # the spec's own
 
 
 @dataclass(frozen=True)
-class StyleUsed:
+class RecordedStyle:
     """One [[style]], without its files."""
 
     name: str
@@ -88,7 +88,7 @@ class StyleUsed:
 
 
 @dataclass(frozen=True)
-class PictureUsed:
+class RecordedPicture:
     """A picture that another was made from, as it was then."""
 
     image: str = field(metadata=PATH)
@@ -96,14 +96,14 @@ class PictureUsed:
 
 
 @dataclass(frozen=True)
-class ReferenceUsed(PictureUsed):
+class RecordedReference(RecordedPicture):
     """A style's reference."""
 
     weight: float = field(default=1.0, metadata=WEIGHT)
 
 
 @dataclass(frozen=True)
-class Masked:
+class RecordedMask:
     """Which part of an init image was repainted: a region, or a mask picture as it was then."""
 
     region: str | None = None
@@ -112,7 +112,7 @@ class Masked:
 
 
 @dataclass(frozen=True)
-class LoraUsed:
+class RecordedLora:
     """A style's LoRA, as it was then."""
 
     file: str = field(metadata=PATH)
@@ -120,7 +120,7 @@ class LoraUsed:
 
 
 @dataclass(frozen=True)
-class LedBy:
+class RecordedLeader:
     """The lead picture, if cohesion is on."""
 
     prompt: str
@@ -146,7 +146,7 @@ class Record:
 
 def planned_record(shot: Shot, root: Path, hash_of: HashOf = identity) -> dict[str, Any]:
     """What is known about a picture before it is rendered; reference paths are relative to the project."""
-    spec, led, begun = shot.spec, shot.spec.leader, shot.spec.init_image
+    spec, leader, init_image = shot.spec, shot.spec.leader, shot.spec.init_image
     return {
         "prompt": {
             "name": shot.name,
@@ -158,8 +158,8 @@ def planned_record(shot: Shot, root: Path, hash_of: HashOf = identity) -> dict[s
             "creativity": shot.creativity,
         },
         "settings": {key: getattr(spec, key) for key in SPEC_KEYS},
-        "leader": led and {"prompt": led.prompt, "seed": led.seed, "avoid": led.negative},
-        "init_image": begun and {"image": relative(begun, root), "sha256": hash_of(begun)},
+        "leader": leader and {"prompt": leader.prompt, "seed": leader.seed, "avoid": leader.negative},
+        "init_image": init_image and {"image": relative_path(init_image, root), "sha256": hash_of(init_image)},
         "mask": spec.mask and mask_table(spec.mask, root, hash_of),
         "style": [style_table(style, root, hash_of) for style in spec.styles] or None,
     }
@@ -169,7 +169,7 @@ def mask_table(mask: Path | str, root: Path, hash_of: HashOf) -> dict[str, Any]:
     """A mask as stored in records."""
     if isinstance(mask, str):
         return {"region": mask}
-    return {"image": relative(mask, root), "sha256": hash_of(mask)}
+    return {"image": relative_path(mask, root), "sha256": hash_of(mask)}
 
 
 def style_table(style: Style, root: Path, hash_of: HashOf = identity) -> dict[str, Any]:
@@ -181,43 +181,49 @@ def style_table(style: Style, root: Path, hash_of: HashOf = identity) -> dict[st
         "avoids": list(style.avoids),
         "method": style.method if style.references else None,
         "reference": [
-            {"image": relative(r.image, root), "weight": r.weight, "sha256": hash_of(r.image)} for r in style.references
+            {"image": relative_path(r.image, root), "weight": r.weight, "sha256": hash_of(r.image)}
+            for r in style.references
         ],
     }
     if style.lora:
         table["triggers"] = list(style.triggers)
-        table["lora"] = {"file": relative(style.lora, root), "sha256": hash_of(style.lora)}
+        table["lora"] = {"file": relative_path(style.lora, root), "sha256": hash_of(style.lora)}
     return table
 
 
-def compose(shot: Shot, picture: Picture, root: Path) -> dict[str, Any]:
+def finished_record(shot: Shot, picture: Picture, root: Path) -> dict[str, Any]:
     """The record of a finished picture: what was requested, and what the model did."""
-    made = dict(picture.record)
-    used = {each["image"]: each["sha256"] for style in made.get("styles", ()) for each in style["references"]}
-    used |= {lora["path"]: lora["sha256"] for lora in made.get("loras", ())}
-    used |= {made[key]["image"]: made[key]["sha256"] for key in ("init_image", "mask") if "image" in made.get(key, ())}
+    outcome = dict(picture.record)
+    hashes = {each["image"]: each["sha256"] for style in outcome.get("styles", ()) for each in style["references"]}
+    hashes |= {lora["path"]: lora["sha256"] for lora in outcome.get("loras", ())}
+    hashes |= {
+        outcome[key]["image"]: outcome[key]["sha256"]
+        for key in ("init_image", "mask")
+        if "image" in outcome.get(key, ())
+    }
 
     def hash_of(path: Path) -> str:
         """A file's hash when the picture was made: by now the file may have changed or be gone."""
-        return used.get(str(path)) or identity(path)
+        return hashes.get(str(path)) or identity(path)
 
-    asked = planned_record(shot, root, hash_of)
+    planned = planned_record(shot, root, hash_of)
     return {
         "schema": SCHEMA,
         "created": datetime.now(UTC),
-        "seconds": made.pop("seconds", None),
+        "seconds": outcome.pop("seconds", None),
         "pixels": pixel_hash(picture.image),
-        "blocked": made.get("blocked"),  # by an output filter, and why
-        "prompt": asked["prompt"] | {"unread": made.get("unread")},
-        "settings": asked["settings"] | {key: made[key] for key in (f.name for f in fields(MadeWith)) if key in made},
-        "leader": asked["leader"] and asked["leader"] | {"shared": made.get("shared")},
-        "init_image": asked["init_image"],
-        "mask": asked["mask"],
-        "model": made["model"] | {"name": portable(made["model"]["name"], root)},
-        "style": with_methods(asked.get("style"), made.get("styles", ())),
+        "blocked": outcome.get("blocked"),  # by an output filter, and why
+        "prompt": planned["prompt"] | {"unread": outcome.get("unread")},
+        "settings": planned["settings"]
+        | {key: outcome[key] for key in (f.name for f in fields(RecordedSettings)) if key in outcome},
+        "leader": planned["leader"] and planned["leader"] | {"shared": outcome.get("shared")},
+        "init_image": planned["init_image"],
+        "mask": planned["mask"],
+        "model": outcome["model"] | {"name": portable_name(outcome["model"]["name"], root)},
+        "style": with_methods(planned.get("style"), outcome.get("styles", ())),
         "lora": [  # how much of each adapter matched the network
-            {"file": relative(Path(lora["path"]), root), **{key: lora[key] for key in lora if key != "path"}}
-            for lora in made.get("loras", ())
+            {"file": relative_path(Path(lora["path"]), root), **{key: lora[key] for key in lora if key != "path"}}
+            for lora in outcome.get("loras", ())
         ]
         or None,
         "versions": {
@@ -227,15 +233,17 @@ def compose(shot: Shot, picture: Picture, root: Path) -> dict[str, Any]:
     }
 
 
-def with_methods(asked: list[dict[str, Any]] | None, made: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]] | None:
+def with_methods(
+    planned: list[dict[str, Any]] | None, used_styles: Iterable[Mapping[str, Any]]
+) -> list[dict[str, Any]] | None:
     """The requested styles, with the method by which the network in fact read their references."""
-    used = {style["name"]: style["method"] for style in made}
-    return asked and [
-        style | {"method": style["method"] and used.get(style["name"], style["method"])} for style in asked
+    methods = {style["name"]: style["method"] for style in used_styles}
+    return planned and [
+        style | {"method": style["method"] and methods.get(style["name"], style["method"])} for style in planned
     ]
 
 
-def portable(name: str, root: Path) -> str:
+def portable_name(name: str, root: Path) -> str:
     """A model's name; a path within the project is made relative to it, so that the project can move."""
     return Path(name).relative_to(root).as_posix() if Path(name).is_relative_to(root) else name
 
@@ -264,7 +272,7 @@ def read(path: Path) -> Toml:
     except Exception as error:  # Pillow raises anything over a broken file
         hint = picture_file.truncation_hint(error) or "Name a picture that k2 made, or its record."
         raise K2Error(f"{path} is not a readable picture.", hint=hint) from None
-    if text is not None and len(text) <= LIMIT:
+    if text is not None and len(text) <= MAX_FILE_BYTES:
         return Toml(text, path.name)
     if path.with_suffix(".toml").is_file():
         return Toml.read(path.with_suffix(".toml"), path.with_suffix(".toml").name)
@@ -276,10 +284,10 @@ def read(path: Path) -> Toml:
     )
 
 
-Inside = Callable[[str], Path]  # makes a project's path absolute; refuses what lies outside
+ResolvePath = Callable[[str], Path]  # makes a project's path absolute; refuses what lies outside
 
 
-def parse(toml: Toml, inside: Inside | None) -> Record:
+def parse(toml: Toml, inside: ResolvePath | None) -> Record:
     """A record read back and checked. Without a project it cannot have references."""
     place, table = Place(toml), toml.table
     if isinstance(table.get("picture"), list):
@@ -290,37 +298,45 @@ def parse(toml: Toml, inside: Inside | None) -> Record:
     if "schema" not in table:
         hint = "Name a picture that k2 made, or its record."
         if table.keys() & {"keywords", "reference", "mix", "lora"}:
-            hint = f"For a style: k2 style show {quote(Path(toml.label).stem)}"
+            hint = f"For a style: k2 style show {shell_quote(Path(toml.label).stem)}"
         raise K2Error(f"{toml.label} is not the record of a picture.", hint=hint)
     if table.get("schema") != SCHEMA or not isinstance(table.get("versions", {}), dict):
         raise K2Error(f"{toml.label} is not a record that this version of k2 reads.", hint=f"It reads schema {SCHEMA}.")
-    shot, references = shot_of(table, place, inside)
+    shot, references = parse_shot(table, place, inside)
     spec = shot.spec
     # before these settings existed, guidance ran to the end, and the sampler was Euler's
     until = (1.0 if spec.guidance_until is None else spec.guidance_until) if spec.guidance else None
     shot = replace(shot, spec=replace(spec, guidance_until=until, sampler=spec.sampler or "euler"))
-    used, made = part(models.ModelSpec, table, "model", place), part(MadeWith, table, "settings", place)
+    model, settings = (
+        parse_part(models.ModelSpec, table, "model", place),
+        parse_part(RecordedSettings, table, "settings", place),
+    )
     files = table["model"].get("files")
     if not isinstance(files, dict) or not files or not all(isinstance(sha, str) for sha in files.values()):
         at = place.below("model")("files")
         raise K2Error(f"{at}: expected a table of file = sha256.", hint="Is it a record that k2 wrote?")
-    held = {key: getattr(made, key) for key in ("device", "dtype", "precision", "offload")}
-    return Record(shot, replace(used, **held), files, made.threads, references, table)
+    model_settings = {key: getattr(settings, key) for key in ("device", "dtype", "precision", "offload")}
+    return Record(shot, replace(model, **model_settings), files, settings.threads, references, table)
 
 
-def locate(record: Record, inside: Inside | None) -> str:
+def locate_model(record: Record, inside: ResolvePath | None) -> str:
     """The record's model, found here. Raises K2Error if one of its files, or a reference, has changed."""
     name = models.resolve(record.model.name, inside, record.model.variant)
-    verify({models.file_of(name, file): sha for file, sha in record.files.items()} | dict(record.references))
+    verify_files(
+        {models.recorded_file(name, file): sha for file, sha in record.files.items()} | dict(record.references)
+    )
     return name
 
 
-def shot_of(table: Mapping[str, Any], place: Place, inside: Inside | None) -> tuple[Shot, dict[Path, str]]:
+def parse_shot(table: Mapping[str, Any], place: Place, inside: ResolvePath | None) -> tuple[Shot, dict[Path, str]]:
     """The shot that a record or plan entry describes, and the hashes of the references it needs."""
-    prompt, made = part(AskedPrompt, table, "prompt", place), part(MadeWith, table, "settings", place)
+    prompt, settings = (
+        parse_part(RecordedPrompt, table, "prompt", place),
+        parse_part(RecordedSettings, table, "settings", place),
+    )
     hashes: dict[Path, str] = {}
 
-    def own(file: str, sha: str) -> Path:
+    def project_file(file: str, sha: str) -> Path:
         """A file in the project that the picture was made with."""
         if inside is None:
             raise K2Error(
@@ -331,61 +347,61 @@ def shot_of(table: Mapping[str, Any], place: Place, inside: Inside | None) -> tu
         hashes[path] = sha
         return path
 
-    entries = enumerate(tables_of(table, "style", place))
-    styles = [style_of(entry, place.below("style", index), own) for index, entry in entries]
-    led = part(LedBy, table, "leader", place) if made.cohesion else None
-    begun = part(PictureUsed, table, "init_image", place) if "init_image" in table else None
-    mask = part(Masked, table, "mask", place) if "mask" in table else Masked()
+    entries = enumerate(table_list(table, "style", place))
+    styles = [parse_style(entry, place.below("style", index), project_file) for index, entry in entries]
+    leader = parse_part(RecordedLeader, table, "leader", place) if settings.cohesion else None
+    init_image = parse_part(RecordedPicture, table, "init_image", place) if "init_image" in table else None
+    mask = parse_part(RecordedMask, table, "mask", place) if "mask" in table else RecordedMask()
     if "mask" in table and bool(mask.region) == bool(mask.image):
         raise K2Error(f"{place('mask')}: expected a region or an image.", hint="Is it a record that k2 wrote?")
     spec = RenderSpec(
         prompt=prompt.expanded,
         negative=prompt.avoid,
         styles=tuple(styles),
-        leader=Leader(led.prompt, led.seed, led.avoid) if led else None,
-        init_image=own(begun.image, begun.sha256) if begun else None,
-        mask=own(mask.image, mask.sha256) if mask.image else mask.region,
-        **{key: getattr(made, key) for key in SPEC_KEYS},
+        leader=Leader(leader.prompt, leader.seed, leader.avoid) if leader else None,
+        init_image=project_file(init_image.image, init_image.sha256) if init_image else None,
+        mask=project_file(mask.image, mask.sha256) if mask.image else mask.region,
+        **{key: getattr(settings, key) for key in SPEC_KEYS},
     )
     stem = f"{check_name(prompt.name, place())}-{spec.seed}"
-    kept = formats.format_of(str(table.get("file", ""))) or "png"  # from the file name in a plan
+    file_format = formats.format_of(str(table.get("file", ""))) or "png"  # from the file name in a plan
     row = row_label(prompt.row, prompt.text)
-    return Shot(stem, prompt.name, prompt.text, spec, row, prompt.caption, prompt.creativity, kept), hashes
+    return Shot(stem, prompt.name, prompt.text, spec, row, prompt.caption, prompt.creativity, file_format), hashes
 
 
-def style_of(table: Mapping[str, Any], place: Place, own: Callable[[str, str], Path]) -> Style:
-    """A style as it was used; `own` finds its files by name and hash."""
-    used = known_part(StyleUsed, table, place)
-    entries = enumerate(tables_of(table, "reference", place))
-    pictures = (known_part(ReferenceUsed, each, place.below("reference", number)) for number, each in entries)
-    references = tuple(Reference(own(each.image, each.sha256), each.weight) for each in pictures)
-    adapter = part(LoraUsed, table, "lora", place) if "lora" in table else None
+def parse_style(table: Mapping[str, Any], place: Place, project_file: Callable[[str, str], Path]) -> Style:
+    """A style as it was used; `project_file` finds its files by name and hash."""
+    style = parse_known(RecordedStyle, table, place)
+    entries = enumerate(table_list(table, "reference", place))
+    pictures = (parse_known(RecordedReference, each, place.below("reference", number)) for number, each in entries)
+    references = tuple(Reference(project_file(each.image, each.sha256), each.weight) for each in pictures)
+    adapter = parse_part(RecordedLora, table, "lora", place) if "lora" in table else None
     return Style(
-        name=used.name,
-        strength=used.strength,
+        name=style.name,
+        strength=style.strength,
         references=references,
-        keywords=tuple(used.keywords or ()),
-        avoids=tuple(used.avoids or ()),
-        lora=own(adapter.file, adapter.sha256) if adapter else None,
-        triggers=tuple(used.triggers or ()),
-        method=used.method,
+        keywords=tuple(style.keywords or ()),
+        avoids=tuple(style.avoids or ()),
+        lora=project_file(adapter.file, adapter.sha256) if adapter else None,
+        triggers=tuple(style.triggers or ()),
+        method=style.method,
     )
 
 
-def part(cls: type[T], table: Mapping[str, Any], key: str, place: Place) -> T:
+def parse_part(cls: type[T], table: Mapping[str, Any], key: str, place: Place) -> T:
     """One table of a record."""
     if not isinstance(table, dict) or not isinstance(table.get(key), dict):
         raise K2Error(f"{place()}: the table [{key}] is missing.", hint="Is it a record that k2 wrote?")
-    return known_part(cls, table[key], place.below(key))
+    return parse_known(cls, table[key], place.below(key))
 
 
-def known_part(cls: type[T], table: Any, place: Place) -> T:
+def parse_known(cls: type[T], table: Any, place: Place) -> T:
     """A dataclass from the keys it knows in a table; the other keys are for people."""
     known = {f.name for f in fields(cls)}  # type: ignore[arg-type]
     return read_table(cls, {name: value for name, value in table.items() if name in known}, place)
 
 
-def tables_of(table: Mapping[str, Any], key: str, place: Place) -> list[dict[str, Any]]:
+def table_list(table: Mapping[str, Any], key: str, place: Place) -> list[dict[str, Any]]:
     """A list of tables, perhaps empty."""
     found = table.get(key, [])
     if not isinstance(found, list) or not all(isinstance(each, dict) for each in found):
@@ -393,7 +409,7 @@ def tables_of(table: Mapping[str, Any], key: str, place: Place) -> list[dict[str
     return found
 
 
-def verify(hashes: Mapping[Path, str]) -> None:
+def verify_files(hashes: Mapping[Path, str]) -> None:
     """Raises K2Error, naming the file, if something a picture was made from is gone or has changed."""
     for path, expected in hashes.items():
         if not path.is_file():

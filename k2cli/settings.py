@@ -9,8 +9,19 @@ from typing import Any
 
 from k2cli import models
 from k2cli.formats import SUFFIXES
-from k2cli.sizes import fit_aspect, parse_resolution, parse_size, shape_of
-from k2cli.toml_tables import NO_KEY, PATH, Option, between, check_value, hints_of, like, limited, one_of, said_by
+from k2cli.sizes import clamped_aspect, fit_aspect, parse_resolution, parse_size
+from k2cli.toml_tables import (
+    NO_KEY,
+    PATH,
+    Option,
+    between,
+    check_value,
+    error_context,
+    limited,
+    matching,
+    one_of,
+    type_hints,
+)
 from model.errors import USAGE, K2Error
 from model.expand import LEVELS
 from model.headers import VARIANTS
@@ -57,7 +68,7 @@ class Settings:
     leak_guard: str | None = one_of(None, *LEAK_GUARDS)
     vision_tiles: int | None = one_of(None, *TILES)
     vision_rows: bool | None = None
-    device: str | None = like(None, r"cpu|mps|cuda(:\d+)?", "cpu", "cuda", "cuda:1", "mps")
+    device: str | None = matching(None, r"cpu|mps|cuda(:\d+)?", "cpu", "cuda", "cuda:1", "mps")
     precision: str | None = one_of(None, *PRECISIONS)
     offload: str | None = one_of(None, *OFFLOADS)
     cohesion: float = limited("cohesion", 0.0)  # how much pictures share with the first of their prompt, or of the run
@@ -65,36 +76,36 @@ class Settings:
     # of the files; only JPEG is lossy
     format: str = field(default="png", metadata={"choices": tuple(SUFFIXES), "also": {"jpg": "jpeg"}})
     creativity: str = one_of("raw", *LEVELS)  # how far prompts are extended
-    drawn: int = field(default=0, metadata=NO_KEY)  # the seed that "random" stands for, in the whole run
-    elsewhere: Mapping[str, str] = field(default_factory=dict, metadata=NO_KEY)  # keys not set in [render], and where
+    drawn_seed: int = field(default=0, metadata=NO_KEY)  # the seed that "random" stands for, in the whole run
+    sources: Mapping[str, str] = field(default_factory=dict, metadata=NO_KEY)  # keys not set in [render], and where
 
     def override(self, **given: Any) -> Settings:
         """These settings overridden by a command line's options; None means not given."""
         options = {key: Option(f"--{key.replace('_', '-')}") for key, value in given.items() if value is not None}
         checked = {key: check_setting(key, given[key], where) for key, where in options.items()}
         if "size" in checked and ("aspect" in checked or "resolution" in checked):
-            said = "--size excludes --aspect and --resolution."
-            raise K2Error(said, hint="Keep --size or the others.", code=USAGE)
+            message = "--size excludes --aspect and --resolution."
+            raise K2Error(message, hint="Keep --size or the others.", code=USAGE)
         return self.overridden_by(checked, options)
 
-    def overridden_by(self, said: Mapping[str, Any], where: Mapping[str, str]) -> Settings:
+    def overridden_by(self, values: Mapping[str, Any], where: Mapping[str, str]) -> Settings:
         """These settings overridden by others, noting where those were given. Of a size and an aspect the later one
         counts."""
-        if "size" in said:
-            said = {"aspect": None, "resolution": None, **said}
-        elif "aspect" in said or "resolution" in said:
-            said = {"size": None, **said}
-        return replace(self, **said, elsewhere={**self.elsewhere, **where})
+        if "size" in values:
+            values = {"aspect": None, "resolution": None, **values}
+        elif "aspect" in values or "resolution" in values:
+            values = {"size": None, **values}
+        return replace(self, **values, sources={**self.sources, **where})
 
-    def yielding(self, said: Collection[str]) -> Settings:
+    def yielding(self, keys: Collection[str]) -> Settings:
         """These settings, but a prompt may override those named, even if a command line has set them."""
-        theirs = {*said, *(SIZE_KEYS if SIZE_KEYS & set(said) else ())}
-        return replace(self, elsewhere={key: where for key, where in self.elsewhere.items() if key not in theirs})
+        freed = {*keys, *(SIZE_KEYS if SIZE_KEYS & set(keys) else ())}
+        return replace(self, sources={key: where for key, where in self.sources.items() if key not in freed})
 
     @property
     def first_seed(self) -> int:
         """The seed of a batch's first picture."""
-        return self.drawn if isinstance(self.seed, str) else self.seed
+        return self.drawn_seed if isinstance(self.seed, str) else self.seed
 
     def model_spec(self) -> models.ModelSpec:
         """The weights that these settings ask for, once the model is found."""
@@ -108,31 +119,34 @@ class Settings:
 
         prompts  the settings of each [[prompt]]
         """
-        if "variant" not in self.elsewhere:
+        if "variant" not in self.sources:
             return ""
-        own = models.recommended(self.model, self.variant)
-        every = [vars(self), *prompts]
-        asked = {
-            key: max(said.get(key) or 0 for said in every) for key in ("steps", "guidance") if key not in self.elsewhere
+        defaults = models.recommended_settings(self.model, self.variant)
+        tables = [vars(self), *prompts]
+        highest = {
+            key: max(said.get(key) or 0 for said in tables) for key in ("steps", "guidance") if key not in self.sources
         }
-        odd = {key: value for key, value in asked.items() if value > own[key]}
-        theirs = " and ".join(f"{key} = {value:g}" for key, value in odd.items())
-        return theirs and f"{theirs}; {self.variant} is made for {' '.join(f'--{key} {own[key]:g}' for key in odd)}"
+        higher = {key: value for key, value in highest.items() if value > defaults[key]}
+        stated = " and ".join(f"{key} = {value:g}" for key, value in higher.items())
+        return (
+            stated
+            and f"{stated}; {self.variant} is made for {' '.join(f'--{key} {defaults[key]:g}' for key in higher)}"
+        )
 
-    def pixels(
-        self, where: Callable[[str], str], grid: models.Grid, begun: tuple[int, int] | None = None
+    def resolve_size(
+        self, where: Callable[[str], str], grid: models.Grid, init_size: tuple[int, int] | None = None
     ) -> tuple[int | None, int | None]:
         """Width and height of a picture; (None, None) is the checkpoint's own. `where` locates a key for messages.
-        `begun` is the size of the init image: kept if the model knows such a size, else only its shape."""
+        `init_size` is the size of the init image: kept if the model knows such a size, else only its shape."""
         if self.size is not None:
-            with said_by(where("size")) as said:
-                return parse_size(self.size, said, grid.step)
-        if self.aspect is None and self.resolution is None and (begun is None or grid.trained_for(*begun)):
-            return begun or (None, None)
-        with said_by(where("resolution")) as said:
-            edge = grid.native if self.resolution is None else parse_resolution(self.resolution, said)
-        with said_by(where("resolution" if self.aspect is None else "aspect")) as said:
-            return fit_aspect(self.aspect or shape_of(*(begun or (1, 1))), edge, said, grid.step)
+            with error_context(where("size")) as at:
+                return parse_size(self.size, at, grid.step)
+        if self.aspect is None and self.resolution is None and (init_size is None or grid.trained_for(*init_size)):
+            return init_size or (None, None)
+        with error_context(where("resolution")) as at:
+            edge = grid.native if self.resolution is None else parse_resolution(self.resolution, at)
+        with error_context(where("resolution" if self.aspect is None else "aspect")) as at:
+            return fit_aspect(self.aspect or clamped_aspect(*(init_size or (1, 1))), edge, at, grid.step)
 
 
 def draw_seed() -> int:
@@ -195,11 +209,11 @@ def field_for(key: str) -> Any:
 
 def check_setting(key: str, value: Any, where: str) -> Any:
     """A value, checked and converted as this setting requires."""
-    with said_by(where):
-        return check_value(key, value, hints_of(Settings)[key], FIELDS[key].metadata, where)
+    with error_context(where):
+        return check_value(key, value, type_hints(Settings)[key], FIELDS[key].metadata, where)
 
 
-def check_size_keys(said: Mapping[str, Any], where: Callable[[str], str]) -> None:
+def check_size_keys(values: Mapping[str, Any], where: Callable[[str], str]) -> None:
     """Refuse a size given together with an aspect."""
-    if said.get("size") is not None and (said.get("aspect") is not None or said.get("resolution") is not None):
+    if values.get("size") is not None and (values.get("aspect") is not None or values.get("resolution") is not None):
         raise K2Error(f'{where("size")}: "size" excludes "aspect" and "resolution".', hint="Keep size or the others.")

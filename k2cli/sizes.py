@@ -9,7 +9,7 @@ from model.errors import K2Error
 from model.spec import MAX_PIXELS, SIDES
 
 STEP = 16  # px; some models need larger steps
-WIDEST = 4  # to 1, for a shape that was not asked for explicitly
+MAX_RATIO = 4  # to 1, for a shape that was not asked for explicitly
 ASPECTS = "1:1, 4:3, 3:2, 16:9, 2.35:1, 4:5, 2:3, 9:16"
 
 
@@ -50,9 +50,9 @@ def fit_aspect(aspect: str, edge: int, where: str, step: int = STEP) -> tuple[in
     return parse_size(f"{width}x{height}", where, step)
 
 
-def shape_of(width: int, height: int) -> str:
+def clamped_aspect(width: int, height: int) -> str:
     """A picture's aspect ratio, clamped to what a model can paint: "1.5000:1"."""
-    return f"{min(max(width / height, 1 / WIDEST), WIDEST):.4f}:1"
+    return f"{min(max(width / height, 1 / MAX_RATIO), MAX_RATIO):.4f}:1"
 
 
 def parse_resolution(resolution: str | int, where: str) -> int:

@@ -9,10 +9,10 @@ from pathlib import Path
 
 from k2cli import history
 from k2cli.console import aligned, sanitize, screen_width
-from k2cli.outputs import RUN, SHEET, Run
+from k2cli.outputs import PLAN_FILE, SHEET_FILE, Run
 from k2cli.project import MAX_PLAN, Project
 from k2cli.prompts import name_files
-from k2cli.texts import quote
+from k2cli.texts import shell_quote
 from k2cli.toml_tables import Place
 from model.errors import K2Error, listed, pluralise
 from model.headers import open_file
@@ -27,7 +27,7 @@ def project_status(*, allow_outside: bool = False) -> str:
 
     Raises K2Error if its k2.toml, or a style that it uses, cannot be read.
     """
-    project = Project.around(Path.cwd(), allow_outside=allow_outside)
+    project = Project.find_or_none(Path.cwd(), allow_outside=allow_outside)
     if project is None:
         return ""
     names = [name for _, name in name_files(project.prompts)]
@@ -58,7 +58,7 @@ def project_status(*, allow_outside: bool = False) -> str:
     if newest:
         shown = newest.path.relative_to(project.root) if Path.cwd() == project.root else newest.path
         steps |= {
-            f"k2 show {quote(str(shown))}": "show what it was made from",
+            f"k2 show {shell_quote(str(shown))}": "show what it was made from",
             "k2 log": "list all pictures",
             "k2 gallery": "make a web page of them",
         }
@@ -88,7 +88,7 @@ def describe_styles(project: Project) -> list[str]:
     for prompt in project.prompts:
         project.styles.resolve(dict.fromkeys(prompt.style, 0.0), partial(prompt.where, "style"))
     weights = [f"{name} {weight:g}" for name, weight in project.weights.items() if weight]
-    others = {name: describe_weight(project, name) for name in project.styles.known if not project.weights.get(name)}
+    others = {name: describe_weight(project, name) for name in project.styles.names if not project.weights.get(name)}
     unused = [f"{name} (off)" for name, weight in others.items() if weight == "off"]
     return [*board, *weights, *(f"{name} ({weight})" for name, weight in others.items() if weight != "off"), *unused]
 
@@ -106,12 +106,12 @@ def run_progress(run: Run) -> tuple[int, int]:
 
     A plan may be megabytes long: it is searched for names, and the rest is not parsed.
     """
-    if run[SHEET].exists():
+    if run[SHEET_FILE].exists():
         return 0, 0
     try:
-        with open_file(run[RUN]) as file:
+        with open_file(run[PLAN_FILE]) as file:
             stems = [stem.decode() for stem in PLANNED_PICTURE.findall(file.read(MAX_PLAN))]
-        return sum(map(run.has, stems)), len(stems)
+        return sum(map(run.is_done, stems)), len(stems)
     except (OSError, ValueError):
         return 0, 0
 

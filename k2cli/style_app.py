@@ -28,9 +28,9 @@ from k2cli.options import (
     StepsOption,
     StyleGuidanceOption,
     TurboOption,
-    read_styles,
-    seed_of,
-    variant_of,
+    parse_seed,
+    parse_style_weights,
+    variant_from,
 )
 from model.errors import K2Error, pluralise
 
@@ -94,12 +94,12 @@ def add(
     from k2cli.folder import OutsideProject
     from k2cli.new_style import add_style
     from k2cli.pictures import without_sheets
-    from k2cli.toml_tables import Option, check_value, said_by
+    from k2cli.toml_tables import Option, check_value, error_context
     from model.spec import METHODS
 
     if method is not None:
-        with said_by(Option("--method")) as said:
-            check_value("method", method, str, {"choices": METHODS}, said)
+        with error_context(Option("--method")) as at:
+            check_value("method", method, str, {"choices": METHODS}, at)
     files, sheets = without_sheets(files)
     words = {"keywords": keyword or [], "avoids": avoid or [], "triggers": trigger or []}
     try:
@@ -133,7 +133,7 @@ def list_styles(project: ProjectOption = None, allow_outside: OutsideOption = Fa
     from k2cli.status import describe_weight
 
     opened, rows = find_project(project, allow_outside), []
-    usable = usable_of(opened.styles)
+    usable = usable_styles(opened.styles)
     for name, style in usable.items():
         path = opened.root / opened.styles.file_of(name)
         kinds = [
@@ -158,31 +158,31 @@ def list_styles(project: ProjectOption = None, allow_outside: OutsideOption = Fa
         rows.append([short_path(path), *weight, ", ".join(filter(None, kinds)) or "words", ", ".join(style.keywords)])
     if not json:
         print_results(rows)
-    if len(usable) < len(opened.styles.known):
+    if len(usable) < len(opened.styles.names):
         raise typer.Exit(1)
 
 
-def usable_of(styles: Styles) -> dict[str, StyleFile]:
+def usable_styles(styles: Styles) -> dict[str, StyleFile]:
     """The styles that can be used, by name. Errors in the others are shown; if a mix fails by an error already shown,
     only that it mixes an unusable style."""
     from k2cli.console import show_error
-    from k2cli.texts import label_of
+    from k2cli.texts import file_label
 
     usable: dict[str, StyleFile] = {}
-    told: set[str] = set()
-    for name in styles.known:
+    shown: set[str] = set()
+    for name in styles.names:
         try:
             usable[name] = styles.read(name, "k2 style list")
         except K2Error as error:
             show_error(error)
-            told.add(str(error))
+            shown.add(str(error))
     for name in [name for name, style in usable.items() if style.mix]:
         try:
             styles.resolve({name: 0.0}, lambda name: "k2 style list")  # which is too strong for none
         except K2Error as error:
-            again = K2Error(f"{label_of(styles.root, styles.file_of(name))} mixes a style that cannot be used.")
-            show_error(again if str(error) in told else error)
-            told.add(str(error))
+            mix_error = K2Error(f"{file_label(styles.root, styles.file_of(name))} mixes a style that cannot be used.")
+            show_error(mix_error if str(error) in shown else error)
+            shown.add(str(error))
             del usable[name]
     return usable
 
@@ -201,7 +201,7 @@ def show_style(
     from k2cli.console import print_result, to_json
     from k2cli.records import style_table
     from k2cli.status import describe_weight
-    from k2cli.texts import relative
+    from k2cli.texts import relative_path
 
     opened = find_project(project, allow_outside)
     parts = opened.styles.resolve({name: 1.0}, lambda name: "k2 style show")
@@ -218,10 +218,10 @@ def show_style(
             "keywords": ", ".join(part.keywords),
             "avoids": ", ".join(part.avoids),
             "triggers": ", ".join(part.triggers),
-            "lora": relative(part.lora, opened.root) if part.lora else "",
+            "lora": relative_path(part.lora, opened.root) if part.lora else "",
             "method": part.method if part.references else "",
             "pictures": "\n            ".join(
-                f"{reference.weight:<5g} {relative(reference.image, opened.root)}" for reference in part.references
+                f"{reference.weight:<5g} {relative_path(reference.image, opened.root)}" for reference in part.references
             ),
         }
         for key, fact in facts.items():
@@ -283,11 +283,11 @@ def mix_styles(
     from k2cli import mix
     from k2cli.console import print_result, say, short_path, to_json
     from k2cli.execute import execute
-    from k2cli.matrix import variants
+    from k2cli.matrix import text_readings
     from k2cli.new_style import add_mix
 
     opened = find_project(project, allow_outside)
-    weights = read_styles(styles)
+    weights = parse_style_weights(styles)
     if not any(weights.values()):
         raise typer.BadParameter("all weights are 0", param_hint="NAME=W")
     opened.styles.resolve(weights, lambda name: "k2 mix-styles")
@@ -296,14 +296,20 @@ def mix_styles(
     jobs = []
     if sweep is not None or preview:
         settings = opened.resolve_settings(
-            **{"variant": variant_of(turbo), "seed": seed_of(seed), "size": size, "steps": steps, "guidance": guidance},
+            **{
+                "variant": variant_from(turbo),
+                "seed": parse_seed(seed),
+                "size": size,
+                "steps": steps,
+                "guidance": guidance,
+            },
             **{"guidance_until": guidance_until, "sampler": sampler, "style_guidance": style_guidance},
             **{"init_image": init_image and str(init_image), "denoise": denoise, "model": model, "device": device},
         )
         layout = mix.preview(weights) if sweep is None else mix.sweep(weights, sweep)
-        asked = pick_prompt(opened, prompt)
-        jobs = [mix.plan(opened, settings, asked, layout)]
-        if not quiet and (choices := len(variants(asked.text))) > 1:
+        chosen_prompt = pick_prompt(opened, prompt)
+        jobs = [mix.plan_job(opened, settings, chosen_prompt, layout)]
+        if not quiet and (choices := len(text_readings(chosen_prompt.text))) > 1:
             say(f"The prompt has {choices} choices; only the first is used.", "yellow")
     if save_as is not None:
         file = short_path(add_mix(opened.styles, save_as, weights, force=force))
@@ -318,10 +324,10 @@ def mix_styles(
 
 def pick_prompt(project: Project, text: str | None) -> Prompt:
     """The prompt that was typed, or the project's first."""
-    from k2cli.prompts import typed
+    from k2cli.prompts import typed_prompt
 
     if text is not None:
-        return typed(text)
+        return typed_prompt(text)
     if not project.prompts:
         raise K2Error("The project has no [[prompt]].", hint='Give one with -p: -p "a red fox"')
     return project.prompts[0]
@@ -357,27 +363,27 @@ def analyze(
     from k2cli.console import meter, print_result, say, short_path, to_json
     from k2cli.disk import Exists
     from k2cli.pictures import without_sheets
-    from k2cli.texts import masked
-    from k2cli.toml_tables import Option, said_by
+    from k2cli.texts import display_safe
+    from k2cli.toml_tables import Option, error_context
     from model.picture_file import describe_skipped
 
     home = find_project(project, allow_outside)
-    with said_by(Option("--name")) as said:
-        name = home.styles.new_name(name, said)
+    with error_context(Option("--name")) as at:
+        name = home.styles.check_new_name(name, at)
     target = home.path_inside(f"styles/{name}.toml")
 
-    def taken(path: Path) -> K2Error:
+    def exists_error(path: Path) -> K2Error:
         return K2Error(f"{short_path(path)} exists already.", hint="Choose another --name, or replace it with --force.")
 
     if not force:
         for path in (target, target.with_suffix(".png")):
             if path.exists():
-                raise taken(path)
+                raise exists_error(path)
     images, sheets = without_sheets(images or [])
-    paths, others = pictures_of(home, images)
+    paths, skipped = pick_pictures(home, images)
     with meter(len(paths), quiet=quiet) as bar:
         board = moodboard.analyse_board(paths, home.settings.model, lambda done, of: bar.saved(done))
-    board = replace(board, notes=(*filter(None, (sheets, describe_skipped(others))), *board.notes))
+    board = replace(board, notes=(*filter(None, (sheets, describe_skipped(skipped))), *board.notes))
     model = ""
     with suppress(K2Error):  # a model not pulled yet has nothing to say
         model = home.resolve_settings().model
@@ -386,32 +392,32 @@ def analyze(
     # The project's board may be refs/NAME itself, which must not grow by its own looks.
     board = moodboard.with_copies(board, home, f"refs/{target.stem}-looks")
     try:
-        strip = moodboard.save(board, home.root, target, new=not force)
+        palette_file = moodboard.save_style(board, home.root, target, new=not force)
     except Exists as error:  # created since the check above
-        raise taken(error.path) from None
+        raise exists_error(error.path) from None
     print_result(
         to_json({"file": short_path(target), **moodboard.to_table(board, home.root)}) if json else short_path(target)
     )
     if not quiet:
         for note in board.notes:
-            say(masked(note), "yellow")
+            say(display_safe(note), "yellow")
         for sentence in filter(None, (board.told, board.profile)):
             say(sentence)
-        say(f"Colours: {short_path(strip)}. Edit the style, then use it: k2 render --style {name}=0.35", "dim")
+        say(f"Colours: {short_path(palette_file)}. Edit the style, then use it: k2 render --style {name}=0.35", "dim")
 
 
-def pictures_of(home: Project, images: Sequence[Path]) -> tuple[list[Path], set[Path]]:
+def pick_pictures(home: Project, images: Sequence[Path]) -> tuple[list[Path], set[Path]]:
     """A moodboard's pictures, those named or else those of [moodboard], and the other files beside them. Raises
     K2Error."""
     from k2cli import moodboard
     from k2cli.folder import Folder
-    from k2cli.texts import relative
+    from k2cli.texts import relative_path
 
     if images:
         root = home.root.resolve()  # links may lead to either
-        typed = [relative(image.parent.resolve() / image.name, root) for image in images]
-        anywhere = Folder(root=home.root, allow_outside=True)  # a path typed by the user may lie outside
-        return moodboard.gather(typed, home.root, anywhere.path_inside, "The moodboard")
+        paths = [relative_path(image.parent.resolve() / image.name, root) for image in images]
+        unrestricted = Folder(root=home.root, allow_outside=True)  # a path typed by the user may lie outside
+        return moodboard.gather_pictures(paths, home.root, unrestricted.path_inside, "The moodboard")
     if home.board:
         return home.board_pictures(home.board)
     raise K2Error(

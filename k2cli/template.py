@@ -1,6 +1,6 @@
 """The files of a new project, which renders as is and shows what can be set."""
 
-PROJECT = """\
+PROJECT_TOML = """\
 [project]
 name = "{name}"
 
@@ -35,14 +35,14 @@ sticker = 1.0
 # style.sticker = [0, 0.5, 1]
 """
 
-IGNORE = """\
+GITIGNORE_TEXT = """\
 # Made by k2, and reproducible.
 /outputs/
 /gallery/
 /.runs/
 """
 
-STYLE = """\
+STYLE_TOML = """\
 # A style: keywords, and pictures with the look.
 keywords = ["sticker style"]
 avoids = []

@@ -22,12 +22,12 @@ INVISIBLE = dict.fromkeys(map(ord, "\u200c\u200d\ufe0e\ufe0f"))  # joiners and v
 USE_UTF_8 = "Use a UTF-8 locale: export LC_ALL=C.UTF-8"
 
 
-def plain(text: str, place: str) -> str:
+def check_line(text: str, place: str) -> str:
     """The text on one line; refuses control characters, which could garble a terminal or a file name."""
-    return printable(" ".join(text.split()), place)
+    return check_printable(" ".join(text.split()), place)
 
 
-def printable(text: str, place: str, hint: str = "Type the text again, without escapes.") -> str:
+def check_printable(text: str, place: str, hint: str = "Type the text again, without escapes.") -> str:
     """The text as is; refuses control characters, and bytes that the encoding here cannot decode."""
     if found := UNPRINTABLE.search(text):
         encoding = sys.getfilesystemencoding()
@@ -38,12 +38,12 @@ def printable(text: str, place: str, hint: str = "Type the text again, without e
     return text
 
 
-def masked(text: str) -> str:
+def display_safe(text: str) -> str:
     """The text for display, with a ? for every control character."""
     return UNPRINTABLE.sub("?", text)
 
 
-def quote(word: str) -> str:
+def shell_quote(word: str) -> str:
     """A word of a command, quoted for a shell. Windows' shells share double quotes, not single ones, and need none for
     a backslash; backslashes before a double quote are doubled."""
     if sys.platform != "win32":
@@ -52,64 +52,65 @@ def quote(word: str) -> str:
     return word if re.fullmatch(r"[\w+=:./\\~-]+", word) else f'"{escaped}"'
 
 
-def is_mark(sign: str) -> bool:
+def is_combining(char: str) -> bool:
     """Whether a character combines with the letter before it: accents, and the vowels of many scripts. `re` has no
     class for these."""
-    return unicodedata.category(sign) in ("Mn", "Mc")
+    return unicodedata.category(char) in ("Mn", "Mc")
 
 
-def composed(name: str) -> str:
+def nfc(name: str) -> str:
     """A name with its accents composed; some file systems store them apart."""
     return unicodedata.normalize("NFC", name)
 
 
 def fold_case(text: str) -> str:
     """A text for comparison: accents composed, no capitals."""
-    return composed(text).casefold()
+    return nfc(text).casefold()
 
 
 def search_form(text: str) -> str:
     """A text for searching: like `fold_case`, without accents that cannot be composed, such as the stress marks of
     Russian words."""
-    return COMBINING_ACCENTS.sub("", composed(fold_case(text)))
+    return COMBINING_ACCENTS.sub("", nfc(fold_case(text)))
 
 
 def as_name(text: str, besides: str = "") -> str:
     """A text as part of a file name: letters with their marks, digits, _ and the characters in `besides`; else -."""
-    signs: list[str] = []
-    for sign in composed(text.translate(INVISIBLE)):
-        belongs = is_mark(sign) and bool(signs) and signs[-1] not in f"-_{besides}"  # which are stripped from names
-        signs.append(sign if belongs or sign.isalnum() or sign in f"_{besides}" else "-")
-    return re.sub("-+", "-", "".join(signs))
+    chars: list[str] = []
+    for char in nfc(text.translate(INVISIBLE)):
+        follows_letter = bool(chars) and chars[-1] not in f"-_{besides}"  # those are stripped from names
+        belongs = is_combining(char) and follows_letter
+        chars.append(char if belongs or char.isalnum() or char in f"_{besides}" else "-")
+    return re.sub("-+", "-", "".join(chars))
 
 
-def check_name(name: str, where: str, *, alone: bool = False) -> str:
+def check_name(name: str, where: str, *, whole_name: bool = False) -> str:
     """The name, accents composed. Refuses what cannot name a file on every system: by itself and as a folder if
-    `alone`, else followed by a - and more."""
-    name = composed(name)
-    bare = name[:1] + "".join(sign for sign in name[1:] if not is_mark(sign))
+    `whole_name`, else followed by a - and more."""
+    name = nfc(name)
+    bare = name[:1] + "".join(sign for sign in name[1:] if not is_combining(sign))
     if not re.fullmatch(r"\w[\w.-]*", bare) or len(name) > MAX_NAME:
         said = f'"{name}"' if len(name) <= MAX_NAME else f"a name of {len(name):,} characters"
         hint = f"Use letters, digits, - and _, at most {MAX_NAME}."
         raise K2Error(f"{where}: {said} cannot be a file name.", hint=hint)
-    if WINDOWS_DEVICE.match(name if alone else f"{name}-") or (alone and name.endswith(".")):
+    if WINDOWS_DEVICE.match(name if whole_name else f"{name}-") or (whole_name and name.endswith(".")):
         raise K2Error(f'{where}: "{name}" cannot be a file name on Windows.', hint="Choose another name.")
     return name
 
 
-def check_path(path: str | Path, asked: str = "") -> None:
-    """Refuse a path too long for any file system before it is looked up. `asked` is a prefix for the message."""
+def check_path(path: str | Path, prefix: str = "") -> None:
+    """Refuse a path too long for any file system before it is looked up. `prefix` begins the message."""
     if len(str(path)) > MAX_PATH or any(len(os.fsencode(part)) > MAX_PATH_PART for part in Path(path).parts):
-        raise K2Error(f"{asked}no file can have a name that long: {str(path)[:40]}…", hint="Check the name.")
+        raise K2Error(f"{prefix}no file can have a name that long: {str(path)[:40]}…", hint="Check the name.")
 
 
-def from_here(path: Path) -> str:
+def cwd_relative(path: Path) -> str:
     """A path relative to the current folder if it is below it, else absolute."""
     full = Path(os.path.abspath(path))
     return str(full.relative_to(Path.cwd())) if full.is_relative_to(Path.cwd()) else str(full)
 
 
-def relative(path: Path, root: Path) -> str:
+def relative_path(path: Path, root: Path) -> str:
     """A path relative to the project's folder, or to the target of a link to it, from which ".." goes up. With slashes
     on every system; on another Windows drive absolute."""
     try:
@@ -118,6 +119,6 @@ def relative(path: Path, root: Path) -> str:
         return path.as_posix()
 
 
-def label_of(root: Path, file: str) -> str:
+def file_label(root: Path, file: str) -> str:
     """What messages call a project's file: its name within the project, or its path from outside the project."""
-    return file if Path.cwd().is_relative_to(root.absolute()) else from_here(root / file)
+    return file if Path.cwd().is_relative_to(root.absolute()) else cwd_relative(root / file)

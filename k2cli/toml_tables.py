@@ -14,17 +14,17 @@ from pathlib import Path
 from types import UnionType
 from typing import Any, TypeVar, get_args, get_type_hints
 
-from k2cli.texts import masked, plain, printable
+from k2cli.texts import check_line, check_printable, display_safe
 from model.errors import USAGE, K2Error, listed, nearest
 from model.headers import open_file
 from model.spec import LIMITS
 
-LIMIT = 1 << 20  # bytes in a file written by hand; anything larger is a mistake or an attack
-LONGEST_LINE = 400  # characters of a line searched for its key, to locate it in messages
+MAX_FILE_BYTES = 1 << 20  # bytes in a file written by hand; anything larger is a mistake or an attack
+MAX_LINE_CHARS = 400  # characters of a line searched for its key, to locate it in messages
 DEEP_KEY = re.compile(  # a.b.c… where a key may be: tomllib takes quadratic time over its parts
     r"""(?m)(?:^|[{,\[])[ \t]*+(?:(?:[\w-]++|"[^"\n]*+"|'[^'\n]*+')[ \t]*+\.[ \t]*+){16}"""
 )
-KINDS = {
+TYPE_NAMES = {
     str: "a string in quotes",
     int: "a whole number",
     float: "a number",
@@ -33,7 +33,7 @@ KINDS = {
     list: "a list",
 }
 
-SYNTAX = (  # how tomllib's messages start, and what to do
+SYNTAX_HINTS = (  # how tomllib's messages start, and what to do
     (
         ("Invalid value",),
         'Strings need straight quotes (name = "moody"), numbers a leading digit (0.5); true and false are lower-case.',
@@ -55,7 +55,7 @@ SYNTAX = (  # how tomllib's messages start, and what to do
 )
 
 QUOTED = r"'([^']*)'"
-TWICE = re.compile(rf"\(({QUOTED}(?:, {QUOTED})*),?\)(?= twice)")  # a table's name as Python prints it
+DEFINED_TWICE = re.compile(rf"\(({QUOTED}(?:, {QUOTED})*),?\)(?= twice)")  # a table's name as Python prints it
 
 T = TypeVar("T")
 
@@ -80,17 +80,17 @@ def one_of(default: Any, *choices: str | int) -> Any:
     return field(default=default, metadata={"choices": choices})
 
 
-def like(default: Any, pattern: str, *examples: str) -> Any:
+def matching(default: Any, pattern: str, *examples: str) -> Any:
     """A dataclass field whose string must match a pattern."""
     return field(default=default, metadata={"pattern": pattern, "examples": examples})
 
 
-class TooManyBits(ValueError):
+class IntegerTooLarge(ValueError):
     """A whole number beyond TOML's 64 bits."""
 
     def __init__(self, path: tuple[str | int, ...]):
         key = [part for part in path if isinstance(part, str)][-1]
-        super().__init__(f'"{masked(key)}" has more than 64 bits')
+        super().__init__(f'"{display_safe(key)}" has more than 64 bits')
         self.path = path
 
 
@@ -99,27 +99,27 @@ def loads(text: str) -> dict[str, Any]:
     if DEEP_KEY.search(text):
         raise RecursionError
     table = tomllib.loads(text)
-    check_numbers(table)
+    check_integers(table)
     return table
 
 
-def check_numbers(value: Any) -> None:
+def check_integers(value: Any) -> None:
     """Refuse whole numbers beyond TOML's 64 bits: Python accepts a megabyte of hexadecimal digits as one, which fits no
     float and cannot be printed. Raises TooManyBits."""
     for path, each in leaves(value):
         if isinstance(each, int) and not -(2**63) <= each < 2**63:
-            raise TooManyBits(path)
+            raise IntegerTooLarge(path)
 
 
 def leaves(value: Any) -> Iterator[tuple[tuple[str | int, ...], Any]]:
     """Every item in a value that is neither table nor list, at any depth, with the keys that lead to it."""
-    left: list[tuple[tuple[str | int, ...], Any]] = [((), value)]
-    while left:
-        path, value = left.pop()
+    stack: list[tuple[tuple[str | int, ...], Any]] = [((), value)]
+    while stack:
+        path, value = stack.pop()
         if isinstance(value, dict):
-            left.extend(((*path, key), each) for key, each in value.items())
+            stack.extend(((*path, key), each) for key, each in value.items())
         elif isinstance(value, list):
-            left.extend(((*path, index), each) for index, each in enumerate(value))
+            stack.extend(((*path, index), each) for index, each in enumerate(value))
         else:
             yield path, value
 
@@ -139,16 +139,20 @@ class Toml:
             self.table = parse(text)
         except RecursionError:
             raise K2Error(f"{label} is nested too deeply.", hint="Three levels of tables are enough.") from None
-        except TooManyBits as error:
+        except IntegerTooLarge as error:
             hint = f"Whole numbers go up to {2**63 - 1:,}."
             raise K2Error(f"{self.where(*error.path)}: {error}.", hint=hint) from None
         except ValueError as error:  # tomllib's own is one
-            hint = next((hint for begins, hint in SYNTAX if str(error).startswith(begins)), "")
-            said = TWICE.sub(lambda found: f"[{'.'.join(re.findall(QUOTED, found[1]))}]", masked(str(error)))
-            raise K2Error(f"{label} is not valid TOML: {said}.", hint=hint) from None
+            hint = next((hint for begins, hint in SYNTAX_HINTS if str(error).startswith(begins)), "")
+            message = DEFINED_TWICE.sub(
+                lambda found: f"[{'.'.join(re.findall(QUOTED, found[1]))}]", display_safe(str(error))
+            )
+            raise K2Error(f"{label} is not valid TOML: {message}.", hint=hint) from None
 
     @classmethod
-    def read(cls, path: Path, label: str, limit: int = LIMIT, parse: Callable[[str], dict[str, Any]] = loads) -> Toml:
+    def read(
+        cls, path: Path, label: str, limit: int = MAX_FILE_BYTES, parse: Callable[[str], dict[str, Any]] = loads
+    ) -> Toml:
         """A file of at most `limit` bytes. Raises K2Error if it is missing, larger, or not readable as TOML."""
         try:
             with open_file(path) as file:
@@ -169,14 +173,14 @@ class Toml:
         found: dict[tuple[str | int, ...], int] = {}
         prefix: tuple[str | int, ...] = ()
         counts: dict[tuple[str | int, ...], int] = {}  # index of the last table in each list of tables
-        fence = ""  # the quotes of an open multi-line string
+        open_quotes = ""  # the quotes of an open multi-line string
         for number, line in enumerate(self.text.split("\n"), 1):  # not splitlines: strings may hold other line ends
-            if fence:
-                fence = "" if fence in line else fence
+            if open_quotes:
+                open_quotes = "" if open_quotes in line else open_quotes
                 continue
             if line.lstrip().startswith("#"):  # even with quotes in it
                 continue
-            start = line[:LONGEST_LINE]  # the patterns take quadratic time over endless lines
+            start = line[:MAX_LINE_CHARS]  # the patterns take quadratic time over endless lines
             if header := re.match(r"\s*(\[\[?)\s*([^\[\]]+?)\s*\]", start):
                 prefix = ()
                 for part in header[2].split("."):  # a table under a list of tables belongs to the last one
@@ -193,7 +197,7 @@ class Toml:
                     found.setdefault((*prefix, *parts[:end]), number)
             for quotes in ('"""', "'''"):
                 if line.count(quotes) % 2:
-                    fence = quotes
+                    open_quotes = quotes
         return found
 
     def where(self, *path: str | int) -> str:
@@ -209,7 +213,7 @@ class Option(str):
 
 
 @contextmanager
-def said_by(where: str) -> Iterator[str]:
+def error_context(where: str) -> Iterator[str]:
     """A context whose errors concern what was given at `where`: if that is an option, they are usage errors."""
     try:
         yield where
@@ -241,11 +245,11 @@ class Place:
         return f" in [{name}]" if isinstance(self.path[-1], str) else f" in [[{name}]]"
 
 
-def read_table(cls: type[T], table: Any, place: Place, homes: Mapping[str, str] | None = None) -> T:
+def read_table(cls: type[T], table: Any, place: Place, misplaced: Mapping[str, str] | None = None) -> T:
     """A dataclass from a TOML table: unknown keys, wrong types and numbers out of range are errors with a line."""
     known = {f.name: f for f in fields(cls) if f.metadata.get("key", True)}  # type: ignore[arg-type]
-    check_keys(table, known, place, homes)
-    hints = hints_of(cls)  # type: ignore[arg-type]  # a class is hashable
+    check_keys(table, known, place, misplaced)
+    hints = type_hints(cls)  # type: ignore[arg-type]  # a class is hashable
     for name, each in known.items():
         if each.default is MISSING and each.default_factory is MISSING and name not in table:
             raise K2Error(f'{place()}: "{name}" is missing{place.title}.')
@@ -253,13 +257,14 @@ def read_table(cls: type[T], table: Any, place: Place, homes: Mapping[str, str] 
 
 
 @cache
-def hints_of(cls: type) -> dict[str, Any]:
+def type_hints(cls: type) -> dict[str, Any]:
     """A dataclass's types, cached: a file may hold thousands of one class."""
     return get_type_hints(cls)
 
 
-def check_keys(table: Any, known: Iterable[str], place: Place, homes: Mapping[str, str] | None = None) -> None:
-    """Refuse what is not a table, and a table with an unknown key. `homes` are hints for keys that belong elsewhere."""
+def check_keys(table: Any, known: Iterable[str], place: Place, misplaced: Mapping[str, str] | None = None) -> None:
+    """Refuse what is not a table, and a table with an unknown key. `misplaced` are hints for keys that belong
+    elsewhere."""
     if not isinstance(table, dict):
         raise K2Error(
             f"{place()}: expected a table{place.title}.", hint="Write [name] on a line, and its keys below it."
@@ -267,53 +272,59 @@ def check_keys(table: Any, known: Iterable[str], place: Place, homes: Mapping[st
     for key in table:
         if key not in known:
             near = nearest(key, known)
-            hint = near if f"{key}s" in known else (homes or {}).get(key) or near  # its plural is the nearest of all
-            raise K2Error(f'{place(key)}: unknown key "{masked(key)}"{place.title}.', hint=hint)
+            has_plural = f"{key}s" in known  # which is the nearest of all
+            hint = near if has_plural else (misplaced or {}).get(key) or near
+            raise K2Error(f'{place(key)}: unknown key "{display_safe(key)}"{place.title}.', hint=hint)
 
 
 def check_value(key: str, value: Any, hint: Any, limits: Mapping[str, Any], where: str) -> Any:
     """The value as the field requires it: type, range and characters checked."""
-    called = where if where == f"--{key.replace('_', '-')}" else f'{where}: "{key}"'
-    kinds = [k for k in (get_args(hint) if isinstance(hint, UnionType) else (hint,)) if k is not type(None)]
-    kinds = [getattr(k, "__origin__", k) for k in kinds]
-    word, drawn = limits.get("word"), ""
-    if word and str in kinds:  # not in a record, where it is a number by then
+    label = where if where == f"--{key.replace('_', '-')}" else f'{where}: "{key}"'
+    types = [k for k in (get_args(hint) if isinstance(hint, UnionType) else (hint,)) if k is not type(None)]
+    types = [getattr(k, "__origin__", k) for k in types]
+    word, random_hint = limits.get("word"), ""
+    if word and str in types:  # not in a record, where it is a number by then
         if value == word:
             return value
-        kinds.remove(str)
-        drawn = f'Or "{word}", for a new one every time.'
-    if isinstance(value, int) and not isinstance(value, bool) and float in kinds and int not in kinds:
+        types.remove(str)
+        random_hint = f'Or "{word}", for a new one every time.'
+    if isinstance(value, int) and not isinstance(value, bool) and float in types and int not in types:
         value = float(value)
-    if (isinstance(value, bool) and bool not in kinds) or not isinstance(value, tuple(kinds)):
-        meant = f"Like {key} = [{describe(value)}]." if kinds == [list] and describe(value) == f'"{value}"' else ""
+    if (isinstance(value, bool) and bool not in types) or not isinstance(value, tuple(types)):
+        list_hint = (
+            f"Like {key} = [{describe_value(value)}]."
+            if types == [list] and describe_value(value) == f'"{value}"'
+            else ""
+        )
         raise K2Error(
-            f"{called} must be {' or '.join(KINDS[k] for k in kinds)}, not {describe(value)}.", hint=meant or drawn
+            f"{label} must be {' or '.join(TYPE_NAMES[k] for k in types)}, not {describe_value(value)}.",
+            hint=list_hint or random_hint,
         )
     if isinstance(value, list) and any(not isinstance(item, str) for item in value):
-        raise K2Error(f"{called} must be a list of strings.", hint=f'Like {key} = ["one", "two"].')
+        raise K2Error(f"{label} must be a list of strings.", hint=f'Like {key} = ["one", "two"].')
     if ("low" in limits and not (limits["low"] <= value <= limits["high"])) or (
         isinstance(value, float) and not math.isfinite(value)
     ):
         low, high = (f"{limits[end]:,}".replace("-", "−") for end in ("low", "high"))
-        raise K2Error(f"{called} must be between {low} and {high}, not {value}.", hint=drawn)
+        raise K2Error(f"{label} must be between {low} and {high}, not {value}.", hint=random_hint)
     value = limits["also"].get(value, value) if "also" in limits else value
     if value not in (choices := limits.get("choices", (value,))):
-        raise K2Error(f"{called} cannot be {describe(value)}.", hint=nearest(str(value), map(str, choices)))
+        raise K2Error(f"{label} cannot be {describe_value(value)}.", hint=nearest(str(value), map(str, choices)))
     if isinstance(value, str) and not re.fullmatch(limits.get("pattern", ".*"), value, re.DOTALL):
-        raise K2Error(f"{called} cannot be {describe(value)}.", hint=f"Like {listed(limits['examples'])}.")
-    read = printable if limits.get("path") else plain
+        raise K2Error(f"{label} cannot be {describe_value(value)}.", hint=f"Like {listed(limits['examples'])}.")
+    clean = check_printable if limits.get("path") else check_line
     if isinstance(value, str):
-        return read(value, called)
-    return [read(item, called) for item in value] if isinstance(value, list) else value
+        return clean(value, label)
+    return [clean(item, label) for item in value] if isinstance(value, list) else value
 
 
-def describe(value: Any) -> str:
+def describe_value(value: Any) -> str:
     """A value in short, for a message."""
     if isinstance(value, dict | list):
-        return KINDS[type(value)]
+        return TYPE_NAMES[type(value)]
     written = value.isoformat() if isinstance(value, date | time) else repr(value)
-    said = str(value).lower() if isinstance(value, bool) else written  # as TOML writes it
-    text = masked(f'"{value}"' if isinstance(value, str) else said)
+    toml_text = str(value).lower() if isinstance(value, bool) else written  # as TOML writes it
+    text = display_safe(f'"{value}"' if isinstance(value, str) else toml_text)
     return text if len(text) <= 40 else f"{text[:37]}…"
 
 
@@ -324,18 +335,18 @@ def read_weights(table: Any, place: Place) -> dict[str, float]:
         raise K2Error(f"{place()}: expected a table{place.title}.", hint=f'Like {name} and below it "dusk = 0.6".')
     weights = {}
     for name, value in table.items():
-        where, called = place(name), plain(name, place(name))
+        where, plain_name = place(name), check_line(name, place(name))
         if isinstance(value, dict):
-            hint = f"Like {called} = 0.6. {dotted(name, value)}".strip()
-            raise K2Error(f'{where}: "{called}" must be a number, not a table.', hint=hint)
-        weights[called] = check_value(name, value, float, WEIGHT, where)
+            hint = f"Like {plain_name} = 0.6. {dotted_name_hint(name, value)}".strip()
+            raise K2Error(f'{where}: "{plain_name}" must be a number, not a table.', hint=hint)
+        weights[plain_name] = check_value(name, value, float, WEIGHT, where)
     return weights
 
 
-def dotted(name: str, value: Any) -> str:
+def dotted_name_hint(name: str, value: Any) -> str:
     """A hint for a name whose dots TOML has read as tables; "" if it has not."""
-    whole = name
+    full_name = name
     while isinstance(value, dict) and value:
         part, value = next(iter(value.items()))
-        whole += f".{part}"
-    return f'A name with a dot needs quotes: "{masked(whole)}".' if whole != name else ""
+        full_name += f".{part}"
+    return f'A name with a dot needs quotes: "{display_safe(full_name)}".' if full_name != name else ""

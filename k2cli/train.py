@@ -15,16 +15,16 @@ from k2cli.completion import complete_recipe
 from k2cli.options import QuietOption
 from model.errors import K2Error, brief
 
-LESS = (  # memory
+LESS_MEMORY_HINT = (  # memory
     'In a recipe lower batch or size, or set recompute = true; for a LoRA also precision = "int8" or "int4". '
     "Or close other programs that use memory."
 )
 
-FULL = re.compile(r"\(os error (28|112|122)\)")  # Rust's text for ENOSPC, on Windows too, and for EDQUOT
+DISK_FULL = re.compile(r"\(os error (28|112|122)\)")  # Rust's text for ENOSPC, on Windows too, and for EDQUOT
 
 
 @contextmanager
-def explained(name: str) -> Iterator[None]:
+def training_errors(name: str) -> Iterator[None]:
     """Turn what the machine refuses a run (memory, disk) into one sentence. Raises K2Error."""
     from safetensors import SafetensorError
 
@@ -32,11 +32,11 @@ def explained(name: str) -> Iterator[None]:
     from model.plan import memory_errors
 
     try:
-        with memory_errors(f'the run "{name}"', LESS):
+        with memory_errors(f'the run "{name}"', LESS_MEMORY_HINT):
             yield
     except (OSError, SafetensorError) as error:
         folder = f".runs/{name}"
-        if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or FULL.search(str(error)):
+        if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or DISK_FULL.search(str(error)):
             hint = "Free some space, then train again: it resumes from the last save."
             raise DiskFull(f"The disk is full: {folder} was not written.", hint=hint) from None
         if isinstance(error, SafetensorError):
@@ -89,7 +89,7 @@ def train(
     from k2cli import licence
     from k2cli.console import for_shell, print_result, say, short_path
     from k2cli.folder import find_root
-    from k2cli.texts import quote
+    from k2cli.texts import shell_quote
     from model.train import recipe as recipes
 
     chosen: Any = recipes.load(recipe)
@@ -104,7 +104,7 @@ def train(
         )
     chosen = replace(chosen, **changes)
     if chosen.stage == "lora":
-        licence.require_for(chosen.model, chosen.variant)
+        licence.require_for_model(chosen.model, chosen.variant)
 
     from model.parts import pick_device
     from model.train import parallel
@@ -112,20 +112,20 @@ def train(
     place = parallel.join_group(str(pick_device(device)))
     report = (lambda line: None) if quiet or not parallel.world().is_main else say
     try:
-        with explained(chosen.name):
+        with training_errors(chosen.name):
             run = recipes.stage_module(chosen.stage, recipe).main(chosen, place, report)
     except KeyboardInterrupt:
-        asked = {"steps": steps, "device": device, "trigger": trigger, "model": model}
-        options = [f" --{name} {quote(str(value))}" for name, value in asked.items() if value is not None]
-        say(f"Interrupted; what was saved is kept. Resume with: k2 train {quote(recipe)}{''.join(options)}")
+        given = {"steps": steps, "device": device, "trigger": trigger, "model": model}
+        options = [f" --{name} {shell_quote(str(value))}" for name, value in given.items() if value is not None]
+        say(f"Interrupted; what was saved is kept. Resume with: k2 train {shell_quote(recipe)}{''.join(options)}")
         raise
     if not parallel.world().is_main:
         parallel.exit_group()
         return
     print_result(short_path(run.result))
     if chosen.stage == "lora" and not quiet:
-        words = ["k2 style add", quote(run.result.stem), for_shell(run.result)]
-        words += ["--trigger", quote(chosen.trigger)] if chosen.trigger else []
+        words = ["k2 style add", shell_quote(run.result.stem), for_shell(run.result)]
+        words += ["--trigger", shell_quote(chosen.trigger)] if chosen.trigger else []
         words += [] if find_root(Path.cwd()) else ["--project DIR"]
         say(f"Make it a style: {' '.join(words)}", "dim")
     parallel.exit_group()

@@ -27,7 +27,7 @@ from k2cli.options import (
     QuietOption,
     SizeOption,
     TurboOption,
-    variant_of,
+    variant_from,
 )
 from model.errors import K2Error
 
@@ -81,22 +81,24 @@ def watch(
 
     if folder and project:
         raise typer.BadParameter("name the project as an argument or with --project, not both", param_hint="--project")
-    settings = {"variant": variant_of(turbo), "batch": batch, "steps": steps, "size": size, "device": device}
+    settings = {"variant": variant_from(turbo), "batch": batch, "steps": steps, "size": size, "device": device}
     check_options(settings)
-    named = folder or project
-    root = (Folder.at(named) if named else Folder.find(Path.cwd())).root
-    made = made_before(root, allow_outside)
+    path = folder or project
+    root = (Folder.at(path) if path else Folder.find(Path.cwd())).root
+    pictures = recent_pictures(root, allow_outside)
     keys: dict[str, str] = {}
-    before: Stamps = {}
-    drawn = draw_seed()  # once: else a random seed would change every picture on any change
+    stamps: Stamps = {}
+    seed = draw_seed()  # once: else a random seed would change every picture on any change
     try:
         while True:
-            before = stamp(root, before)
+            stamps = project_stamps(root, stamps)
             try:
-                job, keys, used = plan_missing(find_project(root, allow_outside), only, settings, made, keys, drawn)
-                before = {**stamp_of(elsewhere(used, before)), **before}
+                job, keys, input_files = plan_missing(
+                    find_project(root, allow_outside), only, settings, pictures, keys, seed
+                )
+                stamps = {**file_stamps(files_outside(input_files, stamps)), **stamps}
                 if job.shots:
-                    saved = partial(remember, made, keys)
+                    saved = partial(remember, pictures, keys)
                     execute([job], embed=not no_embed, as_json=json, quiet=quiet, on_saved=saved)
                 elif not quiet:
                     say("No picture changes.", "dim")
@@ -109,7 +111,7 @@ def watch(
                 show_error(problem)
             if not quiet:
                 say("Waiting for a change; Ctrl-C ends.", "dim")
-            wait(root, before)
+            wait_for_change(root, stamps)
     except KeyboardInterrupt:
         if console.is_terminal:
             say_at_exit("")  # the terminal shows ^C, and the shell continues on that line
@@ -120,11 +122,11 @@ def check_options(settings: Mapping[str, Any]) -> None:
     """Refuse options that no change of a file could fix. Raises K2Error."""
     from k2cli.settings import Settings
     from k2cli.sizes import STEP, parse_size
-    from k2cli.toml_tables import Option, said_by
+    from k2cli.toml_tables import Option, error_context
 
     Settings().override(**settings)
     if settings["size"] is not None:
-        with said_by(Option("--size")) as said:
+        with error_context(Option("--size")) as said:
             parse_size(settings["size"], said, STEP)
     if settings["device"] is not None:
         from model.parts import pick_device
@@ -132,7 +134,7 @@ def check_options(settings: Mapping[str, Any]) -> None:
         pick_device(settings["device"])
 
 
-def made_before(root: Path, allow_outside: bool) -> dict[str, Path]:
+def recent_pictures(root: Path, allow_outside: bool) -> dict[str, Path]:
     """The pictures of the project's last runs that still exist, by key."""
     from k2cli.outputs import Run
 
@@ -141,74 +143,78 @@ def made_before(root: Path, allow_outside: bool) -> dict[str, Path]:
         runs = Run.planned_in(project.outputs)[-MAX_RUNS:]
     except K2Error:  # it is reported when the project is rendered
         return {}
-    taken_by = cache(WeightsUsed.by)  # many runs have the same weights
-    return {key: path for run in runs for key, path in made_by(run, project, taken_by) if path.is_file()}
+    weights_for = cache(WeightsUsed.for_model)  # many runs have the same weights
+    return {key: path for run in runs for key, path in planned_pictures(run, project, weights_for) if path.is_file()}
 
 
-def made_by(run: Run, project: Project, taken_by: Callable[[ModelSpec], WeightsUsed]) -> Iterator[tuple[str, Path]]:
+def planned_pictures(
+    run: Run, project: Project, weights_for: Callable[[ModelSpec], WeightsUsed]
+) -> Iterator[tuple[str, Path]]:
     """The pictures in a run's plan, with their keys; none if it is no longer readable."""
     from k2cli.runs import planned_model, read_plan
 
     with suppress(K2Error):
         toml, planned = read_plan(project, run)
-        taken = taken_by(planned_model(toml, project))
+        weights = weights_for(planned_model(toml, project))
         for shot, hashes in planned:
-            yield key_of(taken, shot, project.root, hashes.__getitem__), run[shot.file]
+            yield picture_key(weights, shot, project.root, hashes.__getitem__), run[shot.file]
 
 
 def plan_missing(
     project: Project,
     only: list[str] | None,
     settings: Mapping[str, object],
-    made: Mapping[str, Path],
-    asked: Mapping[str, str],
-    drawn: int = 0,
+    pictures: Mapping[str, Path],
+    last_keys: Mapping[str, str],
+    seed: int = 0,
 ) -> tuple[Job, dict[str, str], set[Path]]:
     """The run of what is not made yet; the key of each picture of the project, by stem; and the files they are made
-    from. `asked`: the keys of the last look; a picture that was made and is gone is rendered again only if its key is
-    not among them, as otherwise somebody deleted it. `drawn`: the seed, if it is random."""
+    from. `last_keys`: those of the last look; a picture that was made and is gone is rendered again only if its key is
+    not among them, as otherwise somebody deleted it. `seed`: the seed, if it is random."""
     from k2cli.planning import plan_job
     from model.hashes import identity, spec_files
 
-    chosen = replace(project.resolve_settings(**settings), drawn=drawn)
-    prompts = project.choose(only) if only else None
-    matrices = project.comparing(prompts)
-    shots = project.shots(chosen, prompts, None, matrices)
-    taken = WeightsUsed.by(chosen.model_spec())
-    known = {key_of(taken, shot, project.root, identity): shot for shot in shots}
-    new = known.keys() - set(asked.values())
-    left = [shot for key, shot in known.items() if key not in made or (key in new and not made[key].exists())]
-    keys = {shot.stem: key for key, shot in known.items()}
-    used = {path for shot in shots for path in spec_files(shot.spec)}
-    return plan_job(project, chosen, left, compared=bool(matrices)), keys, used
+    resolved = replace(project.resolve_settings(**settings), drawn_seed=seed)
+    prompts = project.choose_prompts(only) if only else None
+    matrices = project.matrices_for(prompts)
+    shots = project.shots(resolved, prompts, None, matrices)
+    weights = WeightsUsed.for_model(resolved.model_spec())
+    by_key = {picture_key(weights, shot, project.root, identity): shot for shot in shots}
+    new = by_key.keys() - set(last_keys.values())
+    missing = [
+        shot for key, shot in by_key.items() if key not in pictures or (key in new and not pictures[key].exists())
+    ]
+    keys = {shot.stem: key for key, shot in by_key.items()}
+    input_files = {path for shot in shots for path in spec_files(shot.spec)}
+    return plan_job(project, resolved, missing, compared=bool(matrices)), keys, input_files
 
 
-def remember(made: dict[str, Path], keys: Mapping[str, str], saved: Saved) -> None:
+def remember(pictures: dict[str, Path], keys: Mapping[str, str], saved: Saved) -> None:
     """Note that a picture is made, and where, so that an error in a later one does not make it again."""
-    made[keys[saved.stem]] = saved.path
+    pictures[keys[saved.stem]] = saved.path
 
 
 class WeightsUsed(NamedTuple):
     """The weights that pictures are made with, as far as known, and their defaults."""
 
     weights: Mapping[str, Any]
-    own: Mapping[str, Any]
+    defaults: Mapping[str, Any]
 
     @classmethod
-    def by(cls, held: ModelSpec) -> WeightsUsed:
+    def for_model(cls, model: ModelSpec) -> WeightsUsed:
         """Reads their headers, which takes a moment. Raises K2Error."""
-        from k2cli.models import recommended
+        from k2cli.models import recommended_settings
         from model.library import find
         from model.parts import pick_device
 
-        found = find(held.name, held.variant)
-        chosen = {"variant": found and found.variant, "device": str(pick_device(held.device))}
+        found = find(model.name, model.variant)
+        chosen = {"variant": found and found.variant, "device": str(pick_device(model.device))}
         if found and found.source == "box":  # small, and held as is by default
-            chosen |= {"precision": held.precision or "native", "offload": held.offload or "none"}
-        return cls(vars(held) | chosen, recommended(held.name, held.variant))
+            chosen |= {"precision": model.precision or "native", "offload": model.offload or "none"}
+        return cls(vars(model) | chosen, recommended_settings(model.name, model.variant))
 
 
-def key_of(taken: WeightsUsed, shot: Shot, root: Path, hash_of: Callable[[Path], str]) -> str:
+def picture_key(used: WeightsUsed, shot: Shot, root: Path, hash_of: Callable[[Path], str]) -> str:
     """A picture's key: a hash of everything that goes into it, except what would change nothing."""
     from k2cli.console import to_json
     from k2cli.records import planned_record
@@ -217,20 +223,20 @@ def key_of(taken: WeightsUsed, shot: Shot, root: Path, hash_of: Callable[[Path],
     spec = shot.spec
     if spec.leader == Leader(spec.prompt, spec.seed, spec.negative):  # the lead picture is what it would be alone
         shot = replace(shot, spec=replace(spec, cohesion=0.0, leader=None))
-    asked = planned_record(shot, root, hash_of)
-    said = asked["settings"]
-    said |= {key: own for key, own in taken.own.items() if said[key] is None}
-    said |= {"guidance": float(said["guidance"]), "sampler": said["sampler"] or "euler"}
-    until = said["guidance_until"]
-    said["guidance_until"] = float(until) if said["guidance"] and until not in (None, 1) else None
-    if asked["init_image"]:
-        said["denoise"] = float(resolve_denoise(said["denoise"], masked=bool(asked["mask"])))
-    if not any(style["reference"] for style in asked["style"] or ()):
-        said |= dict.fromkeys(STYLE_SETTINGS)
-    return sha256(to_json([taken.weights, shot.format, asked]).encode()).hexdigest()
+    record = planned_record(shot, root, hash_of)
+    settings = record["settings"]
+    settings |= {key: own for key, own in used.defaults.items() if settings[key] is None}
+    settings |= {"guidance": float(settings["guidance"]), "sampler": settings["sampler"] or "euler"}
+    until = settings["guidance_until"]
+    settings["guidance_until"] = float(until) if settings["guidance"] and until not in (None, 1) else None
+    if record["init_image"]:
+        settings["denoise"] = float(resolve_denoise(settings["denoise"], masked=bool(record["mask"])))
+    if not any(style["reference"] for style in record["style"] or ()):
+        settings |= dict.fromkeys(STYLE_SETTINGS)
+    return sha256(to_json([used.weights, shot.format, record]).encode()).hexdigest()
 
 
-def stamp(root: Path, before: Iterable[str] = ()) -> dict[str, tuple[int, int]]:
+def project_stamps(root: Path, before: Iterable[str] = ()) -> dict[str, tuple[int, int]]:
     """The time of change and size of each file that a picture could be made from, and of each that counted before.
 
     No others: the output of `k2 watch` itself may go to a file in the project, which would change forever.
@@ -242,14 +248,14 @@ def stamp(root: Path, before: Iterable[str] = ()) -> dict[str, tuple[int, int]]:
         top = Path(folder) == root
         folders[:] = [name for name in folders if not name.startswith(".") and not (top and name in OUTPUT_FOLDERS)]
         paths = (Path(folder, name) for name in names if not name.startswith("."))  # hidden ones are editors' own
-        found |= stamp_of(
+        found |= file_stamps(
             path for path in paths if has_picture_suffix(path) or path.suffix in (".toml", *WEIGHT_SUFFIXES)
         )
-    others = stamp_of(elsewhere(map(Path, before), found))
+    others = file_stamps(files_outside(map(Path, before), found))
     return {**dict.fromkeys(before, DELETED), **found, **others}
 
 
-def elsewhere(files: Iterable[Path], found: Container[str]) -> set[Path]:
+def files_outside(files: Iterable[Path], found: Container[str]) -> set[Path]:
     """The files that were not found in the project, as behind a link to a folder, and the pictures beside them, as a
     new one may count, too."""
     from model.picture_file import has_picture_suffix
@@ -263,7 +269,7 @@ def elsewhere(files: Iterable[Path], found: Container[str]) -> set[Path]:
     return others
 
 
-def stamp_of(files: Iterable[Path]) -> dict[str, tuple[int, int]]:
+def file_stamps(files: Iterable[Path]) -> dict[str, tuple[int, int]]:
     """The stamps of these files, without those that are gone."""
     found = {}
     for path in files:
@@ -273,15 +279,15 @@ def stamp_of(files: Iterable[Path]) -> dict[str, tuple[int, int]]:
     return found
 
 
-def wait(root: Path, before: Stamps) -> None:
+def wait_for_change(root: Path, before: Stamps) -> None:
     """Wait until a file changes, and then until the writing has stopped."""
     now = before
     while now == before:
         time.sleep(POLL_SECONDS)
-        now = stamp(root, before)
+        now = project_stamps(root, before)
     while True:
         time.sleep(POLL_SECONDS)
-        later = stamp(root, before)
+        later = project_stamps(root, before)
         if later == now:
             return
         now = later

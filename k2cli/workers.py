@@ -48,7 +48,7 @@ class Unreachable(K2Error):
 @lru_cache(maxsize=1)
 def load_pipeline(model: ModelSpec) -> Pipeline:
     """Load the weights; projects rendered one after another share them, and different ones do not pile up in memory."""
-    licence.require_for(model.name, model.variant)
+    licence.require_for_model(model.name, model.variant)
     if load_pipeline.cache_info().currsize:
         load_pipeline.cache_clear()  # before the next one is read: two may not fit
         gc.collect()  # an accelerated network refers to itself

@@ -37,7 +37,7 @@ from k2cli.execute import show_plan
 from k2cli.models_app import list_models
 from k2cli.planning import plan_job
 from k2cli.project import Project
-from k2cli.texts import quote
+from k2cli.texts import shell_quote
 from k2cli.toml_tables import Toml
 from model import library
 from model.errors import K2Error
@@ -808,7 +808,7 @@ def test_sheet_pages_never_share_a_name_with_a_picture(moody, k2, monkeypatch):
 def test_sheet_subtitle_has_what_its_pictures_share(moody, k2, monkeypatch):
     told = []
 
-    def note(entries: list[sheet.Entry], title: str, subtitle: str, **form: Any) -> Any:
+    def note(entries: list[sheet.SheetEntry], title: str, subtitle: str, **form: Any) -> Any:
         told.append((title, subtitle.split(" · ")[:-1]))
         return iter(())
 
@@ -1005,10 +1005,13 @@ def test_models_are_listed_and_described(moody, k2):
     (listed,) = [json.loads(line) for line in k2("models", "list", "--json").stdout.splitlines()]
     assert (listed["name"], listed["native"]) == ("mini", 128)
     assert "native       128" in k2("models", "info", "mini").stdout
-    assert models.card({"native": 128, "mirror": False}).splitlines() == ["native       128", "mirror       false"]
-    assert models.card({"mu": (0.3, 0.1 + 0.8)}) == "mu           0.3 at 256 tokens, 0.9 at 6400"
-    assert models.card({"sides": [256, 320]}) == "sides        256, 320"
-    trained = models.card({"config": {"width": 64}, "training": {"steps": 7, "recipe": {"lr": 1.0}}})
+    assert models.entry_text({"native": 128, "mirror": False}).splitlines() == [
+        "native       128",
+        "mirror       false",
+    ]
+    assert models.entry_text({"mu": (0.3, 0.1 + 0.8)}) == "mu           0.3 at 256 tokens, 0.9 at 6400"
+    assert models.entry_text({"sides": [256, 320]}) == "sides        256, 320"
+    trained = models.entry_text({"config": {"width": 64}, "training": {"steps": 7, "recipe": {"lr": 1.0}}})
     assert trained.splitlines() == ["training", "  steps      7"]
     (moody / "x.safetensors").write_bytes(b"PK\x03\x04 a pickle in a zip")
     assert "PyTorch pickle" in k2("models", "info", "x.safetensors", code=1).stderr
@@ -1261,9 +1264,9 @@ def test_prompts_with_a_leading_dash_are_not_options(moody, k2, fake):
 def test_quoting_suits_the_shell_of_the_platform(word, linux, windows, monkeypatch):
     """cmd.exe passes single quotes on as part of the word."""
     monkeypatch.setattr(sys, "platform", "linux")
-    assert quote(word) == linux
+    assert shell_quote(word) == linux
     monkeypatch.setattr(sys, "platform", "win32")
-    assert quote(word) == windows
+    assert shell_quote(word) == windows
 
 
 @pytest.mark.parametrize(("word", "meant"), [("fox", "--only fox"), ("a blue owl", "-p 'a blue owl'")])

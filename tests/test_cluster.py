@@ -168,7 +168,7 @@ def test_streaming_keeps_actors_between_lines(painted, k2, monkeypatch):
     """What the project brings is sent with each line."""
     ray = StandIn(2)
     monkeypatch.setitem(sys.modules, "ray", ray)
-    monkeypatch.setattr(stdin_prompts, "lines", lambda: iter([b"a pear", b"a plum"]))
+    monkeypatch.setattr(stdin_prompts, "input_lines", lambda: iter([b"a pear", b"a plum"]))
 
     result = k2("render", "--stream", "--ray", "here", "--batch", "2", "--style", "dusk=0.5", "--json")
 

@@ -41,7 +41,7 @@ def recorded(folder: Path, **changes: Any) -> Record:
     made |= {"model": {"name": "mini", "variant": "raw", "files": {"mini-raw.safetensors": "ab" * 32}}}
     made |= {key: getattr(spec, key) for key in named}
     shot = Shot("fox-7", "fox", "a red fox", spec, creativity="high")
-    table = records.compose(shot, Picture(Image.new("RGB", (64, 96)), made), folder)
+    table = records.finished_record(shot, Picture(Image.new("RGB", (64, 96)), made), folder)
     return records.parse(Toml(dump(table).decode(), "fox-7.toml"), folder.joinpath)
 
 

@@ -6,7 +6,7 @@ import time
 
 import pytest
 
-from k2cli.foreign_syntax import read_as_words, signs_of
+from k2cli.foreign_syntax import find_syntax, foreign_syntax_warning
 
 
 @pytest.mark.parametrize(
@@ -55,12 +55,12 @@ from k2cli.foreign_syntax import read_as_words, signs_of
     ],
 )
 def test_foreign_syntax_is_found_with_advice(prompt, sign, advice):
-    ((found, told),) = signs_of(prompt).items()
+    ((found, told),) = find_syntax(prompt).items()
     assert found == sign and advice in told
 
 
 def test_option_without_a_value_hides_no_other():
-    told = signs_of("a fox --tile --ar 3:2 --niji --no text")
+    told = find_syntax("a fox --tile --ar 3:2 --niji --no text")
     assert list(told) == ["--tile", "--ar 3:2", "--niji", "--no text"]
 
 
@@ -106,16 +106,16 @@ def test_option_without_a_value_hides_no_other():
     ],
 )
 def test_plain_text_is_not_flagged(prompt):
-    assert signs_of(prompt) == {}
+    assert find_syntax(prompt) == {}
 
 
 def test_similar_syntax_is_reported_together():
-    told = read_as_words(["((a)) ((b)) ((c))", "((d)) ((a))", f"(({'e' * 99}))"])
+    told = foreign_syntax_warning(["((a)) ((b)) ((c))", "((d)) ((a))", f"(({'e' * 99}))"])
     assert told.startswith("Read as words: ((a)), ((b)), ((c)) and 2 more (words have no weights") and len(told) < 120
 
 
 @pytest.mark.parametrize("bit", ["(", "[", "_", "__a", "a", "a::", "[a:", "(a", "\\(", "1", "--a", "$", "+", "<lora:"])
 def test_search_is_fast_on_any_text(bit):
     started = time.perf_counter()
-    signs_of(bit * (20_000 // len(bit)))
+    find_syntax(bit * (20_000 // len(bit)))
     assert time.perf_counter() - started < 1

@@ -28,7 +28,7 @@ def test_metadata_for_other_tools(moody, k2, format, suffix):
     assert comment[:8] == b"UNICODE\0" and comment[8:].decode("utf-16-be").startswith("a red fox\nSteps: 28,")
     assert "trainedAlgorithmicMedia" in packet
     assert records.read(moody / made).table == record
-    found = origins.read(moody / made)
+    found = origins.read_origin(moody / made)
     assert (found.tool, found.prompt, found.seed) == ("k2", "a red fox", 7)
 
 

@@ -106,7 +106,7 @@ def test_batches_differ_only_in_seeds():
     def made(*seeds, **facts):
         return [origins.Origin("k2", prompt="fox", seed=seed, **facts) for seed in seeds]
 
-    found = from_pictures.batches([*made(9, 7, 8, 7, 40), *made(10, width=64), *made(None)])
+    found = from_pictures.group_batches([*made(9, 7, 8, 7, 40), *made(10, width=64), *made(None)])
 
     assert list(found.items()) == [(made(7)[0], 3), (made(40)[0], 1), (made(10, width=64)[0], 1), (made(None)[0], 1)]
 

@@ -259,7 +259,7 @@ def test_style_files(studio, content):
 
 
 def a_record(folder: Path) -> str:
-    return dump(records.compose(shot(), Picture(Image.new("RGB", (32, 48)), MADE), folder)).decode()
+    return dump(records.finished_record(shot(), Picture(Image.new("RGB", (32, 48)), MADE), folder)).decode()
 
 
 RECORD = a_record(Path("/nowhere"))
@@ -273,7 +273,7 @@ def test_records(studio, content):
     with nothing_but_k2_errors():
         record = records.parse(records.read(studio / "fox.toml"), inside)
         facts.describe(record)
-        records.locate(record, inside)
+        records.locate_model(record, inside)
 
 
 PLAN = dump({"schema": 1, "embed": True, "sheet": {"centred": False}, "model": {"name": "mini"}}).decode()

@@ -579,13 +579,13 @@ def test_licence_comes_first(hf: Hub, k2):
     licence.record_file().unlink()
 
     result = k2("models", "pull", "krea-2-turbo", code=1)
-    for words in ("Krea 2 Community License", "revenue", "filter", "made by AI", licence.KREA_2.text):
+    for words in ("Krea 2 Community License", "revenue", "filter", "made by AI", licence.KREA_2.url):
         assert words in result.stderr
     assert "has not been accepted" in result.stderr and "--accept-licence" in result.stderr
     assert hf.files == set()
 
     k2("models", "pull", "krea-2-turbo", "--accept-licence")
-    assert licence.KREA_2.name in licence.accepted()
+    assert licence.KREA_2.name in licence.read_accepted()
     assert "Community License" not in k2("models", "pull", "krea-2-turbo").stderr
 
 

@@ -678,13 +678,13 @@ def test_denoise_in_the_metadata_of_other_tools(begun, k2, tmp_path):
     made = k2("render", "--only", "fox", "--batch", "1", "--denoise", "0.4").stdout.split()[0]
     with Image.open(made) as image:
         assert "Denoising strength: 0.4, " in image.text["parameters"]
-    assert origins.read(Path(made)).left_out[:1] == ("its init image refs/wide.png",)
+    assert origins.read_origin(Path(made)).left_out[:1] == ("its init image refs/wide.png",)
     assert ": its init image refs/wide.png" in k2("new", tmp_path / "anew", "--from", made).stderr
     said = "a fox\nSteps: 20, Sampler: Euler, CFG scale: 7, Seed: 1, Size: 64x64, Denoising strength: 0.6"
-    assert origins.of_a1111(said).left_out == ("its init image", "denoising strength 0.6")
-    second = origins.of_a1111(said + ", Hires upscale: 2")  # which starts from its own picture
+    assert origins.from_a1111(said).left_out == ("its init image", "denoising strength 0.6")
+    second = origins.from_a1111(said + ", Hires upscale: 2")  # which starts from its own picture
     assert second.left_out == ("hires upscale 2", "denoising strength 0.6")
-    (mflux,) = origins.of_mflux({"prompt": "a fox", "image_path": "a.png", "mflux_version": "1"})
+    (mflux,) = origins.from_mflux({"prompt": "a fox", "image_path": "a.png", "mflux_version": "1"})
     assert mflux.left_out == ("its init image",)
 
 

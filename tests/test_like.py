@@ -13,7 +13,7 @@ from PIL import Image
 from test_style_app import write_lora
 
 from k2cli import moodboard
-from k2cli.styles import BOARD
+from k2cli.styles import BOARD_STYLE
 from model import library
 from model.spec import Style
 
@@ -359,7 +359,7 @@ def test_missing_moodboard_may_be_left_out(dusky, k2, monkeypatch):
     """As a missing style may."""
 
     def seen(board, *_):
-        return ((Style(BOARD, board.strength, keywords=("fog",)),) if board.strength else ()), set()
+        return ((Style(BOARD_STYLE, board.strength, keywords=("fog",)),) if board.strength else ()), set()
 
     monkeypatch.setattr(moodboard, "as_style", seen)
     Image.new("RGB", (64, 64)).save(dusky / "a.png")

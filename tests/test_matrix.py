@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from k2cli import runs
-from k2cli.matrix import escape, read_axes, variants
+from k2cli.matrix import escape_braces, read_axes, text_readings
 from model.errors import K2Error
 
 
@@ -35,34 +35,34 @@ from model.errors import K2Error
     ],
 )
 def test_readings_of_choices(text, said):
-    assert [each for each, _ in variants(text)] == said
+    assert [each for each, _ in text_readings(text)] == said
 
 
 @given(st.text(alphabet="{|}\\ ab"))
 def test_escaped_text_is_read_literally(text):
-    assert variants(escape(text)) == [(" ".join(text.split()), ())]
+    assert text_readings(escape_braces(text)) == [(" ".join(text.split()), ())]
 
 
 @given(st.text(alphabet="{|}\\ ab", max_size=30))
 def test_any_text_has_a_reading(text):
-    assert variants(text)
+    assert text_readings(text)
 
 
 def test_too_many_readings_are_refused():
     with pytest.raises(K2Error, match="makes 1,048,576 prompts"):
-        variants("{a|b|c|d}" * 10)
+        text_readings("{a|b|c|d}" * 10)
 
 
 def test_too_many_nested_braces_are_refused():
     deep = "{a|" * 32 + "b" + "}" * 32
-    assert len(variants(deep)) == 33
+    assert len(text_readings(deep)) == 33
     with pytest.raises(K2Error, match="more than 32 nested braces"):
-        variants(f"{{a|{deep}}}")
+        text_readings(f"{{a|{deep}}}")
 
 
 def test_too_many_characters_are_refused():
     with pytest.raises(K2Error, match="adds up to 12,533,760 characters"):
-        variants("{a|b}" * 12 + "x" * 3000)
+        text_readings("{a|b}" * 12 + "x" * 3000)
 
 
 def test_empty_readings_are_refused(moody, k2):

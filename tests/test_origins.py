@@ -69,7 +69,7 @@ def with_comment(path: Path, comment: bytes) -> Path:
 
 
 def test_a1111(tmp_path):
-    found = origins.read(png(tmp_path / "a.png", parameters=PARAMETERS))
+    found = origins.read_origin(png(tmp_path / "a.png", parameters=PARAMETERS))
 
     assert found == origins.Origin(
         "A1111", "a red fox, film grain, second line", "blurry, text", 1234567890, 512, 768, 20, 6.0, "dreams_v8",
@@ -95,7 +95,7 @@ def test_a1111(tmp_path):
     ],
 )  # fmt: skip
 def test_a1111_with_awkward_words(tmp_path, text, prompt, avoid, seed, model):
-    found = origins.read(png(tmp_path / "a.png", parameters=text))
+    found = origins.read_origin(png(tmp_path / "a.png", parameters=text))
 
     assert (found.prompt, found.avoid, found.seed, found.model) == (prompt, avoid, seed, model)
 
@@ -117,7 +117,7 @@ def test_a1111_with_awkward_words(tmp_path, text, prompt, avoid, seed, model):
     ],
 )  # fmt: skip
 def test_what_has_no_counterpart_is_left_out(tmp_path, text, left_out):
-    found = origins.read(png(tmp_path / "a.png", parameters=text))
+    found = origins.read_origin(png(tmp_path / "a.png", parameters=text))
 
     assert list(found.left_out) == left_out
 
@@ -128,7 +128,7 @@ def test_comfyui_denoise_below_1_is_reported(denoise, told):
     scheduler = {**FLUX["4"], "inputs": {**FLUX["4"]["inputs"], "denoise": denoise}}
 
     for graph in (TALL | {"3": sampler}, FLUX | {"4": scheduler}):
-        assert [each for each in next(origins.of_comfy(graph)).left_out if each != "ControlNet"] == told
+        assert [each for each in next(origins.from_comfy(graph)).left_out if each != "ControlNet"] == told
 
 
 @pytest.mark.parametrize("suffix", [".jpg", ".webp"])
@@ -142,7 +142,7 @@ def test_comfyui_denoise_below_1_is_reported(denoise, told):
     ],
 )
 def test_a1111_in_the_exif_comment(tmp_path, suffix, comment):
-    found = origins.read(with_comment(tmp_path / f"a{suffix}", comment))
+    found = origins.read_origin(with_comment(tmp_path / f"a{suffix}", comment))
 
     assert (found.prompt, found.seed, found.steps) == ("a red fox, film grain, second line", 1234567890, 20)
 
@@ -152,17 +152,17 @@ def test_a1111_in_the_exif_comment(tmp_path, suffix, comment):
 def test_an_exif_comment_in_either_byte_order(tmp_path, words, coding):
     comment = b"UNICODE\0" + f"{words}\nSteps: 3, Seed: 4".encode(coding)
 
-    assert origins.read(with_comment(tmp_path / "a.jpg", comment)).prompt == words
+    assert origins.read_origin(with_comment(tmp_path / "a.jpg", comment)).prompt == words
 
 
 @pytest.mark.parametrize("comment", [b"ASCII\0\0\0Screenshot", b"UNICODE\0" + "at the sea".encode("utf-16-be")])
 def test_a_cameras_comment_is_not_a_prompt(tmp_path, comment):
     with pytest.raises(K2Error, match="does not state its prompt"):
-        origins.read(with_comment(tmp_path / "a.jpg", comment))
+        origins.read_origin(with_comment(tmp_path / "a.jpg", comment))
 
 
 def test_comfyui(tmp_path):
-    found = origins.read(png(tmp_path / "a.png", prompt=json.dumps(GRAPH), workflow="{}"))
+    found = origins.read_origin(png(tmp_path / "a.png", prompt=json.dumps(GRAPH), workflow="{}"))
 
     assert found == origins.Origin(
         "ComfyUI", "a {red} fox", "blurry", 99, 832, 1216, 24, 4.5, "sd_xl.safetensors", ("LoRAs",)
@@ -176,9 +176,9 @@ def test_comfyui_init_images_are_reported():
     encode = {"class_type": "VAEEncode", "inputs": {"pixels": ["91", 0], "vae": ["4", 2]}}
     load = {"class_type": "LoadImage", "inputs": {"image": "sketch.png", "upload": "image"}}
     begun = {**GRAPH, sampler: {**GRAPH[sampler], "inputs": own}, "90": encode, "91": load}
-    assert next(origins.of_comfy(begun)).left_out == ("LoRAs", "its init image sketch.png")
+    assert next(origins.from_comfy(begun)).left_out == ("LoRAs", "its init image sketch.png")
     second = {**GRAPH[sampler], "inputs": {**own, "latent_image": [sampler, 0]}}
-    assert next(origins.of_comfy({**begun, "99": second})).left_out == ("LoRAs",)
+    assert next(origins.from_comfy({**begun, "99": second})).left_out == ("LoRAs",)
 
 
 def test_comfyui_init_images_behind_a_mask_are_reported():
@@ -193,7 +193,7 @@ def test_comfyui_init_images_behind_a_mask_are_reported():
     }
     second = {"95": {**nodes["3"], "inputs": {**nodes["3"]["inputs"], "latent_image": ["94", 0]}}}
 
-    told = [each.left_out for each in origins.of_comfy(GRAPH | nodes | second)]
+    told = [each.left_out for each in origins.from_comfy(GRAPH | nodes | second)]
 
     assert told == [(), ("its init image room.png",)]
 
@@ -210,13 +210,13 @@ def test_comfyui_init_images_behind_a_mask_are_reported():
 def test_comfyui_guides_besides_the_prompt_are_reported(side, node, told):
     sampler = {**GRAPH["3"], "inputs": {**GRAPH["3"]["inputs"], "model": ["4", 0], side: ["90", 0]}}
 
-    (found,) = origins.of_comfy(GRAPH | {"3": sampler, "90": node})
+    (found,) = origins.from_comfy(GRAPH | {"3": sampler, "90": node})
 
     assert found.left_out == ((told,) if told else ()) and found.prompt == "a {red} fox"
 
 
 def test_comfyui_with_a_guider(tmp_path):
-    found = origins.read(png(tmp_path / "a.png", prompt=json.dumps(FLUX)))
+    found = origins.read_origin(png(tmp_path / "a.png", prompt=json.dumps(FLUX)))
 
     assert (found.prompt, found.seed, found.steps, found.width, found.guidance) == ("an owl", 42, 28, 1024, None)
     assert found.model == "flux.safetensors"
@@ -258,7 +258,7 @@ EDITOR = {  # as the editor saves it: one sampler behind a node that only passes
 
 
 def test_comfyui_nodes_that_pass_on_join_and_hold_values(tmp_path):
-    found = origins.read(png(tmp_path / "a.png", prompt=json.dumps(TALL)))
+    found = origins.read_origin(png(tmp_path / "a.png", prompt=json.dumps(TALL)))
 
     assert found == origins.Origin(
         "ComfyUI", "an owl, at (deep) night", "", 77, 64, 96, 8, 0.0, "krea2.safetensors", ("ControlNet",)
@@ -266,7 +266,7 @@ def test_comfyui_nodes_that_pass_on_join_and_hold_values(tmp_path):
 
 
 def test_comfyui_workflows_as_the_editor_saves_them(tmp_path):
-    found = origins.read(png(tmp_path / "a.png", workflow=json.dumps(EDITOR)))
+    found = origins.read_origin(png(tmp_path / "a.png", workflow=json.dumps(EDITOR)))
 
     assert found == origins.Origin("ComfyUI", "a tea pot", "blurry", 5, 640, 960, 12, 3.0, "sd.safetensors")
 
@@ -276,7 +276,7 @@ def test_comfyui_webp_metadata_is_in_camera_tags(tmp_path):
     exif[ExifTags.Base.Model], exif[ExifTags.Base.Make] = "prompt:" + json.dumps(GRAPH), "workflow:{}"
     Image.new("RGB", (64, 96)).save(tmp_path / "a.webp", exif=exif.tobytes())
 
-    assert origins.read(tmp_path / "a.webp").prompt == "a {red} fox"
+    assert origins.read_origin(tmp_path / "a.webp").prompt == "a {red} fox"
 
 
 KREA = {  # the nodes between texts and sampler in ComfyUI's own template for Krea 2
@@ -321,7 +321,7 @@ def test_comfyui_template_for_krea_2(lora, enhance, prompt, left_out):
     """The user's words, on the chosen side of each switch."""
     turned = {key: {**KREA[key], "inputs": {"value": on}} for key, on in (("23", lora), ("24", enhance))}
 
-    (found,) = origins.of_comfy(KREA | turned)
+    (found,) = origins.from_comfy(KREA | turned)
 
     assert (found.prompt, found.avoid, found.left_out) == (prompt, "", left_out)
     assert (found.model, found.seed, found.width) == ("krea2_turbo.safetensors", 7, 1152)
@@ -330,7 +330,7 @@ def test_comfyui_template_for_krea_2(lora, enhance, prompt, left_out):
 def test_enhancer_instructions_are_not_a_prompt():
     turned = {"24": {**KREA["24"], "inputs": {"value": True}}, "19": {**KREA["19"], "inputs": {"value": ""}}}
 
-    assert next(origins.of_comfy(KREA | turned)).prompt == ""
+    assert next(origins.from_comfy(KREA | turned)).prompt == ""
 
 
 def test_sizes_are_not_sought_in_a_language_models_text():
@@ -341,7 +341,7 @@ def test_sizes_are_not_sought_in_a_language_models_text():
         "40": {"class_type": "LatentUpscaleBy", "inputs": {"samples": ["3", 0], "scale_by": 2}},
         "41": {**KREA["3"], "inputs": {**KREA["3"]["inputs"], "latent_image": ["40", 0]}},
     }
-    assert [(each.width, each.prompt) for each in origins.of_comfy(KREA | numbers)] == [(1152, "a red fox")] * 2
+    assert [(each.width, each.prompt) for each in origins.from_comfy(KREA | numbers)] == [(1152, "a red fox")] * 2
 
 
 def test_typed_enhancer_instructions_are_not_the_users_words():
@@ -351,7 +351,7 @@ def test_typed_enhancer_instructions_are_not_the_users_words():
         {"string_a": ["19", 0], "string_b": "Rewrite this richly."},
         {"string_a": "Rewrite this richly:", "string_b": ["19", 0]},
     ):
-        (found,) = origins.of_comfy(KREA | turned | {"17": {**KREA["17"], "inputs": parts}})
+        (found,) = origins.from_comfy(KREA | turned | {"17": {**KREA["17"], "inputs": parts}})
 
         assert (found.prompt, found.left_out) == ("a red fox", ("prompt enhancement",))
 
@@ -372,7 +372,7 @@ def test_what_follows_instructions_are_the_users_words(parts, prompt):
     turned = {"24": {**KREA["24"], "inputs": {"value": True}}, "17": {**KREA["17"], "inputs": parts}}
     reroute = {"30": {"class_type": "Reroute", "inputs": {"": ["18", 0]}}}
 
-    assert next(origins.of_comfy(KREA | turned | reroute)).prompt == prompt
+    assert next(origins.from_comfy(KREA | turned | reroute)).prompt == prompt
 
 
 @pytest.mark.parametrize(
@@ -391,7 +391,7 @@ def test_a_switch_with_an_unreadable_setting_leads_nowhere(flag, prompt):
     nodes = {"23": {**KREA["23"], "inputs": {"value": True}},
              "28": {**KREA["28"], "inputs": {**KREA["28"]["inputs"], "switch": ["30", 0]}}}  # fmt: skip
 
-    (found,) = origins.of_comfy(KREA | nodes | flag)
+    (found,) = origins.from_comfy(KREA | nodes | flag)
 
     assert found.prompt == prompt
 
@@ -422,7 +422,7 @@ def encoded(text):
     ids=["combine", "concat", "twice", "circle", "areas", "areas of several"],
 )  # fmt: skip
 def test_comfyui_nodes_that_combine_prompts(nodes, prompt):
-    (found,) = origins.of_comfy(GRAPH | {"31": encoded("fog"), "32": encoded("rain")} | nodes)
+    (found,) = origins.from_comfy(GRAPH | {"31": encoded("fog"), "32": encoded("rain")} | nodes)
 
     assert found.prompt == prompt
 
@@ -441,7 +441,7 @@ def test_comfyui_nodes_with_other_names_for_their_text(node, prompt):
     aside = {"30": {"inputs": node}, "31": {"inputs": {"image": "a.png"}}, "32": {"inputs": {"text": "an owl"}}}
     negative = encoded(["30", 1]) if "text_negative" in node else GRAPH["7"]
 
-    (found,) = origins.of_comfy(GRAPH | aside | {"6": encoded(["30", 0]), "7": negative})
+    (found,) = origins.from_comfy(GRAPH | aside | {"6": encoded(["30", 0]), "7": negative})
 
     assert (found.prompt, found.avoid) == (prompt, "blurry")
 
@@ -449,7 +449,7 @@ def test_comfyui_nodes_with_other_names_for_their_text(node, prompt):
 def test_comfyui_loras_are_reported_if_the_sampler_uses_them():
     aside = {**GRAPH["3"], "inputs": {**GRAPH["3"]["inputs"], "model": ["4", 0]}}
 
-    (found,) = origins.of_comfy(GRAPH | {"3": aside})
+    (found,) = origins.from_comfy(GRAPH | {"3": aside})
 
     assert found.left_out == () and found.model == "sd_xl.safetensors"
 
@@ -460,7 +460,7 @@ def test_comfyui_loras_of_the_texts_alone_are_reported(side):
     text = {**GRAPH[side], "inputs": {**GRAPH[side]["inputs"], "clip": ["30", 0]}}
     last = {"class_type": "CLIPSetLastLayer", "inputs": {"clip": ["10", 1], "stop_at_clip_layer": -2}}
 
-    (found,) = origins.of_comfy(GRAPH | {"3": aside, side: text, "30": last})
+    (found,) = origins.from_comfy(GRAPH | {"3": aside, side: text, "30": last})
 
     assert found.left_out == ("LoRAs",)
 
@@ -481,7 +481,7 @@ def test_a_computed_number_is_not_the_nodes_input(tmp_path, between, found):
     nodes = {"40": {"class_type": "PrimitiveInt", "inputs": {"value": 41}}, "21": between}
     size = {"class_type": "EmptyLatentImage", "inputs": {"width": ["21", 0], "height": 96}}
 
-    read = origins.read(png(tmp_path / "a.png", prompt=json.dumps(TALL | nodes | {"5": size})))
+    read = origins.read_origin(png(tmp_path / "a.png", prompt=json.dumps(TALL | nodes | {"5": size})))
 
     assert (read.seed, read.width) == found
 
@@ -498,7 +498,7 @@ def test_a_seed_behind_a_computing_node_is_not_the_samplers(between, seed):
     """Behind one that carries it among other things, it is."""
     graph = TALL | {"40": {"class_type": "Seed (rgthree)", "inputs": {"seed": 41}}, "21": between}
 
-    assert next(origins.of_comfy(graph)).seed == seed
+    assert next(origins.from_comfy(graph)).seed == seed
 
 
 def test_noise_and_sigmas_lead_to_seed_and_steps():
@@ -507,7 +507,7 @@ def test_noise_and_sigmas_lead_to_seed_and_steps():
     nodes = {"20": {"class_type": "MixNoise", "inputs": {"strength": 0.1, "first": ["2", 0]}},
              "21": {"class_type": "SplitSigmas", "inputs": {"step": 3, "sigmas": ["4", 0]}}}  # fmt: skip
 
-    found = next(origins.of_comfy(FLUX | nodes | {"1": {**FLUX["1"], "inputs": given}}))
+    found = next(origins.from_comfy(FLUX | nodes | {"1": {**FLUX["1"], "inputs": given}}))
 
     assert (found.seed, found.steps) == (42, 28)
 
@@ -520,7 +520,7 @@ def test_comfyui_nodes_bypassed_in_the_editor_pass_on(tmp_path):
     links = [[1, 8, 0, 1, 0, "MODEL"], *EDITOR["links"][1:], [7, 2, 0, 8, 0, "MODEL"]]
     editor = {"nodes": [*EDITOR["nodes"], lora, second], "links": links}
 
-    found = origins.read(png(tmp_path / "a.png", workflow=json.dumps(editor)))
+    found = origins.read_origin(png(tmp_path / "a.png", workflow=json.dumps(editor)))
 
     assert found == origins.Origin("ComfyUI", "a tea pot", "blurry", 5, 640, 960, 12, 3.0, "sd.safetensors")
 
@@ -529,7 +529,7 @@ def test_reading_endlessly_joined_texts_ends(tmp_path):
     graph = {str(i): {"inputs": {"text_a": "x", "text_b": [str(i + 1), 0]}} for i in range(5000)}
     graph["s"] = {"inputs": {"positive": ["0", 0], "latent_image": ["0", 0]}}
 
-    assert origins.read(png(tmp_path / "a.png", prompt=json.dumps(graph))).prompt.startswith("x x x")
+    assert origins.read_origin(png(tmp_path / "a.png", prompt=json.dumps(graph))).prompt.startswith("x x x")
 
 
 def test_reading_a_circular_graph_ends(tmp_path):
@@ -537,7 +537,7 @@ def test_reading_a_circular_graph_ends(tmp_path):
              "2": {"inputs": {f"in{i}": ["2", 0] for i in range(30)} | {"text": ["2", 0]}}}  # fmt: skip
 
     with pytest.raises(K2Error, match="does not state its prompt"):
-        origins.read(png(tmp_path / "a.png", prompt=json.dumps(graph)))
+        origins.read_origin(png(tmp_path / "a.png", prompt=json.dumps(graph)))
 
 
 def test_invokeai(tmp_path):
@@ -547,11 +547,11 @@ def test_invokeai(tmp_path):
            "image": {"prompt": [{"prompt": "an owl++ (at night)1.2 [blur]", "weight": 1}], "seed": 3, "steps": 50,
                      "cfg_scale": 7.5}}  # fmt: skip
 
-    new = origins.read(png(tmp_path / "a.png", invokeai_metadata=json.dumps(said)))
+    new = origins.read_origin(png(tmp_path / "a.png", invokeai_metadata=json.dumps(said)))
     assert new == origins.Origin("InvokeAI", "a red fox", "blur", 7, 768, 512, 30, 6.5, "juggernaut")
     led = said | {"controlnets": [{"weight": 1}], "ipAdapters": [{"weight": 1}]}
-    assert [*origins.of_invoke(led)][-1].left_out == ("ControlNet", "reference pictures")
-    before = origins.read(png(tmp_path / "b.png", **{"sd-metadata": json.dumps(old)}))
+    assert [*origins.from_invokeai(led)][-1].left_out == ("ControlNet", "reference pictures")
+    before = origins.read_origin(png(tmp_path / "b.png", **{"sd-metadata": json.dumps(old)}))
     assert before == origins.Origin(
         "InvokeAI", "an owl at night", "blur", 3, 64, 96, 50, 6.5, "stable-diffusion-1.5", ("prompt weights",)
     )
@@ -560,7 +560,7 @@ def test_invokeai(tmp_path):
 def test_mflux(tmp_path):
     said = {"mflux_version": "0.18.0", "model": "krea2", "seed": 5, "steps": 8, "guidance": None, "height": 512,
             "width": 1024, "prompt": "a red fox", "negative_prompt": None, "lora_paths": ["x.safetensors"]}  # fmt: skip
-    found = origins.read(with_comment(tmp_path / "a.png", b"ASCII\0\0\0" + json.dumps(said).encode()))
+    found = origins.read_origin(with_comment(tmp_path / "a.png", b"ASCII\0\0\0" + json.dumps(said).encode()))
 
     assert found == origins.Origin("mflux", "a red fox", "", 5, 1024, 512, 8, None, "krea2", ("LoRAs",))
 
@@ -573,9 +573,9 @@ def test_mflux_metadata_beside_the_picture(tmp_path):
     (tmp_path / "other.json").write_text("[1]")
 
     found = origins.Origin("mflux", "a (red) fox", "", 5, 64, 96, 8, None, "krea2")
-    assert origins.read(tmp_path / "a.png") == found == origins.read(tmp_path / "a.metadata.json")
+    assert origins.read_origin(tmp_path / "a.png") == found == origins.read_origin(tmp_path / "a.metadata.json")
     with pytest.raises(K2Error, match="does not state a prompt"):
-        origins.read(tmp_path / "other.json")
+        origins.read_origin(tmp_path / "other.json")
 
 
 JOB = " Job ID: 758b8376-b799-4065-ac91-90d109ab15a8"
@@ -595,7 +595,7 @@ JOB = " Job ID: 758b8376-b799-4065-ac91-90d109ab15a8"
     ],
 )  # fmt: skip
 def test_midjourney(tmp_path, text, said):
-    found = origins.read(png(tmp_path / "a.png", Description=text + JOB, Author="someone"))
+    found = origins.read_origin(png(tmp_path / "a.png", Description=text + JOB, Author="someone"))
 
     assert (found.tool, found.prompt, found.avoid, found.seed, found.left_out) == ("Midjourney", *said)
     assert (found.width, found.height) == (64, 96)
@@ -606,7 +606,7 @@ def test_midjourney(tmp_path, text, said):
 )
 def test_descriptions_without_job_id_or_words_are_not_prompts(tmp_path, text):
     with pytest.raises(K2Error, match="does not state its prompt"):
-        origins.read(png(tmp_path / "a.png", Description=text))
+        origins.read_origin(png(tmp_path / "a.png", Description=text))
 
 
 def test_sources_without_a_prompt_are_refused(k2, tmp_path):
@@ -661,8 +661,8 @@ records = st.fixed_dictionaries(
 
 @given(records)
 def test_any_record_gives_a_valid_project_file(record):
-    for found in origins.readings({"k2": tomli_w.dumps(record)}, ""):
-        tomllib.loads(from_pictures.project_text("x", [found]))
+    for found in origins.read_metadata({"k2": tomli_w.dumps(record)}, ""):
+        tomllib.loads(from_pictures.project_toml("x", [found]))
 
 
 @given(st.dictionaries(st.sampled_from("1234"), st.fixed_dictionaries({"inputs": nodes}) | trees), trees, st.text())
@@ -677,8 +677,8 @@ def test_any_picture_metadata_gives_a_valid_project_file(graph, table, text):
         "k2": text,
     }
 
-    for found in origins.readings(texts, text):
-        tomllib.loads(from_pictures.project_text("x", [found]))
+    for found in origins.read_metadata(texts, text):
+        tomllib.loads(from_pictures.project_toml("x", [found]))
 
 
 def test_lone_surrogates_are_dropped(tmp_path, k2, monkeypatch):
@@ -755,5 +755,5 @@ def test_pathological_metadata_is_read_quickly(tmp_path, texts):
     path = png(tmp_path / "a.png", **texts)
     started = time.process_time()
     with suppress(K2Error):
-        origins.read(path)
+        origins.read_origin(path)
     assert time.process_time() - started < 5

@@ -13,7 +13,7 @@ from conftest import tree
 
 from k2cli import disk, history, outputs
 from k2cli.disk import O_DIRECTORY, new_draft, opened, try_lock, write_files
-from k2cli.outputs import Run, next_number
+from k2cli.outputs import Run, claim_number
 from model.errors import K2Error
 
 
@@ -59,7 +59,7 @@ def test_number_just_taken_by_another_run_is_skipped(tmp_path, monkeypatch):
 
     monkeypatch.setattr(Path, "mkdir", slower)
 
-    assert next_number(tmp_path).name == "0002"
+    assert claim_number(tmp_path).name == "0002"
     assert sorted(tree(tmp_path)) == ["0001-another", "0002"]
 
 
@@ -122,14 +122,14 @@ def test_failed_run_with_a_picture_stays(tmp_path, suffix):
 
 def test_failed_run_with_a_blocked_picture_stays(tmp_path):
     with pytest.raises(ZeroDivisionError), Run.claim(tmp_path / "outputs", "fox", {"run.toml": b"planned"}) as run:
-        run.block("fox-7", b"record")
+        run.save_blocked("fox-7", b"record")
         raise ZeroDivisionError
 
     assert tree(run.folder) == {"fox-7.blocked.toml": b"record", "run.toml": b"planned"}
 
 
 def test_missing_picture_defaults_to_png(tmp_path):
-    assert Run(tmp_path).picture("fox-7").name == "fox-7.png"
+    assert Run(tmp_path).picture_path("fox-7").name == "fox-7.png"
 
 
 def test_file_in_place_of_outputs_is_one_sentence(tmp_path):
@@ -192,7 +192,7 @@ def leave_behind(folder: Path, half: Path) -> None:
     """A process that dies between claiming a number and naming its run, with another file half written."""
     draft, handle = new_draft(half)
     os.write(handle, b"half")
-    assert next_number(folder).is_dir() and draft.exists()
+    assert claim_number(folder).is_dir() and draft.exists()
     os._exit(9)
 
 
@@ -204,7 +204,7 @@ def test_next_start_removes_only_leftovers_of_dead_processes(tmp_path):
     dead.join()
     assert dead.exitcode == 9 and len(list(run.folder.iterdir())) == 2 and (tmp_path / "0002").exists()
 
-    outputs.SWEPT.clear()  # as in a process that has just started
+    outputs.SWEPT_OUTPUTS.clear()  # as in a process that has just started
     second = Run.claim(tmp_path, "owl")
 
     assert list(run.folder.iterdir()) == [mine]
@@ -259,7 +259,7 @@ def test_leftover_drafts_are_swept_once_per_process(tmp_path, monkeypatch):
     looked: list[str] = []
     monkeypatch.setattr(outputs, "remove_dead_drafts", lambda folder: looked.append(folder.name))
     Run.claim(tmp_path / "outputs", "fox", {"run.toml": b""})
-    outputs.SWEPT.clear()
+    outputs.SWEPT_OUTPUTS.clear()
 
     for name in ("owl", "hen"):
         Run.claim(tmp_path / "outputs", name, {"run.toml": b""})

@@ -12,16 +12,16 @@ from hypothesis import strategies as st
 from PIL import Image, ImageOps
 
 from k2cli.pictures import (
-    LONGEST,
+    MAX_PATTERN_CHARS,
     MIN_SIDE,
     check_picture,
-    find,
-    in_folder,
+    find_pictures,
+    folder_pictures,
     is_dark,
-    matches,
-    nearly_called,
-    sides_of,
-    split,
+    picture_hint,
+    picture_sides,
+    split_anchor,
+    walk_glob,
 )
 from model import picture_file
 from model.errors import K2Error
@@ -49,7 +49,7 @@ def test_a_glob_names_what_python_finds(tree, parts):
     """Python names the first of the folders that are found, too, and takes files for folders."""
     pattern = "/".join(parts)
 
-    found = set(matches(tree, pattern, lambda path, where: tree / path, "here"))
+    found = set(walk_glob(tree, pattern, lambda path, where: tree / path, "here"))
 
     theirs = glob.glob(pattern, root_dir=tree, recursive=True)
     files = {tree / each for each in theirs if (tree / each).is_file() and not each.endswith("/")}
@@ -58,7 +58,7 @@ def test_a_glob_names_what_python_finds(tree, parts):
 
 
 def found_in(root: Path, pattern: str, most: int = 100) -> tuple[list[str], list[str]]:
-    found, others = find(pattern, root, lambda path, where: root / path, "here", most)
+    found, others = find_pictures(pattern, root, lambda path, where: root / path, "here", most)
     return [path.relative_to(root).as_posix() for path in found], sorted(path.name for path in others)
 
 
@@ -90,7 +90,7 @@ def test_a_folder_names_its_pictures_except_hidden_ones(tree, pattern, named):
     ],
 )
 def test_globs_are_split_by_their_systems_rules(pattern, start, parts):
-    assert split(pattern) == (start, parts)
+    assert split_anchor(pattern) == (start, parts)
 
 
 def test_absolute_globs_are_allowed(tree):
@@ -125,7 +125,7 @@ def test_matches_that_are_not_pictures_are_listed(tree, tmp_path):
     [
         (" ", "here: the path is empty."),
         ("**/d/**", "here: **/d/** has more than one **."),
-        ("x" * (LONGEST + 1), "here: the path has 1,001 characters."),
+        ("x" * (MAX_PATTERN_CHARS + 1), "here: the path has 1,001 characters."),
         ("**/*.png", "here: **/*.png matches more than 3 pictures."),
     ],
 )
@@ -137,7 +137,7 @@ def test_patterns_that_name_nothing_or_too_much_are_refused(tree, pattern, messa
 
 def test_the_limits_themselves_are_allowed(tree):
     assert len(found_in(tree, "**/a.png", most=5)[0]) == 5
-    assert found_in(tree, "." + "/" * (LONGEST - 6) + "a.png")[0] == ["a.png"]
+    assert found_in(tree, "." + "/" * (MAX_PATTERN_CHARS - 6) + "a.png")[0] == ["a.png"]
 
 
 def test_format_is_told_by_content_and_truncation_by_decoding(tmp_path):
@@ -145,10 +145,10 @@ def test_format_is_told_by_content_and_truncation_by_decoding(tmp_path):
     cut = tmp_path / "cut.png"
     cut.write_bytes((tmp_path / "a.jpg").read_bytes()[:-300])
 
-    assert check_picture(tmp_path / "a.jpg", "here", "a", whole=True) == "jpg"
+    assert check_picture(tmp_path / "a.jpg", "here", "a", complete=True) == "jpg"
     assert check_picture(cut, "here", "cut") == "jpg"
     with pytest.raises(K2Error, match="here: cut is not a readable picture"):
-        check_picture(cut, "here", "cut", whole=True)
+        check_picture(cut, "here", "cut", complete=True)
 
 
 def test_a_picture_is_opened_once_to_check_and_decode_it(tmp_path, monkeypatch):
@@ -156,7 +156,7 @@ def test_a_picture_is_opened_once_to_check_and_decode_it(tmp_path, monkeypatch):
     opened: list[Path] = []
     monkeypatch.setattr(picture_file, "check_file", opened.append)
 
-    check_picture(tmp_path / "a.png", "here", "a", whole=True)
+    check_picture(tmp_path / "a.png", "here", "a", complete=True)
 
     assert opened == [tmp_path / "a.png"]
 
@@ -175,7 +175,7 @@ def test_sides_follow_the_exif_orientation(tmp_path):
     exif = Image.Exif()
     exif[0x0112] = 6  # on its side
     Image.new("RGB", (40, 30)).save(tmp_path / "a.jpg", exif=exif)
-    assert sides_of(tmp_path / "a.jpg") == (30, 40)
+    assert picture_sides(tmp_path / "a.jpg") == (30, 40)
 
 
 @pytest.mark.parametrize(("kind", "value"), [(2, b"6"), (7, b"\x06"), (3, b"\x09"), (3, b"\x05"), (3, b"\x08")])
@@ -186,7 +186,7 @@ def test_sides_match_decoding_for_odd_exif_orientations(tmp_path, kind, value):
     Image.new("RGB", (40, 30)).save(tmp_path / "a.jpg", exif=exif)
 
     with Image.open(tmp_path / "a.jpg") as image:
-        assert sides_of(tmp_path / "a.jpg") == ImageOps.exif_transpose(image).size
+        assert picture_sides(tmp_path / "a.jpg") == ImageOps.exif_transpose(image).size
 
 
 @pytest.mark.parametrize(
@@ -223,10 +223,10 @@ def test_missing_pictures_get_a_hint_at_a_similar_name(tmp_path, name, hint):
         (tmp_path / there).write_bytes(b"")
     (tmp_path / "gone.png").symlink_to("nowhere.png")
 
-    assert nearly_called(tmp_path / name, f"refs/{name}") == hint
+    assert picture_hint(tmp_path / name, f"refs/{name}") == hint
 
 
 def test_in_folder_skips_hidden_files_and_folders(tree, tmp_path):
-    assert [path.name for path in in_folder(tree / "d")] == ["a.png", "b.jpg"]
+    assert [path.name for path in folder_pictures(tree / "d")] == ["a.png", "b.jpg"]
     (tmp_path / "folder.png").mkdir()
-    assert in_folder(tmp_path) == []
+    assert folder_pictures(tmp_path) == []

@@ -538,7 +538,7 @@ def test_parts_from_a_release_are_named_and_found_again(tiny, tmp_path, monkeypa
     own = {weights, "config.json"}
     lent = {f"vae/{name}" for name in own} | {f"text_encoder/{name}" for name in ("model.safetensors", "config.json")}
     assert files.keys() == own | lent | {"tokenizer/tokenizer.json", "model_index.json"}
-    assert all(sha256(models.file_of(str(tmp_path / "mine"), file)) == files[file] for file in files)
+    assert all(sha256(models.recorded_file(str(tmp_path / "mine"), file)) == files[file] for file in files)
 
 
 def test_bundled_parts_take_precedence_over_a_release(tiny, tmp_path, monkeypatch):  # noqa: F811
@@ -777,7 +777,7 @@ def test_weights_without_recommendations_use_the_open_ones(tiny, tmp_path, monke
     pipeline = Pipeline.load("tiny", "turbo", device="cpu")
 
     assert (pipeline.recommended, pipeline.native) == (library.RECOMMENDED["turbo"], library.OPEN_WEIGHTS_SIDE)
-    taken = models.recommended("tiny", "turbo")
+    taken = models.recommended_settings("tiny", "turbo")
     assert taken == {
         "width": library.OPEN_WEIGHTS_SIDE,
         "height": library.OPEN_WEIGHTS_SIDE,

@@ -42,7 +42,7 @@ PICTURE = Image.merge("RGB", [Image.linear_gradient("L"), Image.radial_gradient(
     ],
 )
 def test_protocol_follows_the_terminal(environ, sixel, way):
-    assert preview.choose(environ, lambda: sixel) == way
+    assert preview.choose_mode(environ, lambda: sixel) == way
 
 
 @pytest.mark.parametrize(
@@ -50,11 +50,11 @@ def test_protocol_follows_the_terminal(environ, sixel, way):
     [((256, 256), (40, 20), (40, 20)), ((512, 256), (40, 20), (40, 10)), ((256, 1024), (40, 20), (10, 20))],
 )
 def test_picture_keeps_its_proportions(size, room, fits):
-    assert preview.cells(size, *room) == fits
+    assert preview.fit_cells(size, *room) == fits
 
 
 def test_kitty_gets_the_picture_in_chunks(monkeypatch):
-    monkeypatch.setattr(preview, "cell_size", lambda: preview.CELL)
+    monkeypatch.setattr(preview, "cell_size", lambda: preview.DEFAULT_CELL)
     noise = Image.frombytes("RGB", (80, 80), os.urandom(3 * 80 * 80))
     drawn = preview.draw(noise, "kitty", {})
     pieces = re.findall(r"\x1b_G([^;]*);([^\x1b]*)\x1b\\", drawn)
@@ -66,19 +66,22 @@ def test_kitty_gets_the_picture_in_chunks(monkeypatch):
     ]
     with Image.open(io.BytesIO(base64.b64decode("".join(data for _, data in pieces)))) as image:
         columns, lines = map(int, re.search(r"c=(\d+),r=(\d+)", pieces[0][0]).groups())
-        assert columns == 2 * lines and image.size == (columns * preview.CELL[0], lines * preview.CELL[1])
+        assert columns == 2 * lines and image.size == (
+            columns * preview.DEFAULT_CELL[0],
+            lines * preview.DEFAULT_CELL[1],
+        )
 
 
 def test_several_pictures_are_shown_side_by_side_at_one_height(monkeypatch):
     monkeypatch.setattr(preview.shutil, "get_terminal_size", lambda: (200, 50))
-    row = preview.beside([Image.new("RGB", (64, 64), "red"), Image.new("RGB", (64, 128), "blue")])
-    gap = 64 // preview.TALLEST
+    row = preview.in_row([Image.new("RGB", (64, 64), "red"), Image.new("RGB", (64, 128), "blue")])
+    gap = 64 // preview.MAX_LINES
 
     assert row.size == (64 + gap + 32, 64)
     assert [row.getpixel((x, 32)) for x in (63, 64, 64 + gap)] == [(255, 0, 0), (0, 0, 0), (0, 0, 255)]
     lines = preview.draw(row, "blocks", {}, 2).splitlines()
-    assert len(lines) == preview.TALLEST  # as each of them would have alone
-    assert lines[0].count("▀") > preview.WIDEST
+    assert len(lines) == preview.MAX_LINES  # as each of them would have alone
+    assert lines[0].count("▀") > preview.MAX_COLUMNS
 
 
 def test_iterm2_gets_a_file():
@@ -124,7 +127,7 @@ def test_sixels_draw_the_picture():
 @pytest.mark.parametrize(("true_colour", "error"), [(True, 0), (False, 26)])
 def test_half_blocks_draw_the_picture(true_colour, error):
     small = PICTURE.resize((12, 8))
-    lines = preview.blocks(small, true_colour).split("\n")
+    lines = preview.half_blocks(small, true_colour).split("\n")
     shown = Image.new("RGB", small.size)
 
     def pixel(code: str) -> tuple[int, ...]:

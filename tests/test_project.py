@@ -117,7 +117,7 @@ def test_hints_list_at_most_ten_names(moody):
     (moody / "k2.toml").write_text("".join(f'[[prompt]]\nname = "p{i}"\ntext = "tea"\n' for i in range(500)))
 
     with pytest.raises(K2Error) as caught:
-        Project.open(moody).choose(["typo"])
+        Project.open(moody).choose_prompts(["typo"])
     assert caught.value.hint.endswith("p8, p9 and 490 more.")
 
 
@@ -295,7 +295,7 @@ def test_options_override_prompts_own_settings_and_styles(dusky, options, styles
 def test_a_matrix_overrides_a_prompts_own_settings(dusky):
     cells = read_axes(["size=64x64,96x64", "style.dusk=0,1", "steps=2"])
 
-    made = dusky.shots(dusky.resolve_settings(), dusky.choose(["an-owl-at-night"]), matrices=[cells])
+    made = dusky.shots(dusky.resolve_settings(), dusky.choose_prompts(["an-owl-at-night"]), matrices=[cells])
     assert [(shot.spec.width, shot.spec.steps, strength(shot)) for shot in made] == [
         (64, 2, 0),
         (64, 2, 1),
@@ -351,13 +351,13 @@ def test_prompts_are_chosen_by_patterns_and_lists(moody, only, chosen):
     tables = (f'[[prompt]]\nname = "{name}"\ntext = "{text}"\n' for name, text in names.items())
     (moody / "k2.toml").write_text("".join(tables))
 
-    assert [prompt.name for prompt in Project.open(moody).choose(only)] == chosen
+    assert [prompt.name for prompt in Project.open(moody).choose_prompts(only)] == chosen
 
 
 def test_chosen_readings_keep_their_prompts_place(moody):
     (moody / "k2.toml").write_text('[[prompt]]\ntext = "a {red|blue} fox"\n[[prompt]]\nname = "Fox"\ntext = "a fox"\n')
 
-    chosen = Project.open(moody).choose(["fox,a-blue-fox"])
+    chosen = Project.open(moody).choose_prompts(["fox,a-blue-fox"])
 
     assert [prompt.name for prompt in chosen] == ["a-blue-fox", "Fox"]
 
@@ -366,7 +366,7 @@ def test_chosen_prompts_have_the_file_names_of_a_whole_run(moody):
     (moody / "k2.toml").write_text('[[prompt]]\ntext = "a {red|blue} fox"\n[[prompt]]\ntext = "an owl"\n')
     project = Project.open(moody)
 
-    whole, some = (shots(project, prompts) for prompts in (None, project.choose(["a-red-blue-fox"])))
+    whole, some = (shots(project, prompts) for prompts in (None, project.choose_prompts(["a-red-blue-fox"])))
 
     assert [shot.stem for shot in some] == [shot.stem for shot in whole[:2]]
     assert [shot.given for shot in some] == ["a red fox", "a blue fox"]
@@ -375,15 +375,15 @@ def test_chosen_prompts_have_the_file_names_of_a_whole_run(moody):
 def test_prompts_are_chosen_by_name(moody):
     project = Project.open(moody)
 
-    assert [prompt.text for prompt in project.choose(["an-owl-at-night"])] == ["an owl at night"]
+    assert [prompt.text for prompt in project.choose_prompts(["an-owl-at-night"])] == ["an owl at night"]
     with pytest.raises(K2Error, match='no prompt named "fix"') as error:
-        project.choose(["fix"])
+        project.choose_prompts(["fix"])
     assert error.value.hint == 'Did you mean "fox"?'
     with pytest.raises(K2Error, match=r'no prompt named "cat\*"'):
-        project.choose(["fox,cat*"])
+        project.choose_prompts(["fox,cat*"])
     for nothing in ("", " ,"):
         with pytest.raises(K2Error, match='no prompt named ""'):
-            project.choose(["fox", nothing])
+            project.choose_prompts(["fox", nothing])
 
 
 TWO = """[[prompt]]
@@ -649,7 +649,7 @@ def test_windows_device_names_are_refused_as_file_names(name, by_itself, before_
         except K2Error as error:
             return str(error) != f'here: "{name}" cannot be a file name on Windows.'
 
-    assert (passes(alone=True), passes()) == (by_itself, before_a_seed)
+    assert (passes(whole_name=True), passes()) == (by_itself, before_a_seed)
 
 
 @settings(max_examples=50)

@@ -23,8 +23,8 @@ from PIL import Image
 from k2cli import history, metadata, models, records, rerun, runs
 from k2cli.fast_toml import dump
 from k2cli.project import Project, Shot
-from k2cli.texts import relative
-from k2cli.toml_tables import LIMIT, Toml
+from k2cli.texts import relative_path
+from k2cli.toml_tables import MAX_FILE_BYTES, Toml
 from model.errors import K2Error
 from model.hashes import identity, sha256
 from model.spec import Leader, Picture, Reference, RenderSpec, Style
@@ -82,7 +82,7 @@ def test_record_leads_back_to_its_spec(moody):
     }
     asked = shot(styles=looks, cohesion=0.5, leader=Leader("tea", 3, "milk"), **read)
     asked = replace(asked, row="a row", caption="a caption", creativity="high")
-    text = dump(records.compose(asked, picture(), moody)).decode()
+    text = dump(records.finished_record(asked, picture(), moody)).decode()
 
     read = records.parse(Toml(text, "fox-7.toml"), Project.open(moody).path_inside)
 
@@ -97,7 +97,7 @@ def test_record_leads_back_to_its_spec(moody):
 @given(st.text(st.characters(codec="utf-8"), min_size=1), st.text(st.characters(codec="utf-8")))
 def test_any_prompt_survives_record_and_picture(fake, tmp_path, prompt, avoid):
     asked = Shot("x-7", "x", prompt, RenderSpec(prompt, 64, 96, 7, avoid, 8, 2.5, 0.5))
-    record = records.compose(asked, picture(), tmp_path)
+    record = records.finished_record(asked, picture(), tmp_path)
     path = tmp_path / "x.png"
     path.write_bytes(metadata.encode(picture().image, record))
 
@@ -114,12 +114,12 @@ def test_record_holds_hashes_of_deleted_references(tmp_path):
         ],
         "loras": [{"path": str(tmp_path / "b.safetensors"), "sha256": "bb"}],
     }
-    (style,) = records.compose(asked, Picture(picture().image, made), tmp_path)["style"]
+    (style,) = records.finished_record(asked, Picture(picture().image, made), tmp_path)["style"]
     assert style["reference"][0]["sha256"] == "aa" and style["lora"]["sha256"] == "bb"
 
 
 def test_metadata_for_other_tools(tmp_path):
-    record = records.compose(shot(), picture(), tmp_path)
+    record = records.finished_record(shot(), picture(), tmp_path)
     path = tmp_path / "fox-7.png"
     path.write_bytes(metadata.encode(picture().image, record))
 
@@ -147,7 +147,7 @@ def test_metadata_for_other_tools(tmp_path):
 
 def test_record_after_the_image_data_is_found(tmp_path):
     """Some tools put text there."""
-    record = records.compose(shot(), picture(), tmp_path)
+    record = records.finished_record(shot(), picture(), tmp_path)
     path = tmp_path / "fox-7.png"
     bare = metadata.encode(picture().image, record, embed=False)
     chunk = b"iTXtk2\0\0\0\0\0" + dump(record)
@@ -159,18 +159,18 @@ def test_record_after_the_image_data_is_found(tmp_path):
 
 
 def test_overlong_embedded_record_is_not_read(tmp_path):
-    record = records.compose(shot(), picture(), tmp_path)
+    record = records.finished_record(shot(), picture(), tmp_path)
     path = tmp_path / "fox-7.png"
-    path.write_bytes(metadata.encode(picture().image, record | {"more": "x" * LIMIT}))
+    path.write_bytes(metadata.encode(picture().image, record | {"more": "x" * MAX_FILE_BYTES}))
 
     with pytest.raises(K2Error, match="has no record"):
         records.read(path)
 
 
 def test_model_inside_the_project_moves_with_it(tmp_path):
-    assert records.portable(str(tmp_path / "models" / "ink.safetensors"), tmp_path) == "models/ink.safetensors"
-    assert records.portable("/else/where.safetensors", tmp_path) == "/else/where.safetensors"
-    assert records.portable("mini", tmp_path) == "mini"
+    assert records.portable_name(str(tmp_path / "models" / "ink.safetensors"), tmp_path) == "models/ink.safetensors"
+    assert records.portable_name("/else/where.safetensors", tmp_path) == "/else/where.safetensors"
+    assert records.portable_name("mini", tmp_path) == "mini"
 
 
 def test_plans_and_records_name_the_projects_model_relatively(moody):
@@ -182,13 +182,14 @@ def test_plans_and_records_name_the_projects_model_relatively(moody):
 
     assert Path(chosen.model).is_absolute()
     assert (
-        runs.plan(runs.Job(project, project.shots(chosen), chosen.model_spec()))["model"]["name"] == "ink.safetensors"
+        runs.plan_table(runs.Job(project, project.shots(chosen), chosen.model_spec()))["model"]["name"]
+        == "ink.safetensors"
     )
-    assert records.compose(shot(), Picture(picture().image, made), moody)["model"]["name"] == "ink.safetensors"
+    assert records.finished_record(shot(), Picture(picture().image, made), moody)["model"]["name"] == "ink.safetensors"
 
 
 def test_old_record_without_sampler_means_euler_guided_to_the_end(moody):
-    table = records.compose(shot(), picture(), moody)
+    table = records.finished_record(shot(), picture(), moody)
     assert {table["settings"]["sampler"], table["settings"]["guidance_until"]} == {None}
 
     spec = records.parse(Toml(dump(table).decode(), "fox-7.toml"), None).shot.spec
@@ -198,12 +199,12 @@ def test_old_record_without_sampler_means_euler_guided_to_the_end(moody):
 def test_unguided_picture_has_no_guidance_until(moody):
     """Neither has its rerun."""
     made = Picture(picture().image, MADE | {"guidance": 0.0})
-    table = records.compose(shot(guidance=0.0), made, moody)
+    table = records.finished_record(shot(guidance=0.0), made, moody)
     assert records.parse(Toml(dump(table).decode(), "fox-7.toml"), None).shot.spec.guidance_until is None
 
 
 def test_no_embed_leaves_no_metadata(tmp_path):
-    record = records.compose(shot(), picture(), tmp_path)
+    record = records.finished_record(shot(), picture(), tmp_path)
     path = tmp_path / "fox-7.png"
     path.write_bytes(metadata.encode(picture().image, record, embed=False))
 
@@ -233,12 +234,12 @@ def test_no_embed_leaves_no_metadata(tmp_path):
     ],
 )
 def test_altered_record_is_refused(moody, old, new, message):
-    text = dump(records.compose(shot(), picture(), moody)).decode()
+    text = dump(records.finished_record(shot(), picture(), moody)).decode()
     assert old in text
 
     with pytest.raises(K2Error, match=message):
         inside = Project.open(moody).path_inside
-        records.locate(records.parse(Toml(text.replace(old, new), "fox-7.toml"), inside), inside)
+        records.locate_model(records.parse(Toml(text.replace(old, new), "fox-7.toml"), inside), inside)
 
 
 @pytest.mark.parametrize("content", [b"", b"not a picture", b"\x89PNG\r\n\x1a\n" + bytes(50)])
@@ -531,7 +532,7 @@ class TestRerun:
             def barred(path: Path) -> Image.Image:
                 raise PermissionError(errno.EACCES, "Permission denied", str(path))
 
-            monkeypatch.setattr(rerun, "pixels_of", barred)
+            monkeypatch.setattr(rerun, "read_pixels", barred)
         else:
             file.write_bytes(file.read_bytes()[:60] if by == "end" else b"a text")
 
@@ -839,20 +840,20 @@ def test_adapter_is_verified_with_its_settings(tmp_path):
     settings.write_text("4")
     both = identity(weights)
 
-    records.verify({weights: alone})
-    records.verify({weights: both})
+    records.verify_files({weights: alone})
+    records.verify_files({weights: both})
     settings.write_text("32")
     with pytest.raises(K2Error, match="has changed since"):
-        records.verify({weights: both})
+        records.verify_files({weights: both})
     assert alone == sha256(weights) != both
 
 
 def test_recorded_paths_are_relative_with_slashes(tmp_path, monkeypatch):
-    assert relative(tmp_path / "moody" / "refs" / "a.png", tmp_path / "moody") == "refs/a.png"
-    assert relative(tmp_path / "a.png", tmp_path / "moody") == "../a.png"
+    assert relative_path(tmp_path / "moody" / "refs" / "a.png", tmp_path / "moody") == "refs/a.png"
+    assert relative_path(tmp_path / "a.png", tmp_path / "moody") == "../a.png"
 
     def other_drive(path: Path, start: Path) -> str:
         raise ValueError("path is on mount 'D:', start on mount 'C:'")  # as on Windows
 
     monkeypatch.setattr("os.path.relpath", other_drive)
-    assert relative(tmp_path / "a.png", tmp_path / "moody") == (tmp_path / "a.png").as_posix()
+    assert relative_path(tmp_path / "a.png", tmp_path / "moody") == (tmp_path / "a.png").as_posix()

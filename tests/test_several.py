@@ -213,7 +213,7 @@ def test_dry_and_refused_runs_claim_nothing(three, k2, monkeypatch):
     def refuse(name: str, variant: str | None = None) -> None:
         raise K2Error(f"The licence of {name} has not been accepted.")
 
-    monkeypatch.setattr("k2cli.licence.require_for", refuse)
+    monkeypatch.setattr("k2cli.licence.require_for_model", refuse)
     k2("render", *NAMES, code=1)
 
     assert tree(three) == before

@@ -10,16 +10,16 @@ import pytest
 from PIL import Image, ImageChops, ImageColor
 
 from k2cli import sheet
-from k2cli.sheet import Entry, contact_sheet, contact_sheets, fit, font, typeset, wrap
+from k2cli.sheet import SheetEntry, bundled_font, choose_font, contact_sheet, contact_sheets, ellipsize, wrap_text
 
 
-def entries(folder: Path, prompts: int, batch: int, size: tuple[int, int] = (64, 64)) -> list[Entry]:
+def entries(folder: Path, prompts: int, batch: int, size: tuple[int, int] = (64, 64)) -> list[SheetEntry]:
     made = []
     for prompt in range(prompts):
         for seed in range(batch):
             path = folder / f"{prompt}-{seed}.png"
             Image.new("RGB", size, (200, 10 + prompt, 10 + seed)).save(path)
-            made.append(Entry(path, f"prompt {prompt}", f"seed {seed}"))
+            made.append(SheetEntry(path, f"prompt {prompt}", f"seed {seed}"))
     return made
 
 
@@ -40,7 +40,7 @@ def test_captions_are_below_their_own_picture(tmp_path, columns, heights):
     """However tall others are; and a row of strips is as high as its own pictures."""
     made = []
     for colour, size in (("red", (320, 64)), ("blue", (320, 320))):
-        made.append(Entry(tmp_path / f"{colour}.png", "", "caption", prompt=colour))
+        made.append(SheetEntry(tmp_path / f"{colour}.png", "", "caption", prompt=colour))
         Image.new("RGB", size, colour).save(made[-1].path)
 
     page = contact_sheet(made, "", "", columns=columns)
@@ -48,10 +48,10 @@ def test_captions_are_below_their_own_picture(tmp_path, columns, heights):
     for colour in ("red", "blue"):
         apart = ImageChops.difference(page, Image.new("RGB", page.size, colour)).convert("L")
         left, _, right, bottom = apart.point(lambda level: 255 * (level == 0)).getbbox()
-        assert len(page.crop((left, bottom + 1, right, bottom + 7 + sheet.CAPTION)).getcolors()) > 1
-    rows = [2 * (sheet.LABEL + 5) + 8 + height + sheet.CAPTION + 12 for height in heights]
-    head = 2 * sheet.MARGIN + sheet.TITLE + sheet.CAPTION + 36
-    assert page.height == head + sum(rows) + sheet.BETWEEN * (len(rows) - 1)
+        assert len(page.crop((left, bottom + 1, right, bottom + 7 + sheet.CAPTION_SIZE)).getcolors()) > 1
+    rows = [2 * (sheet.LABEL_SIZE + 5) + 8 + height + sheet.CAPTION_SIZE + 12 for height in heights]
+    head = 2 * sheet.MARGIN + sheet.TITLE_SIZE + sheet.CAPTION_SIZE + 36
+    assert page.height == head + sum(rows) + sheet.STRIP_GAP * (len(rows) - 1)
 
 
 @pytest.mark.parametrize(
@@ -62,7 +62,7 @@ def test_a_long_strip_is_broken_into_rows(tmp_path, prompts, batch, columns, acr
     """But not where strips are stacked for comparison."""
     page = contact_sheet(entries(tmp_path, prompts, batch), "moody", "run 0001", columns=columns)
 
-    assert page.width == 2 * sheet.MARGIN + across * 320 + (across - 1) * sheet.GAP
+    assert page.width == 2 * sheet.MARGIN + across * 320 + (across - 1) * sheet.PICTURE_GAP
 
 
 @pytest.mark.parametrize(
@@ -71,7 +71,7 @@ def test_a_long_strip_is_broken_into_rows(tmp_path, prompts, batch, columns, acr
 def test_few_places_stay_empty(tmp_path, prompts, columns):
     """Four pictures make one row, not three with one below; a page is landscape all the same."""
     page = contact_sheet(entries(tmp_path, prompts, 1, (256, 256)), "moody", "run 0001")
-    assert page.width == 2 * sheet.MARGIN + columns * 256 + (columns - 1) * sheet.BETWEEN
+    assert page.width == 2 * sheet.MARGIN + columns * 256 + (columns - 1) * sheet.STRIP_GAP
 
 
 @pytest.mark.parametrize("ink", [sheet.INK, sheet.FAINT])
@@ -122,13 +122,13 @@ def test_narrow_sheets_show_all_facts(tmp_path, monkeypatch):
 
 
 def test_text_never_overflows(tmp_path):
-    face = font(16)
+    face = bundled_font(16)
     long = "a very long prompt about a lighthouse that goes on, and on, and on"
 
-    assert face.getlength(fit(long, face, 150)) <= 150
-    lines = wrap(long, face, 150, 2)
+    assert face.getlength(ellipsize(long, face, 150)) <= 150
+    lines = wrap_text(long, face, 150, 2)
     assert lines == ["a very long prompt", "about a ligh…and on"] and all(face.getlength(line) <= 150 for line in lines)
-    assert wrap("short", face, 150, 2) == ["", "short"]
+    assert wrap_text("short", face, 150, 2) == ["", "short"]
 
 
 @pytest.mark.parametrize(("size", "shown"), [((64, 64), 320), ((32, 64), 160)])
@@ -144,7 +144,7 @@ def test_right_to_left_text_begins_at_the_right(tmp_path, monkeypatch, said, rig
         if text == said:
             places.append((at[0], at[0] + face.getlength(text)))
 
-    monkeypatch.setattr(sheet, "typeset", lambda text, size: (text, font(size)))
+    monkeypatch.setattr(sheet, "choose_font", lambda text, size: (text, bundled_font(size)))
     monkeypatch.setattr(sheet.ImageDraw.ImageDraw, "text", note)
     made = entries(tmp_path, 2, 3)[:5]
     made[3:] = [replace(entry, label=said) for entry in made[3:]]
@@ -154,7 +154,7 @@ def test_right_to_left_text_begins_at_the_right(tmp_path, monkeypatch, said, rig
 
     page = contact_sheet(made, said, "", columns=1)
 
-    second = sheet.MARGIN + 320 + sheet.GAP
+    second = sheet.MARGIN + 320 + sheet.PICTURE_GAP
     rooms = [
         (sheet.MARGIN, page.width - sheet.MARGIN),
         (sheet.MARGIN, second + shown),
@@ -173,9 +173,9 @@ def test_long_labels_of_centred_strips_stay_on_the_sheet(tmp_path):
 
 
 def test_text_is_respelled_without_a_wider_typeface(monkeypatch):
-    monkeypatch.setattr(sheet, "WIDER", ())
+    monkeypatch.setattr(sheet, "SYSTEM_FONTS", ())
 
-    assert typeset("größe – für œuvre", 16)[0] == "grosse - fur oeuvre"
+    assert choose_font("größe – für œuvre", 16)[0] == "grosse - fur oeuvre"
 
 
 def test_text_is_set_in_the_typeface_that_covers_most_of_it(monkeypatch):
@@ -186,9 +186,9 @@ def test_text_is_set_in_the_typeface_that_covers_most_of_it(monkeypatch):
             return sign.encode() if sign in self else b"box"
 
     faces = {"first": Knows("aü –"), "second": Knows("a 日本"), "third": Knows("a 日本")}
-    monkeypatch.setattr(sheet, "WIDER", ("missing", *faces))
-    monkeypatch.setattr(sheet, "wider_font", lambda name, size: faces.get(name))
+    monkeypatch.setattr(sheet, "SYSTEM_FONTS", ("missing", *faces))
+    monkeypatch.setattr(sheet, "system_font", lambda name, size: faces.get(name))
 
-    assert typeset("aü – a", 16)[1] is faces["first"]
-    assert typeset("日本 🦊", 16) == ("日本 🦊", faces["second"])
-    assert typeset("🦊", 16)[1] is faces["first"]
+    assert choose_font("aü – a", 16)[1] is faces["first"]
+    assert choose_font("日本 🦊", 16) == ("日本 🦊", faces["second"])
+    assert choose_font("🦊", 16)[1] is faces["first"]

@@ -33,7 +33,7 @@ def asks(monkeypatch, fake):
                 painted.append([spec.prompt for spec in fake.seen])
                 yield wish.encode()
 
-        monkeypatch.setattr(stdin_prompts, "lines", lines)
+        monkeypatch.setattr(stdin_prompts, "input_lines", lines)
         return painted
 
     return say
@@ -63,7 +63,7 @@ def test_line_is_rendered_before_the_next_is_read(moody, k2, asks, fake):
 
 def test_weights_are_loaded_before_the_first_line(moody, k2, monkeypatch, fake):
     seen = []
-    monkeypatch.setattr(stdin_prompts, "lines", lambda: seen.append(len(fake.loaded)) or iter([]))
+    monkeypatch.setattr(stdin_prompts, "input_lines", lambda: seen.append(len(fake.loaded)) or iter([]))
 
     k2("render", "--stream")
     k2("render", "--stream", "--dry-run", "--turbo", code=1)  # which is not bundled
@@ -110,7 +110,7 @@ def test_project_changes_apply_from_the_next_line_on(moody, k2, monkeypatch, fak
         toml.write_text(whole + "\n[style]\ndusk = 1\n")
         yield b"a fig"
 
-    monkeypatch.setattr(stdin_prompts, "lines", lines)
+    monkeypatch.setattr(stdin_prompts, "input_lines", lines)
 
     done = k2("render", "--stream", code=1)
 
@@ -128,7 +128,7 @@ def test_model_change_loads_it_for_the_next_line(moody, k2, monkeypatch, fake):
         toml.write_text(toml.read_text().replace("seed = 7", 'variant = "turbo"'))
         yield b"tea"
 
-    monkeypatch.setattr(stdin_prompts, "lines", lines)
+    monkeypatch.setattr(stdin_prompts, "input_lines", lines)
     k2("render", "--stream")
 
     assert [variant for _, variant, *_ in fake.loaded] == [None, "turbo"]
@@ -351,10 +351,10 @@ def test_unexpected_errors_end_the_stream(moody, k2, asks, fake):
 
 def test_terminal_input_explains_how_to_end(monkeypatch, capsys):
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"tea\n")))
-    assert [*stdin_prompts.lines()] == [b"tea\n"] and capsys.readouterr() == ("", "")
+    assert [*stdin_prompts.input_lines()] == [b"tea\n"] and capsys.readouterr() == ("", "")
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"tea\n")))
     monkeypatch.setattr(sys.stdin, "isatty", lambda: True, raising=False)
-    assert [*stdin_prompts.lines()] == [b"tea\n"]
+    assert [*stdin_prompts.input_lines()] == [b"tea\n"]
     assert capsys.readouterr() == ("", "One prompt per line, rendered as it arrives; Ctrl-D ends.\n")
 
 

@@ -15,7 +15,7 @@ from PIL import Image
 from k2cli import mix, new_style, runs, sheet
 from k2cli.completion import complete_style
 from k2cli.fast_toml import dump
-from k2cli.moodboard import gather
+from k2cli.moodboard import gather_pictures
 from k2cli.project import Project
 from k2cli.style_app import list_styles
 from k2cli.toml_tables import Toml
@@ -131,7 +131,7 @@ def test_contact_sheets_of_a_run_are_skipped(moody, k2, monkeypatch):
     added = k2("style", "add", "found", *run.glob("*.png"))
     refused = k2("style", "add", "shown", *run.glob("sheet*"), code=1)
     (moody / "styles" / "there.toml").write_text(f'[[reference]]\nimage = "outputs/{run.name}"\n')
-    board, _ = gather([f"outputs/{run.name}", "outputs/*/*"], moody, Project.open(moody).path_inside, "here")
+    board, _ = gather_pictures([f"outputs/{run.name}", "outputs/*/*"], moody, Project.open(moody).path_inside, "here")
 
     assert len(list((moody / "refs" / "made").iterdir())) == len(list((moody / "refs" / "found").iterdir())) == 4
     assert added.stderr == "Passed over: 2 contact sheets.\n4 pictures. Next: k2 render --style found=0.6\n"
@@ -233,7 +233,7 @@ def test_pictures_in_subfolders_are_reported(moody, photos, k2):
     assert said in k2("new", "another", "--from", above, code=1).stderr
     shutil.copytree(photos / "more", moody / "refs" / "deep")
     for patterns, told in ((["refs/deep"], said), (["refs/deep", "refs/deep/at night"], "")):
-        _, others = gather(patterns, moody, lambda path, where: moody / path, "board")
+        _, others = gather_pictures(patterns, moody, lambda path, where: moody / path, "board")
         assert describe_skipped(others) == told
     for pattern, told in (("refs/deep", True), ("refs/deep/**/*", False)):
         (moody / "styles" / "dusk.toml").write_text(f'[[reference]]\nimage = "{pattern}"\n')
@@ -285,7 +285,7 @@ def test_jpeg_suffixes_of_browsers_are_accepted(moody, photos, k2):
     k2("style", "add", "dusk", photos / "more")
 
     assert {path.name for path in (moody / "refs" / "dusk").iterdir()} == {"a.jpg", "copy-of-a.png"}
-    pictures, _ = gather(["refs/sea/*"], moody, Project.open(moody).path_inside, "")
+    pictures, _ = gather_pictures(["refs/sea/*"], moody, Project.open(moody).path_inside, "")
     assert [path.name for path in pictures] == ["b.jfif", "c.jpg"]
 
 
@@ -666,7 +666,7 @@ def test_sweep_weights_have_two_decimals():
 
 def test_sweep_files_sort_in_order(looks):
     project, layout = Project.open(looks), mix.sweep({"dusk": 1.0, "riso": 1.0}, 100)
-    made = mix.plan(project, project.resolve_settings(), project.prompts[0], layout).shots
+    made = mix.plan_job(project, project.resolve_settings(), project.prompts[0], layout).shots
 
     assert [shot.stem.split("-")[-2] for shot in made] == [f"{i:03}" for i in range(1, 101)]
 

@@ -88,7 +88,7 @@ def test_only_toml_files_are_styles(styled):
         (styled / "styles" / file).touch()
 
     styles = Project.open(styled).styles
-    assert styles.known == ("blend", "dusk", "riso") and styles.file_of("dusk") == "styles/dusk.toml"
+    assert styles.names == ("blend", "dusk", "riso") and styles.file_of("dusk") == "styles/dusk.toml"
 
 
 def test_style_may_choose_its_method(styled):

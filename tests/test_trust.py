@@ -22,7 +22,7 @@ from PIL import Image, PngImagePlugin
 from k2cli import pictures
 from k2cli.console import sanitize, to_json
 from k2cli.fast_toml import dump, parse_long
-from k2cli.toml_tables import LIMIT, Toml, loads
+from k2cli.toml_tables import MAX_FILE_BYTES, Toml, loads
 from model import library
 from model.board_pictures import read_picture
 from model.errors import K2Error
@@ -197,7 +197,7 @@ class TestGlobs:
         k2("render", "--dry-run")
 
     def test_glob_over_too_many_files_is_refused(self, moody, refused, monkeypatch):
-        monkeypatch.setattr(pictures, "MOST_SEEN", 50)
+        monkeypatch.setattr(pictures, "MAX_GLOB_ENTRIES", 50)
         for number in range(60):
             (moody / f"{number}.txt").touch()
         style(moody, '[[reference]]\nimage = "**/*"\n')
@@ -227,7 +227,7 @@ class TestGlobs:
             if path.lower().endswith(".png") and (tmp_path / path).is_file()
         }
 
-        found, _ = pictures.find(pattern, tmp_path, lambda path, where: tmp_path / path, "here", 99)
+        found, _ = pictures.find_pictures(pattern, tmp_path, lambda path, where: tmp_path / path, "here", 99)
 
         assert {os.path.normpath(path.relative_to(tmp_path)) for path in found} == expected
 
@@ -384,7 +384,7 @@ class TestPlans:
 
         text = dump(table).decode()
 
-        assert len(text) > LIMIT and parse_long(text) == loads(text)
+        assert len(text) > MAX_FILE_BYTES and parse_long(text) == loads(text)
 
     def test_sheet_is_not_mostly_blank(self, plan, k2):
         """Sixty strips of one picture and one of sixty would make a sheet of 3,660 cells."""

@@ -31,7 +31,7 @@ def changes(monkeypatch):
             raise KeyboardInterrupt
         edits.pop(0)()
 
-    monkeypatch.setattr(watch, "wait", wait)
+    monkeypatch.setattr(watch, "wait_for_change", wait)
     return edits
 
 
@@ -252,30 +252,30 @@ def test_outside_files_are_used_if_allowed(moody, k2, changes):
 
 
 def test_own_outputs_are_no_change(tmp_path):
-    before = watch.stamp(tmp_path)
+    before = watch.project_stamps(tmp_path)
     for folder in ("outputs/0001-x", "gallery", ".git"):
         (tmp_path / folder).mkdir(parents=True)
         (tmp_path / folder / "x").write_text("x")
-    assert watch.stamp(tmp_path) == before
+    assert watch.project_stamps(tmp_path) == before
     for name in ("styles/a.toml", "styles/a.safetensors", "refs/outputs/a.png"):
-        before = watch.stamp(tmp_path)
+        before = watch.project_stamps(tmp_path)
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text("x")
-        assert watch.stamp(tmp_path) != before, name
-    before, then = watch.stamp(tmp_path), (tmp_path / name).stat().st_mtime_ns
+        assert watch.project_stamps(tmp_path) != before, name
+    before, then = watch.project_stamps(tmp_path), (tmp_path / name).stat().st_mtime_ns
     (tmp_path / name).write_text("more")
     os.utime(tmp_path / name, ns=(then, then))  # as with a clock that ticks rarely
-    assert watch.stamp(tmp_path) != before
+    assert watch.project_stamps(tmp_path) != before
 
 
 @pytest.mark.parametrize("name", ["watch.log", "nohup.out", "4913", ".k2.toml.swp", ".#k2.toml", "k2.toml~", "a.psd"])
 def test_unrelated_files_are_no_change(tmp_path, name):
     """Watch's messages may go to a log in the project: if that were a change, it would write more, forever."""
     (tmp_path / "k2.toml").touch()
-    before = watch.stamp(tmp_path)
+    before = watch.project_stamps(tmp_path)
     (tmp_path / name).write_text("x")
 
-    assert watch.stamp(tmp_path, before) == before
+    assert watch.project_stamps(tmp_path, before) == before
 
 
 def test_any_referenced_file_is_watched(moody, k2, monkeypatch):
@@ -293,9 +293,9 @@ def test_any_referenced_file_is_watched(moody, k2, monkeypatch):
         if len(stamps) > len(edit):
             raise KeyboardInterrupt
         edit[len(stamps) - 1]()
-        assert watch.stamp(root, before) != before
+        assert watch.project_stamps(root, before) != before
 
-    monkeypatch.setattr(watch, "wait", wait)
+    monkeypatch.setattr(watch, "wait_for_change", wait)
     result = k2("watch", "--allow-outside", "--only", "fox", code=130)
 
     assert result.stdout.splitlines() == ["outputs/0001-fox/fox-7.png", "outputs/0002-fox/fox-7.png"]
@@ -319,11 +319,11 @@ def test_new_picture_in_a_linked_folder_is_noticed(moody, k2, monkeypatch):
         if len(looks) == 2:
             raise KeyboardInterrupt
         (far / "notes.txt").touch()
-        assert watch.stamp(root, before) == before
+        assert watch.project_stamps(root, before) == before
         Image.new("RGB", (64, 64), "red").save(far / "b.png")
-        assert watch.stamp(root, before) != before
+        assert watch.project_stamps(root, before) != before
 
-    monkeypatch.setattr(watch, "wait", wait)
+    monkeypatch.setattr(watch, "wait_for_change", wait)
     result = k2("watch", "--allow-outside", "--only", "fox", code=130)
 
     assert result.stdout.splitlines() == ["outputs/0001-fox/fox-7.png", "outputs/0002-fox/fox-7.png"]
@@ -331,10 +331,10 @@ def test_new_picture_in_a_linked_folder_is_noticed(moody, k2, monkeypatch):
 
 def test_waits_until_writing_has_finished(monkeypatch, tmp_path):
     stamps = iter([{}, {"a": (1, 1)}, {"a": (2, 9)}, {"a": (2, 9)}])
-    monkeypatch.setattr(watch, "stamp", lambda root, before: next(stamps))
+    monkeypatch.setattr(watch, "project_stamps", lambda root, before: next(stamps))
     monkeypatch.setattr(time, "sleep", lambda seconds: None)
 
-    watch.wait(tmp_path, {})
+    watch.wait_for_change(tmp_path, {})
 
     assert next(stamps, None) is None
 

@@ -351,7 +351,7 @@ def test_workers_are_kept_between_stream_lines(den, k2, monkeypatch):
         yield b"a sailboat"
 
     monkeypatch.setattr(ProcessPool, "start", watched)
-    monkeypatch.setattr(stdin_prompts, "lines", lines)
+    monkeypatch.setattr(stdin_prompts, "input_lines", lines)
     result = k2("render", "--stream", "--workers", "2", "--quiet", "--size", "64x64")
 
     assert len(result.stdout.splitlines()) == 6
