@@ -10,6 +10,7 @@ from model.checkpoint import open_checkpoint
 from model.library import BUNDLED
 from model.train import data, encode, pretrain, queue, recipe, release, samples, training_set, turbo
 from model.train.data import DRAWINGS, read_subjects
+from model.train.two_subjects import pictures_of_two
 
 RECIPE = """
 name = "{name}"
@@ -43,7 +44,7 @@ def test_queue_trains_from_renders_to_weights(tmp_path, monkeypatch):
     recipes = tmp_path / "recipes"
     recipes.mkdir()
     more = {
-        "two": 'init = "one"\nshapes = ["320x192"]',
+        "two": 'init = "one"\nshapes = ["320x192"]\ntwo = 0.5',
         "guidance": 'init = "two"\nteacher = "two"\nstage = "turbo"\nmethod = "guidance"',
         "three": 'init = "guidance"\nteacher = "two"\nstage = "turbo"\nmethod = "trajectory"\nwalk_steps = 2\n'
         'shapes = ["320x192"]\nshaped = 0.5',
@@ -59,6 +60,8 @@ def test_queue_trains_from_renders_to_weights(tmp_path, monkeypatch):
     monkeypatch.setattr(queue, "RELEASED", ("two", "three"))
     monkeypatch.setattr(samples, "PROMPTS", ["a dog"] * 8)
     monkeypatch.setattr(encode, "ProcessPoolExecutor", InThisProcess)
+    for module in (encode, training_set):
+        monkeypatch.setattr(module, "pictures_of_two", lambda catalog: pictures_of_two(catalog, 8))
     encode.cached_catalog.cache_clear()
 
     queue.main(0.02, tmp_path / "out", "cpu")
@@ -69,4 +72,5 @@ def test_queue_trains_from_renders_to_weights(tmp_path, monkeypatch):
     turbo_made = open_checkpoint(tmp_path / "out" / "mini-turbo.safetensors").metadata
     assert (turbo_made["variant"], turbo_made["recommended"]["steps"]) == ("turbo", 2)
     assert turbo_made["shapes"] == ["320x192"] and list(folder.glob("latents-320x192-*.npy"))
+    assert len(np.load(data.latents_file(folder, 256, two=True))) == 8
     assert list((tmp_path / "out").glob("samples-*.png"))

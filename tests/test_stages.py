@@ -425,6 +425,9 @@ def test_keys_that_mean_nothing_to_a_stage_are_refused():
         for key, value in idle.items():
             with pytest.raises(K2Error, match=f"{key} has no meaning"):
                 recipe.saved_recipe(least(stage) | {key: value})
+    for stage in ("stpo", "grpo", "sft", "hearing", "midtrain"):  # which go by one subject per picture
+        with pytest.raises(K2Error, match="two has no meaning"):
+            recipe.saved_recipe(least(stage) | {"two": 0.5})
     for key, value in (("fakes", 3), ("fake_rate", 2.0)):
         recipe.saved_recipe(least("turbo") | {key: value})
         with pytest.raises(K2Error, match=f"{key} has no meaning"):

@@ -52,7 +52,7 @@ class Recipe(pretrain.Recipe):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        reject(self, "style_loss", "frozen", "align", "recompute", "products", "repeats")
+        reject(self, "style_loss", "frozen", "align", "recompute", "products", "repeats", "two")
         check_at_least(self, 1, "whole", "swapped", "pool")
         check_at_least(self, 0, "swap")
         check_share(self, "plain", "inserted")

@@ -17,7 +17,7 @@ from model.errors import K2Error
 from model.train import loop, pretrain, states
 from model.train.loop import Report
 from model.train.pretrain import PretrainStage
-from model.train.recipe import check_at_least, check_share
+from model.train.recipe import check_at_least, check_share, reject
 from model.train.training_set import TrainingSet, load_training_set
 from model.train.validation import hold_out, train_and_validate
 
@@ -34,6 +34,7 @@ class Recipe(pretrain.Recipe):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        reject(self, "two")
         check_at_least(self, 1, "clusters")
         check_share(self, "balance")
         if not self.init:

@@ -66,7 +66,7 @@ class JudgedRecipe(Recipe):
     def __post_init__(self) -> None:
         super().__post_init__()
         reject(self, "references", "null", "style_loss", "repeats", "shapes", "shaped", "frozen")
-        reject(self, "fresh", "align", "said", "unasked", "forms", "reworded", "strangers")
+        reject(self, "fresh", "align", "said", "unasked", "forms", "reworded", "strangers", "two")
         if sum(self.weights.values()) <= 0:
             raise K2Error(f'Recipe "{self.name}": weights must name rewards and sum to more than 0.')
 

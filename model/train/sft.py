@@ -17,7 +17,7 @@ from model.train.data import Item, stable_seed
 from model.train.looks import DRAWINGS, GROUNDS, MEDIA
 from model.train.loop import Report
 from model.train.pretrain import PretrainStage
-from model.train.recipe import check_at_least, check_known
+from model.train.recipe import check_at_least, check_known, reject
 from model.train.training_set import TrainingSet, load_training_set
 from model.train.validation import is_validation, restrict, train_and_validate
 
@@ -35,6 +35,7 @@ class Recipe(pretrain.Recipe):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        reject(self, "two")
         check_at_least(self, 1, "per_subject")
         check_known(self, self.media, MEDIA, "medium")
         check_known(self, self.drawings, DRAWINGS, "drawing set")
