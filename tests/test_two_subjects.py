@@ -142,6 +142,17 @@ def test_run_draws_its_share_of_them(folder):
     assert captioned and all(any(words in caption for words in relations) for caption in captioned)
 
 
+def test_style_references_show_one_subject_and_another(folder):
+    """Else the picture's subject could be copied from its reference."""
+    encode.main(64, two=True)
+    data, rng = load_training_set(RECIPE, "cpu"), np.random.default_rng(0)
+    for index, item in enumerate(data.items):
+        for _ in range(4):
+            reference = data.items[data._same_look(index, rng)]
+            assert not isinstance(reference, TwoSubjects) and reference.look == item.look
+            assert reference.pair.subject not in item.subjects
+
+
 def test_latents_are_of_their_pictures(folder):
     enlarge(folder)
     encode.main(128, two=True)

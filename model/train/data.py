@@ -92,6 +92,11 @@ class Item:
         return self.pair.held_out or stable_seed("item", self.pair, self.look) % 50 == 0
 
     @property
+    def subjects(self) -> tuple[str, ...]:
+        """What it shows."""
+        return (self.pair.subject,)
+
+    @property
     def seed(self) -> int:
         """Of the generator that its picture is made with."""
         return stable_seed("picture", self.pair, self.look)

@@ -144,7 +144,7 @@ class TrainingSet:
         self.features: dict[str, Tensor] = {}
         self.embed_lock = Lock()  # batches are made in a thread of their own while a step validates in another
         self.by_look: dict[Any, list[int]] = defaultdict(list)
-        for index, item in enumerate(self.items):
+        for index, item in enumerate(single):  # style references show one subject
             self.by_look[item.look].append(index)
         self.looks = list(self.by_look)
         self.look_index = {look: i for i, look in enumerate(self.looks)}
@@ -243,9 +243,11 @@ class TrainingSet:
 
     def _same_look(self, index: int, rng: np.random.Generator) -> int:
         """A picture of another subject in the same look."""
-        peers = self.by_look[self.items[index].look]
-        other = peers[int(rng.integers(len(peers)))]
-        return other if other != index or len(peers) == 1 else peers[(peers.index(other) + 1) % len(peers)]
+        item = self.items[index]
+        peers = self.by_look[item.look]
+        start = int(rng.integers(len(peers)))
+        in_turn = (*peers[start:], *peers[:start])
+        return next((each for each in in_turn if self.items[each].pair.subject not in item.subjects), in_turn[0])
 
 
 class ShapeSubset(NamedTuple):

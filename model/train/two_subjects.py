@@ -44,6 +44,10 @@ class TwoSubjects(Item):
         return False  # made of drawings that are not
 
     @property
+    def subjects(self) -> tuple[str, ...]:
+        return self.pair.subject, self.second.subject
+
+    @property
     def seed(self) -> int:
         return stable_seed("two subjects", self.pair, self.look, self.second, self.beside)
 
