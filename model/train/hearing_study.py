@@ -6,9 +6,9 @@ looks      subjects in the look of a held-out picture, not described, in the dat
            judge's style embedding to that picture's
 strangers  captions of held-out pictures as is, in other words, among strange ones too, or with another subject beside
            theirs: is the subject the nearest of the first hundred
-two        captions of two subjects that never met in training, side by side or one above the other: is either's name
-           the nearest of the first hundred in some part of the picture, and is the first one left of the second or
-           above it; beside the same of real pictures
+two        captions of two subjects, of pictures that no training has, side by side or one above the other: is either's
+           name the nearest of the first hundred in some part of the picture, and is the first one left of the second
+           or above it; beside the same of real pictures
 
 Captions are the same for every checkpoint. Intervals are 95 %, by bootstrap: over subjects, looks, drawings.
 """

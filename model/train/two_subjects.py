@@ -1,8 +1,8 @@
 """Pictures of two subjects in one look, beside or above each other, and their captions.
 
 The data set proper shows one subject per picture, and a network that knows nothing else paints a mixture of two.
-Which two subjects meet is drawn at random, so that hardly any pair of a prompt was ever seen: what is learned is to
-keep things apart, and which word is where.
+Which two subjects meet is drawn at random, from some 150,000 pairs, so that most were never seen together: what is
+learned is to keep things apart, and which word is where.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ def pictures_of_two(catalog: Catalog, count: int = COUNT, split: str = "train") 
     """Pictures of two subjects in trained looks, always the same ones, in a fixed order.
 
     train     may be trained on
-    held-out  the same drawings in other company
+    held-out  other pictures of the same drawings, drawn likewise; some of their pairs also meet in training
     """
     items = catalog.items("train")
     by_drawing: dict[str, list[int]] = defaultdict(list)
