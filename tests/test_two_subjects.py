@@ -66,6 +66,19 @@ def test_monochrome_drawings_have_one_ink_that_stands_out(palette):
     assert len(colours) > 1 and np.abs(left - ground).max() > 0.5
 
 
+@pytest.mark.parametrize("ground", ["flat", "gradient", "scene", "floor"])
+@pytest.mark.parametrize("palette", PALETTES)
+def test_both_have_the_ink_that_suits_the_ground(ground, palette):
+    """The first drawing darkens the canvas, which must not decide the second one's ink."""
+    square = np.full((128, 128, 4), 255, np.uint8)
+    for beside in (True, False):
+        look = Look("emojione-monotone", "plain", ground, palette)
+        picture = place_two_subjects((square, square), look, np.random.default_rng(0), beside)
+        low = 18 if beside and ground in ("scene", "floor") else 0
+        one, other = ((64 + low, 34), (64 + low, 94)) if beside else ((36, 64), (92, 64))
+        np.testing.assert_allclose(picture[one], picture[other], atol=0.01)
+
+
 def test_pictures_are_the_same_every_time_and_of_two_different_subjects(catalog):
     made = pictures_of_two(catalog, 300)
 

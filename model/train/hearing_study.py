@@ -120,15 +120,11 @@ def two(study: Study) -> dict[str, Any]:
     """Shares of pictures that show both subjects, and show them where the caption says, by arrangement."""
     rng, among = np.random.default_rng(6), candidate_subjects(study.catalog)
     names = embed_names(study.judge, among)
-    every = [
-        item
-        for item in pictures_of_two(study.catalog, split="held-out")
-        if {item.pair.subject, item.second.subject} <= set(among)
-    ]
+    every = [item for item in pictures_of_two(study.catalog, split="held-out") if set(item.subjects) <= set(among)]
     found: dict[str, Any] = {}
     for kind, beside in (("beside", True), ("above", False)):
         items = [item for item in every if item.beside == beside][: study.count]
-        wanted = np.array([[among.index(pair.subject) for pair in (item.pair, item.second)] for item in items])
+        wanted = np.array([list(map(among.index, item.subjects)) for item in items])
         captions = [study.catalog.caption(item, rng, "medium") for item in items]
         real = [study.catalog.picture(item) for item in items]
         for label, pictures in (("rendered", study.paint(captions, 4000)), ("real", real)):

@@ -234,7 +234,7 @@ def place_subject(render: NDArray[np.uint8], look: Look, rng: Generator, shape: 
     canvas, size = draw_ground(look, height, width, rng), min(height, width)
     side = round(size * rng.uniform(0.80, 0.88))
     left, top = (int((length - side) / 2 + rng.uniform(-0.03, 0.03) * size) for length in (width, height))
-    paste(canvas, render, look.drawing in MONOCHROME, left, top, side)
+    paste(canvas, render, choose_ink(canvas, look), left, top, side)
     return canvas
 
 
@@ -250,6 +250,7 @@ def place_two_subjects(
     size, on_ground = min(height, width), look.ground in ("scene", "floor")
     apart, lower = (0.23 * size, 0.14 * size * on_ground) if beside else (0.225 * size, 0)
     canvas = draw_ground(look, height, width, rng, ((34, 19), (94, 19)) if beside else ((64, 22),))
+    ink = choose_ink(canvas, look)
     for render, sign in zip(renders, (-1, 1), strict=True):
         side = round(size * rng.uniform(0.45, 0.53))
         middle = (height / 2 + lower, width / 2 + sign * apart) if beside else (height / 2 + sign * apart, width / 2)
@@ -257,18 +258,25 @@ def place_two_subjects(
             round(min(max(each + rng.uniform(-0.02, 0.02) * size - side / 2, 0), length - side))
             for each, length in zip(middle, (height, width), strict=True)
         )
-        paste(canvas, render, look.drawing in MONOCHROME, left, top, side)
+        paste(canvas, render, ink, left, top, side)
     return canvas
 
 
-def paste(canvas: Array, render: NDArray[np.uint8], monochrome: bool, left: int, top: int, side: int) -> None:
-    """Put a drawing on a canvas, scaled to a square of `side` pixels; a monochrome one in an ink that stands out."""
+def choose_ink(ground: Array, look: Look) -> Array | None:
+    """The colour for monochrome drawings that stands out from a ground; None for coloured drawings."""
+    if look.drawing not in MONOCHROME:
+        return None
+    return _colour((244, 240, 230)) if _luminance(ground).mean() < 0.4 else _colour((30, 30, 34))
+
+
+def paste(canvas: Array, render: NDArray[np.uint8], ink: Array | None, left: int, top: int, side: int) -> None:
+    """Put a drawing on a canvas, scaled to a square of `side` pixels, in its own colours or in an ink."""
     subject = np.asarray(
         Image.fromarray(render).convert("RGBa").resize((side, side), Image.Resampling.LANCZOS), np.float32
     )
     alpha, colour = subject[..., 3:] / 255, subject[..., :3] / 255  # premultiplied
-    if monochrome:
-        colour = alpha * (_colour((244, 240, 230)) if _luminance(canvas).mean() < 0.4 else _colour((30, 30, 34)))
+    if ink is not None:
+        colour = alpha * ink
     window = canvas[top : top + side, left : left + side]
     canvas[top : top + side, left : left + side] = window * (1 - alpha) + colour
 
